@@ -1,0 +1,354 @@
+// The three matrix products of a blockwise similarity kernel, over one chunk of columns:
+//   scores  S  = Q K^T      (rows x cols)
+//   dq     += G K           (rows x D)
+//   dk^T   += Q^T G         (D x cols), or its transpose
+// in fp32 accumulation, never rounding a partial result. Two implementations share one interface:
+//   Library: the products of torch's own BLAS (MKL sgemm; MKL bf16 x bf16 -> fp32, which uses AMX).
+//   Micro:   an AVX-512 register-blocked kernel of ours, for machines where that library runs
+//            narrower code than the processor has (MKL on AMD) or has no fp32 output (oneDNN bf16).
+// A "unit" is 32 bits along the contracted dimension: one fp32 or a pair of bf16.
+#pragma once
+
+#include "common.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#if FASTSSL_X86
+#include <immintrin.h>
+#define FASTSSL_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define FASTSSL_AVX512_BF16 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
+// Exported by the MKL inside libtorch; absent with another BLAS, hence weak.
+extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(
+    int layout, int transa, int transb, int m, int n, int k, float alpha, const uint16_t* a,
+    int lda, const uint16_t* b, int ldb, float beta, float* c, int ldc);
+#endif
+
+namespace fastssl {
+
+constexpr int64_t kStrip = 32;  // columns of a strip: two AVX-512 registers
+
+inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// A tile of S or G in fp32: element (i, c) of strip s lies at data[s * strip + i * row + c].
+struct Tile {
+  float* data;
+  int64_t strip, row;
+  float* at(int64_t s) const { return data + s * strip; }
+  float& operator()(int64_t i, int64_t j) const {
+    return data[j / kStrip * strip + i * row + j % kStrip];
+  }
+};
+
+// ------------------------------------------------------------------------------------- Library
+
+template <bool kBf16>
+class LibraryProducts {
+ public:
+  using T = std::conditional_t<kBf16, uint16_t, float>;
+  struct Scratch {
+    std::vector<T> q, g;
+    std::vector<float> s;
+    int64_t rows;
+  };
+
+  LibraryProducts(int64_t D, int64_t chunk, int64_t max_rows, int64_t max_cols, bool)
+      : D_(D), ld_(round_up(max_cols, kStrip)), max_rows_(max_rows), k_(chunk * D) {}
+
+  Scratch scratch(bool backward) const {
+    return {std::vector<T>(max_rows_ * D_), std::vector<T>(backward && kBf16 ? max_rows_ * ld_ : 0),
+            std::vector<float>(max_rows_ * ld_), 0};
+  }
+  int64_t dk_size(int64_t chunk) const { return chunk * D_; }
+
+  void pack_keys(const Tensor& k, int64_t col0, int64_t begin, int64_t end, bool) {
+    load(k, col0 + begin, end - begin, k_.data() + begin * D_);
+  }
+  void pack_queries(const Tensor& q, int64_t row0, int64_t rows, bool, Scratch& w) const {
+    w.rows = rows;
+    load(q, row0, rows, w.q.data());
+  }
+  Tile scores(int64_t begin, int64_t cols, Scratch& w) const {
+    // Columns past the end of a strip are read by the epilogue: they must hold a finite number.
+    if (cols % kStrip)
+      for (int64_t i = 0; i < w.rows; ++i)
+        std::fill(w.s.begin() + i * ld_ + cols, w.s.begin() + i * ld_ + round_up(cols, kStrip), 0.f);
+    gemm(false, true, w.rows, cols, D_, w.q.data(), D_, k_.data() + begin * D_, D_, 0.f, w.s.data(),
+         ld_);
+    return {w.s.data(), kStrip, ld_};
+  }
+  void round_gradient(const Tile& g, int64_t cols, Scratch& w) const {
+    if constexpr (kBf16)
+      for (int64_t i = 0; i < w.rows; ++i)
+        for (int64_t j = 0; j < cols; ++j)
+          w.g[i * ld_ + j] = static_cast<uint16_t>(bf16_bits(g.data[i * ld_ + j]));
+  }
+  void add_dq(int64_t begin, int64_t cols, Scratch& w, float* dq, int64_t ld) const {
+    gemm(false, false, w.rows, D_, cols, gradient(w), ld_, k_.data() + begin * D_, D_, 1.f, dq, ld);
+  }
+  void add_dk(int64_t begin, int64_t cols, Scratch& w, float* dk) const {
+    gemm(true, false, cols, D_, w.rows, gradient(w), ld_, w.q.data(), D_, 1.f, dk + begin * D_, D_);
+  }
+  void gather_dk(const float* dk, int64_t j, float* row) const {
+    for (int64_t d = 0; d < D_; ++d) row[d] += dk[j * D_ + d];
+  }
+
+ private:
+  const T* gradient(const Scratch& w) const {
+    if constexpr (kBf16) return w.g.data();
+    else return w.s.data();
+  }
+  void load(const Tensor& t, int64_t row0, int64_t rows, T* out) const {
+    if constexpr (kBf16) {
+      const auto* src = static_cast<const uint16_t*>(t.const_data_ptr()) + row0 * t.stride(0);
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * D_, src + i * t.stride(0), D_ * 2);
+    } else {
+      load_float_rows(t, row0, rows, out, D_);
+    }
+  }
+  static Tensor view(const float* p, int64_t rows, int64_t cols, int64_t ld, bool transpose) {
+    const int64_t size[2] = {rows, cols};
+    const int64_t stride[2] = {transpose ? 1 : ld, transpose ? ld : 1};
+    return torch::stable::from_blob(const_cast<float*>(p), {size, 2}, {stride, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    ScalarType::Float);
+  }
+  // C = op(A) op(B) + beta * C, row-major, C (m x n), contracted over k.
+  static void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
+                   const T* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+    if constexpr (kBf16) {
+#if FASTSSL_X86
+      cblas_gemm_bf16bf16f32(101, ta ? 112 : 111, tb ? 112 : 111, m, n, k, 1.f, a, lda, b, ldb, beta,
+                             c, ldc);
+#endif
+    } else {
+      Tensor out = view(c, m, n, ldc, false);
+      const Tensor left = view(a, m, k, lda, ta), right = view(b, k, n, ldb, tb);
+      const auto status = beta == 0.f
+          ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
+          : aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, 1.0);
+      STABLE_TORCH_ERROR_CODE_CHECK(status);
+    }
+  }
+
+  int64_t D_, ld_, max_rows_;
+  std::vector<T> k_;
+};
+
+// --------------------------------------------------------------------------------------- Micro
+
+#if FASTSSL_X86
+
+// C[R x 32] (+)= A[R x units] B[units x 32]. A is read in `segments` runs of `seg` units, `jump`
+// floats apart: the strips of G, or a single run.
+struct MicroArgs {
+  const uint32_t* a;
+  int64_t lda, seg, segments, jump;
+  const uint32_t* b;  // contiguous rows of 32 units
+  float* c;
+  int64_t ldc;
+  bool add;
+};
+
+#define FASTSSL_MICRO(name, target, dot)                                                       \
+  template <int R>                                                                             \
+  target void name(const MicroArgs& m) {                                                       \
+    __m512 acc[R][2];                                                                          \
+    for (int r = 0; r < R; ++r) {                                                              \
+      acc[r][0] = m.add ? _mm512_loadu_ps(m.c + r * m.ldc) : _mm512_setzero_ps();              \
+      acc[r][1] = m.add ? _mm512_loadu_ps(m.c + r * m.ldc + 16) : _mm512_setzero_ps();         \
+    }                                                                                          \
+    const uint32_t* b = m.b;                                                                   \
+    for (int64_t s = 0; s < m.segments; ++s) {                                                 \
+      const uint32_t* a = m.a + s * m.jump;                                                    \
+      for (int64_t p = 0; p < m.seg; ++p, b += kStrip) {                                       \
+        const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);             \
+        for (int r = 0; r < R; ++r) {                                                          \
+          const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r * m.lda + p]));             \
+          acc[r][0] = dot(x, b0, acc[r][0]);                                                   \
+          acc[r][1] = dot(x, b1, acc[r][1]);                                                   \
+        }                                                                                      \
+      }                                                                                        \
+    }                                                                                          \
+    for (int r = 0; r < R; ++r) {                                                              \
+      _mm512_storeu_ps(m.c + r * m.ldc, acc[r][0]);                                            \
+      _mm512_storeu_ps(m.c + r * m.ldc + 16, acc[r][1]);                                       \
+    }                                                                                          \
+  }
+#define FASTSSL_DOT_F32(x, y, acc) \
+  _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), acc)
+#define FASTSSL_DOT_BF16(x, y, acc) \
+  _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y))
+FASTSSL_MICRO(micro_f32, FASTSSL_AVX512, FASTSSL_DOT_F32)
+FASTSSL_MICRO(micro_bf16, FASTSSL_AVX512_BF16, FASTSSL_DOT_BF16)
+
+// out[p][c] = in[c][p]: c < count rows of `units` units into rows of 32, zero-padded.
+FASTSSL_CLONES inline void transpose_units(const uint32_t* in, int64_t ld, int64_t count,
+                                           int64_t units, uint32_t* out) {
+  for (int64_t p = 0; p < units; ++p)
+    for (int64_t c = 0; c < kStrip; ++c) out[p * kStrip + c] = c < count ? in[c * ld + p] : 0u;
+}
+
+// G of one strip as the two bf16 operands: `a` [rows][16 units] pairs along columns, `b`
+// [ceil(rows / 2)][32 units] pairs along rows.
+FASTSSL_CLONES inline void round_strip(const float* g, int64_t ld, int64_t rows, uint16_t* a,
+                                       uint32_t* b) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < kStrip; ++c)
+      a[i * kStrip + c] = static_cast<uint16_t>(bf16_bits(g[i * ld + c]));
+  for (int64_t p = 0; p < (rows + 1) / 2; ++p) {
+    const uint16_t* lo = a + 2 * p * kStrip;
+    for (int64_t c = 0; c < kStrip; ++c)
+      b[p * kStrip + c] = lo[c] | (2 * p + 1 < rows ? uint32_t(lo[kStrip + c]) << 16 : 0u);
+  }
+}
+
+template <bool kBf16>
+class MicroProducts {
+ public:
+  static constexpr int64_t kPair = kBf16 ? 2 : 1;  // elements of a unit
+  using T = std::conditional_t<kBf16, uint16_t, float>;
+  struct Scratch {
+    std::vector<T> q;           // [rows][Dp]
+    std::vector<uint32_t> qt;   // [D][row units]: left operand of dk^T
+    std::vector<float> s, dq;   // tile, and dq padded to whole strips
+    std::vector<uint16_t> ga;   // bf16 G, pairs along columns
+    std::vector<uint32_t> gb;   // bf16 G, pairs along rows
+    int64_t rows, row_units;
+  };
+
+  MicroProducts(int64_t D, int64_t chunk, int64_t max_rows, int64_t max_cols, bool dq)
+      : D_(D), units_(round_up(D, kPair) / kPair), strips_(round_up(D, kStrip) / kStrip),
+        chunk_(round_up(chunk, kStrip)), max_rows_(max_rows), max_cols_(round_up(max_cols, kStrip)),
+        kt_(chunk_ * units_), k_(dq ? strips_ * kStrip * (chunk_ / kPair) : 0) {}
+
+  Scratch scratch(bool backward) const {
+    Scratch w;
+    w.q.assign(max_rows_ * units_ * kPair, 0);
+    w.s.resize(max_rows_ * max_cols_);
+    if (backward) {
+      w.qt.resize(D_ * round_up(max_rows_, kPair) / kPair);
+      w.dq.resize(max_rows_ * strips_ * kStrip);
+      if (kBf16) w.ga.resize(max_rows_ * max_cols_), w.gb.resize((max_rows_ + 1) / 2 * max_cols_);
+    }
+    return w;
+  }
+  int64_t dk_size(int64_t chunk) const { return round_up(chunk, kStrip) * D_; }
+
+  // Columns [begin, end) of the chunk, begin a multiple of 32: K^T by strips of columns for the
+  // scores and, for dq, K by strips of D with (pairs of) columns contracted.
+  void pack_keys(const Tensor& k, int64_t col0, int64_t begin, int64_t end, bool for_dq) {
+    std::vector<T> rows(kStrip * units_ * kPair, 0);
+    for (int64_t j = begin; j < end; j += kStrip) {
+      const int64_t count = std::min(kStrip, end - j);
+      if (count < kStrip) std::fill(rows.begin(), rows.end(), T(0));
+      load(k, col0 + j, count, rows.data());
+      const auto* in = reinterpret_cast<const uint32_t*>(rows.data());
+      transpose_units(in, units_, count, units_, kt_.data() + j * units_);
+      if (!for_dq) continue;
+      for (int64_t s = 0; s < strips_; ++s)
+        for (int64_t p = 0; p < kStrip / kPair; ++p) {
+          uint32_t* out = k_.data() + (s * (chunk_ / kPair) + j / kPair + p) * kStrip;
+          for (int64_t c = 0; c < kStrip; ++c) {
+            const int64_t d = s * kStrip + c;
+            if (d >= D_) out[c] = 0;
+            else if constexpr (kBf16)
+              out[c] = rows[2 * p * units_ * 2 + d] |
+                       static_cast<uint32_t>(rows[(2 * p + 1) * units_ * 2 + d]) << 16;
+            else out[c] = bit_cast<uint32_t>(rows[p * units_ + d]);
+          }
+        }
+    }
+  }
+  void pack_queries(const Tensor& q, int64_t row0, int64_t rows, bool for_dk, Scratch& w) const {
+    w.rows = rows;
+    w.row_units = round_up(rows, kPair) / kPair;
+    load(q, row0, rows, w.q.data());
+    if (!for_dk) return;
+    const int64_t ld = units_ * kPair;
+    for (int64_t d = 0; d < D_; ++d)
+      for (int64_t p = 0; p < w.row_units; ++p) {
+        if constexpr (kBf16) {
+          const uint32_t hi = 2 * p + 1 < rows ? w.q[(2 * p + 1) * ld + d] : 0;
+          w.qt[d * w.row_units + p] = w.q[2 * p * ld + d] | hi << 16;
+        } else {
+          w.qt[d * w.row_units + p] = bit_cast<uint32_t>(w.q[p * ld + d]);
+        }
+      }
+  }
+  Tile scores(int64_t begin, int64_t cols, Scratch& w) const {
+    const int64_t strip = w.rows * kStrip;
+    for (int64_t s = 0; s * kStrip < cols; ++s)
+      product(w.rows, {reinterpret_cast<const uint32_t*>(w.q.data()), units_, units_, 1, 0,
+                       kt_.data() + (begin + s * kStrip) * units_, w.s.data() + s * strip, kStrip,
+                       false});
+    return {w.s.data(), strip, kStrip};
+  }
+  void round_gradient(const Tile& g, int64_t cols, Scratch& w) const {
+    if constexpr (kBf16)
+      for (int64_t s = 0; s * kStrip < cols; ++s)
+        round_strip(g.at(s), g.row, w.rows, w.ga.data() + s * w.rows * kStrip,
+                    w.gb.data() + s * w.row_units * kStrip);
+  }
+  void add_dq(int64_t begin, int64_t cols, Scratch& w, float* dq, int64_t ld) const {
+    const int64_t segments = round_up(cols, kStrip) / kStrip, seg = kStrip / kPair;
+    const uint32_t* a = kBf16 ? reinterpret_cast<const uint32_t*>(w.ga.data())
+                              : reinterpret_cast<const uint32_t*>(w.s.data());
+    const bool whole = D_ % kStrip == 0;  // otherwise the last strip would write past the row
+    for (int64_t s = 0; s < strips_; ++s) {
+      const bool direct = whole || s + 1 < strips_;
+      float* c = direct ? dq + s * kStrip : w.dq.data();
+      product(w.rows, {a, seg, seg, segments, w.rows * seg,
+                       k_.data() + (s * (chunk_ / kPair) + begin / kPair) * kStrip, c,
+                       direct ? ld : kStrip, direct});
+      if (direct) continue;
+      for (int64_t i = 0; i < w.rows; ++i)
+        for (int64_t d = s * kStrip; d < D_; ++d) dq[i * ld + d] += c[i * kStrip + d - s * kStrip];
+    }
+  }
+  void add_dk(int64_t begin, int64_t cols, Scratch& w, float* dk) const {
+    for (int64_t s = 0; s * kStrip < cols; ++s) {
+      const uint32_t* g = kBf16 ? w.gb.data() + s * w.row_units * kStrip
+                                : reinterpret_cast<const uint32_t*>(w.s.data()) + s * w.rows * kStrip;
+      product(D_, {w.qt.data(), w.row_units, w.row_units, 1, 0, g,
+                   dk + (begin + s * kStrip) * D_, kStrip, true});
+    }
+  }
+  void gather_dk(const float* dk, int64_t j, float* row) const {
+    const float* strip = dk + j / kStrip * kStrip * D_ + j % kStrip;
+    for (int64_t d = 0; d < D_; ++d) row[d] += strip[d * kStrip];
+  }
+
+ private:
+  void load(const Tensor& t, int64_t row0, int64_t rows, T* out) const {
+    if constexpr (kBf16) {
+      const auto* src = static_cast<const uint16_t*>(t.const_data_ptr()) + row0 * t.stride(0);
+      for (int64_t i = 0; i < rows; ++i)
+        std::memcpy(out + i * units_ * 2, src + i * t.stride(0), D_ * 2);
+    } else {
+      load_float_rows(t, row0, rows, out, units_);
+    }
+  }
+  template <int R>
+  static void run(const MicroArgs& m) {
+    if constexpr (kBf16) micro_bf16<R>(m);
+    else micro_f32<R>(m);
+  }
+  // C (m x 32), twelve rows at a time: 24 accumulators and the three operands fill 32 registers.
+  static void product(int64_t m, MicroArgs args) {
+    constexpr void (*kTail[12])(const MicroArgs&) = {nullptr, run<1>, run<2>, run<3>, run<4>,  run<5>,
+                                                     run<6>,  run<7>, run<8>, run<9>, run<10>, run<11>};
+    for (; m >= 12; m -= 12) {
+      run<12>(args);
+      args.a += 12 * args.lda;
+      args.c += 12 * args.ldc;
+    }
+    if (m) kTail[m](args);
+  }
+
+  int64_t D_, units_, strips_, chunk_, max_rows_, max_cols_;
+  std::vector<uint32_t> kt_, k_;
+};
+#endif  // FASTSSL_X86
+
+}  // namespace fastssl

@@ -1,0 +1,23 @@
+"""fastssl: kernels for self-supervised learning, and the loop around them."""
+
+import importlib.util
+import warnings
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("fastssl.kernels") is None:
+    raise ImportError(
+        "fastssl.kernels is missing: this is a bare checkout on the path, not an installation. "
+        "Run `pip install -e . --no-build-isolation` in the checkout."
+    )
+
+from fastssl import extension, losses, ops
+
+if extension.why_missing:
+    warnings.warn(
+        f"fastssl: {extension.why_missing}. CPU losses run on the plain PyTorch reference, "
+        "which holds all logits.",
+        stacklevel=2,
+    )
+
+__all__ = ["extension", "losses", "ops"]

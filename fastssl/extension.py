@@ -1,0 +1,43 @@
+"""Finds the compiled extension and says what it found."""
+
+import importlib.util
+
+import torch
+
+why_missing = ""
+if importlib.util.find_spec("fastssl._C") is None:
+    why_missing = (
+        "the C++ extension was not built (no compiler at installation, or FASTSSL_CPP=0); "
+        "reinstall with a C++20 compiler for the fast CPU kernels"
+    )
+else:
+    try:
+        import fastssl._C  # noqa: F401  registers the CPU kernels
+    except (ImportError, OSError, RuntimeError) as error:
+        why_missing = f"the C++ extension does not load: {error}"
+
+FEATURES = {"AVX2": 1, "AVX-512": 2, "AVX512-BF16": 4, "AMX-BF16": 8}
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets in use at run time, widest last; empty means portable code."""
+    if why_missing:
+        return []
+    bits = torch.ops.fastssl.cpu_features()
+    return [name for name, bit in FEATURES.items() if bits & bit]
+
+
+def cpu_products() -> tuple[str, str]:
+    """Which matrix products the blockwise CPU kernels run on, and why."""
+    if why_missing:
+        return "reference", why_missing
+    bits, features = torch.ops.fastssl.cpu_features(), cpu_features()
+    if "AMX-BF16" in features:
+        bf16 = "MKL (AMX)"
+    elif "AVX512-BF16" in features:
+        bf16 = "own AVX512-BF16 products"
+    else:
+        bf16 = "converted to float32"
+    own = bits & 16 and "AVX-512" in features
+    fp32 = "own AVX-512 products, wider than MKL's on AMD" if own else "torch's BLAS"
+    return "C++", f"fp32: {fp32}; bf16: {bf16}; fp16: converted to float32"
