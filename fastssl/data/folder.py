@@ -147,15 +147,16 @@ def _list_split(root: Path, split: str) -> tuple[tuple[str, ...], list[Path], li
     test = next((subfolders[name] for name in ("test", "val") if name in subfolders), None)
     explicit = "train" in subfolders and test is not None
     if explicit:
-        classes = {p.name for part in (subfolders["train"], test) for p in part.iterdir()}
-        root = subfolders["train"] if split == "train" else test
-        classes = {name for name in classes if (root / name).is_dir() and name[0] != "."}
-        subfolders = {name: root / name for name in sorted(classes)}
+        # Both parts' classes, so that a class that one of them lacks does not shift the labels.
+        parts = (subfolders["train"], test)
+        classes = {p.name for part in parts for p in part.iterdir() if p.is_dir()}
+        root = parts[split == "test"]
+        subfolders = {name: root / name for name in sorted(classes) if name[0] != "."}
     found = {name: _images_below(folder) for name, folder in subfolders.items()}
-    names = tuple(name for name, paths in found.items() if paths)
+    names = tuple(name for name, paths in found.items() if paths or explicit)
     loose = [p for p in sorted(root.iterdir()) if p.is_file()]
     loose = [p for p in loose if p.name[0] != "." and p.suffix.lower() in EXTENSIONS]
-    if not names and not loose:
+    if not any(found.values()) and not loose:
         raise FileNotFoundError(
             f"load: no images in {root}. Expected files ending in "
             f"{', '.join(sorted(EXTENSIONS))}, directly or in one subfolder a class."

@@ -1,0 +1,38 @@
+"""Settings that work, by method and data: the values of a config's unset fields."""
+
+import dataclasses
+from typing import Any
+
+from ..config import PretrainConfig
+
+_SIMCLR_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 256,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 1.0,
+    "method_args": {"temperature": 0.2},
+}
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "simclr": {
+        "digits": {**_SIMCLR_SMALL, "epochs": 20},
+        "patches": {**_SIMCLR_SMALL, "epochs": 20},
+        "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    }
+}
+"""Method, then `digits`, `patches` or `folder` (anything else), then fields of `PretrainConfig`."""
+
+
+def resolve(config: PretrainConfig) -> PretrainConfig:
+    """A copy of `config` with its unset fields taken from the recipe.
+
+    `method_args` are merged: the recipe's, then the config's over them. `image_size` and
+    `log_every` stay unset where the recipe has none; they depend on the data.
+    """
+    recipes = RECIPES[config.method]
+    recipe = recipes.get(config.data, recipes["folder"])
+    values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    values["method_args"] = {**recipe["method_args"], **config.method_args}
+    return dataclasses.replace(config, **values)

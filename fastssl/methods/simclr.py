@@ -1,0 +1,58 @@
+"""SimCLR: two views of an image attract, all other images in the batch repel.
+
+Paper: Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
+representations", arXiv 2002.05709.
+
+What differs: the loss is the mean over the 2 B views (the released code sums the two halves); the
+head has no normalisation after its last layer; images of up to 64 pixels get milder crops and no
+blur; BatchNorm statistics are shared over ranks on CUDA only.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..augment import View, simclr, small
+from ..data import Batch
+from ..losses import NTXentLoss
+from ..models import mlp
+
+
+class SimCLR(nn.Module):
+    """Args:
+    backbone: f, (B, C, s, s) to (B, backbone.feature_dim).
+    temperature: tau of the NT-Xent loss.
+    hidden_dim: width of the hidden layer of the head g; None: that of the features.
+    out_dim: width of the projections z.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        temperature: float = 0.1,
+        hidden_dim: int | None = None,
+        out_dim: int = 128,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        D = backbone.feature_dim
+        self.head = mlp([D, hidden_dim or D, out_dim])
+        self.ntxent = NTXentLoss(temperature=temperature)
+
+    def views(self, image_size: int, source) -> list[View]:
+        if image_size > 64:
+            return [simclr(image_size, flip=source.mirror)] * 2
+        return [small(image_size, source.channels, flip=source.mirror)] * 2
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        z0, z1 = (self.head(self.backbone(x)) for x in batch.views)  # z = g(f(x)), (B, out_dim)
+        loss = self.ntxent(z0, z1)  # eq. 1, mean over both views
+        std = F.normalize(z0.detach().float(), dim=1).std(dim=0).mean() * z0.shape[1] ** 0.5
+        return loss, {"std": std}
+
+    def after_step(self, step: int) -> None:
+        """Nothing moves besides the weights."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """h = f(x), (B, feature_dim): the representation before the head."""
+        return self.backbone(x)
