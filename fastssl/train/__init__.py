@@ -1,0 +1,14 @@
+"""The loop between data and checkpoint."""
+
+from .backbones import load_backbone, random_backbone
+from .checkpoint import load_checkpoint, save_checkpoint
+from .loop import Run, pretrain
+
+__all__ = [
+    "Run",
+    "load_backbone",
+    "load_checkpoint",
+    "pretrain",
+    "random_backbone",
+    "save_checkpoint",
+]

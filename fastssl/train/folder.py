@@ -1,0 +1,90 @@
+"""The folder of a run: what is in it, and whether a run may go on there."""
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import PretrainConfig
+from ..extras import require
+
+# A run may change these when it resumes: they do not change what is computed.
+_FREE = frozenset("out workers device log_every save_every resume".split())
+
+
+def checkpoint_path(folder: str | Path) -> Path:
+    return Path(folder) / "checkpoints" / "last.pt"
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The resolved configuration of the run in `folder`; None if there is no run."""
+    path = folder / "config.yaml"
+    return require("yaml", "train").safe_load(path.read_text()) if path.is_file() else None
+
+
+def saved_config(config: PretrainConfig) -> dict[str, Any] | None:
+    """The configuration to go on from: of the run in `config.out` when resuming, else None.
+
+    Raises:
+        FileExistsError: a fresh run would overwrite one. FileNotFoundError: nothing to resume.
+    """
+    folder = Path(config.out)
+    saved = read_config(folder)
+    if config.resume and saved is None:
+        raise FileNotFoundError(
+            f"pretrain: resume=True, but {folder} holds no run. Check out, or start without resume."
+        )
+    if not config.resume and (saved is not None or checkpoint_path(folder).exists()):
+        raise FileExistsError(
+            f"pretrain: {folder} already holds a run. Go on with it by resume=True (--resume), or "
+            "choose another out."
+        )
+    return saved
+
+
+def unset_from(config: PretrainConfig, saved: dict[str, Any]) -> PretrainConfig:
+    """A copy of `config` whose unset fields are those of the saved run."""
+    values = {k: v for k, v in saved.items() if getattr(config, k, v) is None}
+    values["method_args"] = {**saved["method_args"], **config.method_args}
+    return dataclasses.replace(config, **values)
+
+
+def refuse_changes(config: PretrainConfig, saved: dict[str, Any]) -> None:
+    """Compare resolved configurations.
+
+    Raises:
+        ValueError: a key that changes what is computed differs; all of them are named.
+    """
+    changes = [
+        f"{key} is {value!r}, the run has {saved.get(key)!r}"
+        for key, value in dataclasses.asdict(config).items()
+        if key not in _FREE and value != saved.get(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"pretrain: cannot resume {config.out} with another configuration: "
+            f"{'; '.join(changes)}. Leave these as they were, or choose another out."
+        )
+
+
+def write_description(config: PretrainConfig, device: torch.device, world: int, precision: str):
+    """config.yaml and environment.json."""
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {**dataclasses.asdict(config), "resume": False}
+    text = require("yaml", "train").safe_dump(values, sort_keys=False)
+    (folder / "config.yaml").write_text(text)
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")

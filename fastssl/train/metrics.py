@@ -1,0 +1,124 @@
+"""Metrics on disk and progress on the terminal."""
+
+import csv
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl and metrics.csv in a run's folder.
+
+    Lines after `resumed_step` are dropped first, so that a resumed run repeats none.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int):
+        self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        kept = [r for r in read_metrics(folder) if r["step"] <= resumed_step]
+        self._jsonl.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with open(self._csv, "w", newline="") as file:
+            if kept:
+                writer = csv.DictWriter(file, list(kept[0]))
+                writer.writeheader()
+                writer.writerows(kept)
+
+    def write(self, record: dict[str, Any]) -> None:
+        with open(self._jsonl, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        with open(self._csv, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(record))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(record)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Records of a run's metrics.jsonl, in order; a line cut off by a crash is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Progress:
+    """A bar on a terminal, plain lines some seconds apart elsewhere, nothing if silent."""
+
+    _LINES_APART_S = 3.0
+
+    def __init__(self, total_steps: int, step: int, *, silent: bool):
+        self._total, self._silent = total_steps, silent
+        self._bar, self._last_line = None, -math.inf
+        if not silent and sys.stderr.isatty():
+            self._bar = _rich_bar()
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total_steps, completed=step, text="")
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def record(self, record: dict[str, Any]) -> None:
+        text = (
+            f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s  "
+            f"data wait {record['data_wait']:.0%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+            return
+        last = record["step"] == self._total
+        if not self._silent and (last or time.monotonic() > self._last_line + self._LINES_APART_S):
+            self._last_line = time.monotonic()
+            where = f"epoch {record['epoch']}  step {record['step']}/{self._total}"
+            print(f"{where}  {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _rich_bar():
+    try:
+        from rich import progress
+    except ImportError:
+        return None
+    return progress.Progress(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[text]}"),
+        console=_stderr_console(),
+    )
+
+
+def _stderr_console():
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class Meter:
+    """Images per second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self):
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
+
+    def count(self, images: int, waited_s: float) -> None:
+        self._images += images
+        self._waited += waited_s
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        reading = {"images_per_s": self._images / elapsed, "data_wait": self._waited / elapsed}
+        self._reset()
+        return reading

@@ -1,0 +1,32 @@
+"""Stopping a run from outside without losing the step it is in."""
+
+import signal
+import threading
+
+
+class StopSignal:
+    """While entered, the first SIGINT or a SIGTERM only sets `received`; a second SIGINT stops at
+    once. Signals reach Python's main thread only; in another thread nothing is installed.
+
+    SIGTERM never stops at once, because torchrun sends one after the terminal's SIGINT.
+    """
+
+    def __init__(self):
+        self.received = 0
+        """Number of the signal, 0 for none."""
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = number
