@@ -16,7 +16,7 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define FASTSSL_X86 1
 #define FASTSSL_CLONES \
-  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FASTSSL_X86 0
 #define FASTSSL_CLONES
@@ -29,7 +29,7 @@ using torch::stable::Tensor;
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+
 
 // What the running machine offers, probed once; see cpu_features() in module.cpp for the bits.
 struct Cpu {
@@ -45,9 +45,10 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// 2^t for t < 128, relative error 1.1e-7; 0 below 2^-126; NaN stays NaN. No branches, so loops over
-// it vectorise. The polynomial interpolates 2^f at Chebyshev nodes of [-1/2, 1/2].
-inline float exp2_poly(float t) {
+// 2^(t + shift) for t + shift < 128, relative error 1.1e-7; 0 below 2^-126; NaN stays NaN. The shift
+// goes into the exponent and so costs t no accuracy. No branches, so loops over it vectorise. The
+// polynomial interpolates 2^f at Chebyshev nodes of [-1/2, 1/2].
+inline float exp2_poly(float t, int shift = 0) {
   const float shifted = t + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits now hold round(t)
   const float f = t - (shifted - 12582912.0f);
   float p = 0.00015461444854736328f;
@@ -57,8 +58,9 @@ inline float exp2_poly(float t) {
   p = p * f + 0.24022650718688965f;
   p = p * f + 0.6931471824645996f;
   p = p * f + 1.0f;
-  const uint32_t bits = bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23);
-  return t < -126.0f ? 0.0f : bit_cast<float>(bits);
+  const uint32_t n = bit_cast<uint32_t>(shifted) + static_cast<uint32_t>(shift);
+  const uint32_t bits = bit_cast<uint32_t>(p) + (n << 23);
+  return t < static_cast<float>(-126 - shift) ? 0.0f : bit_cast<float>(bits);
 }
 
 inline uint32_t bf16_bits(float x) {  // round to nearest even; NaN stays NaN

@@ -23,7 +23,7 @@ namespace fastssl {
 namespace {
 
 constexpr int64_t kMaxRows = 96, kMaxCols = 512;
-constexpr float kHeadroom = 80.f;             // E <= 2^80: a sum over 2^47 columns still fits
+constexpr int kHeadroom = 80;                 // E <= 2^80: a sum over 2^47 columns still fits
 constexpr float kSmallest = 1.2924697e-26f;   // 2^-86: what flushed below 2^-126 is then < 2^-30
 constexpr float kFloor = -1e30f;              // "nothing yet" maximum: differences stay finite
 constexpr float kRange = 200.f;
@@ -87,30 +87,34 @@ struct Plan {
 
 // ---------------------------------------------------------------- loops over one strip of a tile
 
+// What a loop reads beside the raw products of one strip.
+struct StripInput {
+  float scale2;
+  const float* bias2;
+  const int32_t *q_ids, *k_ids;
+};
+
 // Raw products to base-2 logits in place, left-out pairs to -inf; per-lane maxima of the rows.
-FASTSSL_CLONES void logits_strip(float* x, int64_t ld, int64_t rows, float scale2,
-                                 const float* bias2, const int32_t* q_ids, const int32_t* k_ids,
+FASTSSL_CLONES void logits_strip(float* x, int64_t ld, int64_t rows, const StripInput in,
                                  int64_t below, float* row_max) {
   for (int64_t i = 0; i < rows; ++i) {
     float* v = x + i * ld;
     float* m = row_max + i * kStrip;
-    for (int64_t c = 0; c < kStrip; ++c) v[c] = v[c] * scale2 + bias2[c];
-    if (k_ids) {
-      const int32_t id = q_ids[i];
-      for (int64_t c = 0; c < kStrip; ++c) v[c] = k_ids[c] == id ? kNegInf : v[c];
-    }
+    for (int64_t c = 0; c < kStrip; ++c) v[c] = v[c] * in.scale2 + in.bias2[c];
+    if (in.k_ids)
+      for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? kNegInf : v[c];
     // A symmetric problem counts each unordered pair once: columns up to the diagonal drop out.
     for (int64_t c = 0, end = std::min(kStrip, i + below); c < end; ++c) v[c] = kNegInf;
     for (int64_t c = 0; c < kStrip; ++c) m[c] = v[c] > m[c] ? v[c] : m[c];
   }
 }
 
-FASTSSL_CLONES void window_strip(const float* x, int64_t ld, int64_t rows, float K, float* row_sum,
-                                 float* col_sum) {
+FASTSSL_CLONES void window_strip(const float* x, int64_t ld, int64_t rows, float tile_max,
+                                 float* row_sum, float* col_sum) {
   float columns[kStrip] = {};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < kStrip; ++c) {
-      const float e = exp2_poly(x[i * ld + c] - K);
+      const float e = exp2_poly(x[i * ld + c] - tile_max, kHeadroom);
       row_sum[i * kStrip + c] += e;
       columns[c] += e;
     }
@@ -144,54 +148,59 @@ FASTSSL_CLONES void merge(float* max, float* sum, const float* max2, const float
   }
 }
 
-// Base-2 logits to G: one exponential, offset by row, times the sum of both directions' weights.
-FASTSSL_CLONES void gradient_strip(float* x, int64_t ld, int64_t rows, const float* offset,
-                                   const float* row_weight, const float* col_weight) {
-  for (int64_t i = 0; i < rows; ++i)
+// Raw products to G: one exponential, offset by row, times the sum of both directions' weights.
+FASTSSL_CLONES void gradient_strip(float* x, int64_t ld, int64_t rows, const StripInput in,
+                                   const float* offset, const float* row_weight,
+                                   const float* col_weight) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* v = x + i * ld;
     for (int64_t c = 0; c < kStrip; ++c)
-      x[i * ld + c] = exp2_poly(x[i * ld + c] - offset[i]) * (row_weight[i] + col_weight[c]);
+      v[c] = exp2_poly(v[c] * in.scale2 + in.bias2[c] - offset[i]) * (row_weight[i] + col_weight[c]);
+    if (in.k_ids)
+      for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? 0.f : v[c];
+  }
 }
 
-FASTSSL_CLONES void gradient_strip_exact(float* x, int64_t ld, int64_t rows, const float* row_lse2,
-                                         const float* drow, const float* col_lse2,
-                                         const float* dcol) {
-  for (int64_t i = 0; i < rows; ++i)
+FASTSSL_CLONES void gradient_strip_exact(float* x, int64_t ld, int64_t rows, const StripInput in,
+                                         const float* row_lse2, const float* drow,
+                                         const float* col_lse2, const float* dcol) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* v = x + i * ld;
     for (int64_t c = 0; c < kStrip; ++c) {
-      const float v = x[i * ld + c];
-      x[i * ld + c] = exp2_poly(v - row_lse2[i]) * drow[i] + exp2_poly(v - col_lse2[c]) * dcol[c];
+      const float logit = v[c] * in.scale2 + in.bias2[c];
+      v[c] = exp2_poly(logit - row_lse2[i]) * drow[i] + exp2_poly(logit - col_lse2[c]) * dcol[c];
     }
+    if (in.k_ids)
+      for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? 0.f : v[c];
+  }
 }
 
 // ------------------------------------------------------------------------------ shared by both
 
-// Base-2 logits of one tile in place; returns per-row maxima in row_max (kFloor if all left out).
-struct TileLogits {
-  std::vector<float> lanes, bias2, row_max;
+// Bias and ids of one tile's columns, padded to whole strips: the padding's logits are -inf.
+struct TileColumns {
+  std::vector<float> bias2;
   std::vector<int32_t> k_ids;
-  TileLogits() : lanes(kMaxRows * kStrip), bias2(kMaxCols), row_max(kMaxRows), k_ids(kMaxCols) {}
+  TileColumns() : bias2(kMaxCols), k_ids(kMaxCols) {}
 
-  float operator()(const Problem& p, const Tile& x, int64_t row0, int64_t rows, int64_t col0,
-                   int64_t cols, bool triangle) {
+  void load(const Problem& p, int64_t col0, int64_t cols) {
     const int64_t padded = round_up(cols, kStrip);
     std::copy_n(p.bias2.begin() + col0, cols, bias2.begin());
     std::fill(bias2.begin() + cols, bias2.begin() + padded, kNegInf);
-    if (p.k_ids) {
-      std::copy_n(p.k_ids + col0, cols, k_ids.begin());
-      std::fill(k_ids.begin() + cols, k_ids.begin() + padded, 0);
-    }
-    std::fill_n(lanes.begin(), rows * kStrip, kFloor);
-    for (int64_t s = 0; s * kStrip < cols; ++s)
-      logits_strip(x.at(s), x.row, rows, p.scale2, &bias2[s * kStrip],
-                   p.q_ids ? p.q_ids + row0 : nullptr, p.k_ids ? &k_ids[s * kStrip] : nullptr,
-                   triangle ? row0 + 1 - (col0 + s * kStrip) : -rows, lanes.data());
-    float tile_max = kFloor;
-    for (int64_t i = 0; i < rows; ++i) {
-      row_max[i] = *std::max_element(&lanes[i * kStrip], &lanes[i * kStrip] + kStrip);
-      tile_max = std::max(tile_max, row_max[i]);
-    }
-    return tile_max;
+    if (!p.k_ids) return;
+    std::copy_n(p.k_ids + col0, cols, k_ids.begin());
+    std::fill(k_ids.begin() + cols, k_ids.begin() + padded, 0);
+  }
+  StripInput strip(const Problem& p, int64_t row0, int64_t s) const {
+    return {p.scale2, &bias2[s * kStrip], p.q_ids ? p.q_ids + row0 : nullptr,
+            p.k_ids ? &k_ids[s * kStrip] : nullptr};
   }
 };
+
+// In double: the headroom in `max` and in `sum` would cancel with a loss of digits in fp32.
+float natural(float max, float sum) {
+  return static_cast<float>(0.6931471805599453 * (double(max) + std::log2(double(sum))));
+}
 
 void reduce_lanes(const std::vector<float>& lanes, int64_t rows, float* out) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -221,8 +230,9 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
     });
     parallel_tasks(plan.tasks, [&](int64_t task) {
       auto scratch = products.scratch(false);
-      TileLogits logits;
-      std::vector<float> lanes(kMaxRows * kStrip), sums(kMaxRows), max2(kMaxCols), sum2(kMaxCols);
+      TileColumns columns;
+      std::vector<float> lanes(kMaxRows * kStrip), sums(kMaxRows), maxima(kMaxRows);
+      std::vector<float> max2(kMaxCols), sum2(kMaxCols);
       for (int64_t panel = task; panel < plan.panels; panel += plan.tasks) {
         const int64_t row0 = panel * plan.panel, rows = std::min(plan.panel, p.N - row0);
         if (p.symmetric && chunk + chunk_cols <= row0) continue;
@@ -243,7 +253,17 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
               if (i >= 0 && i < rows && row0 + i < col0 + j) pos[col0 + j] = x(i, j) * p.scale;
             }
           const bool triangle = p.symmetric && col0 < row0 + rows;
-          const float tile_max = logits(p, x, row0, rows, col0, cols, triangle);
+          const int64_t strips = (cols + kStrip - 1) / kStrip;
+          columns.load(p, col0, cols);
+          std::fill_n(lanes.begin(), rows * kStrip, kFloor);
+          for (int64_t s = 0; s < strips; ++s)
+            logits_strip(x.at(s), x.row, rows, columns.strip(p, row0, s),
+                         triangle ? row0 + 1 - (col0 + s * kStrip) : -rows, lanes.data());
+          float tile_max = kFloor;
+          for (int64_t i = 0; i < rows; ++i) {
+            maxima[i] = *std::max_element(&lanes[i * kStrip], &lanes[i * kStrip] + kStrip);
+            tile_max = std::max(tile_max, maxima[i]);
+          }
           if (tile_max == kFloor && !std::isnan(p.scale)) {
             // Every pair left out, or NaN: a NaN compares as no maximum but must not vanish.
             bool nan = false;
@@ -251,27 +271,25 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
               for (int64_t j = 0; j < cols && !nan; ++j) nan = std::isnan(x(i, j));
             if (!nan) continue;
           }
-          const int64_t strips = (cols + kStrip - 1) / kStrip;
           const bool need_cols = both || want_cols;
           bool exact = !both;
           if (both) {
-            const float K = tile_max - kHeadroom;
             std::fill_n(lanes.begin(), rows * kStrip, 0.f);
             for (int64_t s = 0; s < strips; ++s)
-              window_strip(x.at(s), x.row, rows, K, lanes.data(), &sum2[s * kStrip]);
+              window_strip(x.at(s), x.row, rows, tile_max, lanes.data(), &sum2[s * kStrip]);
             reduce_lanes(lanes, rows, sums.data());
             for (int64_t i = 0; i < rows; ++i) exact |= !(sums[i] >= kSmallest);
             for (int64_t j = 0; j < cols; ++j) exact |= !(sum2[j] >= kSmallest);
             if (!exact) {
-              std::fill_n(logits.row_max.begin(), rows, K);
-              std::fill_n(max2.begin(), cols, K);
+              std::fill_n(maxima.begin(), rows, tile_max - kHeadroom);
+              std::fill_n(max2.begin(), cols, tile_max - kHeadroom);
             }
           }
           if (exact) {
             if (both || want_rows) {
               std::fill_n(lanes.begin(), rows * kStrip, 0.f);
               for (int64_t s = 0; s < strips; ++s)
-                rows_strip(x.at(s), x.row, rows, logits.row_max.data(), lanes.data());
+                rows_strip(x.at(s), x.row, rows, maxima.data(), lanes.data());
               reduce_lanes(lanes, rows, sums.data());
             }
             if (need_cols)
@@ -279,7 +297,7 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
                 cols_strip(x.at(s), x.row, rows, &max2[s * kStrip], &sum2[s * kStrip]);
           }
           if (both || want_rows)
-            merge(&row_max[row0], &row_sum[row0], logits.row_max.data(), sums.data(), rows);
+            merge(&row_max[row0], &row_sum[row0], maxima.data(), sums.data(), rows);
           if (need_cols)
             merge(&col_max[task * p.M + col0], &col_sum[task * p.M + col0], max2.data(), sum2.data(),
                   cols);
@@ -291,9 +309,9 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
     merge(col_max.data(), col_sum.data(), &col_max[task * p.M], &col_sum[task * p.M], p.M);
   if (p.symmetric) merge(row_max.data(), row_sum.data(), col_max.data(), col_sum.data(), p.N);
   if (want_rows)
-    for (int64_t i = 0; i < p.N; ++i) row_lse[i] = kLn2 * (row_max[i] + std::log2(row_sum[i]));
+    for (int64_t i = 0; i < p.N; ++i) row_lse[i] = natural(row_max[i], row_sum[i]);
   if (want_cols)
-    for (int64_t j = 0; j < p.M; ++j) col_lse[j] = kLn2 * (col_max[j] + std::log2(col_sum[j]));
+    for (int64_t j = 0; j < p.M; ++j) col_lse[j] = natural(col_max[j], col_sum[j]);
 }
 
 // ----------------------------------------------------------------------------------- backward
@@ -338,7 +356,7 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
       float* dk_part = dk_parts.data() + task * dk_size;
       std::fill_n(dk_part, dk_size, 0.f);
       auto scratch = products.scratch(true);
-      TileLogits logits;
+      TileColumns columns;
       std::vector<float> offset(kMaxRows), row_weight(kMaxRows), col_weight(kMaxCols);
       for (int64_t panel = task; panel < plan.panels; panel += plan.tasks) {
         const int64_t row0 = panel * plan.panel, rows = std::min(plan.panel, p.N - row0);
@@ -347,7 +365,7 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
           const int64_t cols = std::min(plan.tile, chunk_cols - begin), col0 = chunk + begin;
           const int64_t strips = (cols + kStrip - 1) / kStrip;
           const Tile g = products.scores(begin, cols, scratch);
-          logits(p, g, row0, rows, col0, cols, false);
+          columns.load(p, col0, cols);
 
           bool one_exponential = !has_cols;
           if (!has_cols) {  // offsets by row need no window
@@ -368,11 +386,12 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
               col_weight[j] = col.weight[col0 + j] * std::exp2(K - col.lse2[col0 + j]);
           }
           for (int64_t s = 0; s < strips; ++s) {
+            const StripInput in = columns.strip(p, row0, s);
             if (one_exponential)
-              gradient_strip(g.at(s), g.row, rows, offset.data(), row_weight.data(),
+              gradient_strip(g.at(s), g.row, rows, in, offset.data(), row_weight.data(),
                              &col_weight[s * kStrip]);
             else
-              gradient_strip_exact(g.at(s), g.row, rows, &row.lse2[row0], &row.weight[row0],
+              gradient_strip_exact(g.at(s), g.row, rows, in, &row.lse2[row0], &row.weight[row0],
                                    &col.lse2[col0 + s * kStrip], &col.weight[col0 + s * kStrip]);
           }
           if (dpos) {
