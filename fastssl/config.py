@@ -1,7 +1,15 @@
 """One typed configuration for Python, YAML and the command line."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import ast
+import inspect
+import math
+import os
+import types
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .extras import nearest, require
 
 
 @dataclass
@@ -11,6 +19,10 @@ class PretrainConfig:
     None means "not set": a fresh run takes the value from the method's recipe for the data
     (`fastssl.methods.recipes`), a resumed run from the run itself. The run's config.yaml holds the
     resolved values.
+
+    Raises:
+        ValueError: a value of the wrong type, choice or range, or `method_args` that the method's
+            class does not take; all messages name the setting, the rule and the value.
     """
 
     method: str = "simclr"
@@ -42,3 +54,149 @@ class PretrainConfig:
     """Epochs between two checkpoints; the last step is always saved."""
     resume: bool = False
     """Go on with the run in `out` instead of starting a fresh one."""
+
+    def __post_init__(self):
+        vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
+        arguments = method_arguments(self.method)
+        self.method_args = _checked(self.method_args, arguments, "config: method_args")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"config: {name} must be a finite number >= {least}, got {value}.")
+
+
+_LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "log_every": 1, "save_every": 1}
+_LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
+
+
+def from_dict(values: dict[str, Any], where: str = "config") -> PretrainConfig:
+    """The configuration with these fields; the others keep their default.
+
+    Text is read as the type that is asked for, so that the command line needs no rules of its own,
+    and `3e-3`, which YAML takes for text, is a number.
+
+    Args:
+        values: fields of `PretrainConfig`.
+        where: what the messages call it, for instance the file's name.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), a wrong type, choice or range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a mapping of settings, got {values!r}.")
+    return PretrainConfig(**_checked(values, get_type_hints(PretrainConfig), where))
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: no such file, or something else in it.
+    """
+    yaml = require("yaml", "train")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"config: cannot read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config: {path} must be YAML, got {reason}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold lines of `name: value`, got {values!r}.")
+    return values
+
+
+def load_config(path: str | os.PathLike) -> PretrainConfig:
+    """The configuration in a YAML file, for instance a run's config.yaml. Raises as `from_dict`."""
+    return from_dict(read_yaml(path), str(path))
+
+
+def method_arguments(method: str) -> dict[str, Any]:
+    """Keyword arguments of a method's class, by name, with their type annotations.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    # Methods import their recipes, and those this file.
+    from .methods import method_class
+
+    init = method_class(method).__init__
+    hints = get_type_hints(init)
+    parameters = inspect.signature(init).parameters.values()
+    return {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def field_help() -> dict[str, str]:
+    """The text below each field of `PretrainConfig` in this file: the command line's help."""
+    body = ast.parse(inspect.getsource(PretrainConfig)).body[0].body
+    texts = {f.name: "" for f in fields(PretrainConfig)}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            texts[statement.target.id] = inspect.cleandoc(following.value.value)
+    return texts
+
+
+def type_name(kind: Any) -> str:
+    """A type as a reader writes it: `int or none`, `adamw, lars, sgd or none`."""
+    *names, last = _type_names(kind)
+    return f"{', '.join(names)} or {last}" if names else last
+
+
+def _type_names(kind: Any) -> list[str]:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return [str(choice) for choice in parts]
+    if origin in (Union, types.UnionType):
+        return [name for part in parts for name in _type_names(part)]
+    names = {str: "text", bool: "true or false", dict: "a mapping", type(None): "none", Any: "any"}
+    names |= {int: "a whole number", float: "a number"}
+    return [names.get(origin or kind, str(kind))]
+
+
+def _checked(values: dict[str, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
+    for name in values:
+        if name not in hints:
+            hint = nearest(str(name), hints)
+            raise ValueError(f"{where}: unknown setting {name!r}. {hint}".rstrip())
+    return {name: _convert(value, hints[name], name, where) for name, value in values.items()}
+
+
+def _convert(value: Any, kind: Any, name: str, where: str) -> Any:
+    """`value` as the type `kind`, or a ValueError that names both."""
+    try:
+        return _as_type(value, kind)
+    except ValueError:
+        got = f"{value!r}" if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
+        choices = [
+            c for k in (kind, *get_args(kind)) if get_origin(k) is Literal for c in get_args(k)
+        ]
+        hint = nearest(str(value), choices) if choices else ""
+        message = f"{where}: {name} must be {type_name(kind)}, got {got}. {hint}"
+        raise ValueError(message.rstrip()) from None
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any or (origin is Literal and value in parts):
+        return value
+    if kind is type(None) and value in (None, "none", "null"):
+        return None
+    if origin in (Union, types.UnionType):
+        # None first, because `str | None` would take the text "none".
+        for part in sorted(parts, key=lambda part: part is not type(None)):
+            try:
+                return _as_type(value, part)
+            except ValueError:
+                continue
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    if kind in (int, float) and isinstance(value, str):
+        return kind(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # By exact type: True is an int to isinstance, and `epochs: true` is a mistake.
+    if type(value) is (origin or kind):
+        return value
+    raise ValueError

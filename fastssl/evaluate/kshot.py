@@ -1,0 +1,76 @@
+"""Few labels: logistic regression on k labelled images of each class, over several draws."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .features import check_splits, standardise, top1_percent
+from .linear import class_rank, fit_logistic, predict
+
+
+def kshot(
+    train_h: Tensor,
+    train_y: Tensor,
+    test_h: Tensor,
+    test_y: Tensor,
+    shots: Sequence[int] = (1, 5, 10),
+    draws: int = 5,
+) -> dict:
+    """Mean and standard deviation of top-1 accuracy with k labels of each class.
+
+    Draw d takes the first k samples of each class in the order shuffled with seed d, so the same
+    images serve every network, and 1 shot is part of 5 shots of the same draw. Features are
+    standardised with the whole training split, which needs no labels. With so few labels nothing
+    is left to choose the L2 strength on: it is 1 / (number of labels), scikit-learn's C = 1.
+
+    Args:
+        train_h, test_h: (N, D) and (M, D) features, floating point.
+        train_y, test_y: (N,) and (M,) integer labels >= 0.
+        shots: labels per class.
+        draws: number of draws, >= 2.
+
+    Returns:
+        `top1_percent` and its `sd_percent` over draws (n - 1 in the denominator) by number of
+        shots, and the `protocol`.
+
+    Raises:
+        ValueError: for wrong shapes, labels, an empty split, values that are not finite, or a
+            class with fewer than k training samples.
+    """
+    num_classes = check_splits("kshot", train_h, train_y, test_h, test_y)
+    if not shots or min(shots) < 1 or draws < 2:
+        raise ValueError(
+            f"kshot: shots must be >= 1 and draws >= 2, got {tuple(shots)} and {draws}."
+        )
+    train_h, test_h = standardise(train_h, train_h, test_h)
+    mean, sd = {}, {}
+    for k in shots:
+        top1 = []
+        for seed in range(draws):
+            chosen = draw(train_y, k, seed)
+            weights = fit_logistic(train_h[chosen], train_y[chosen], num_classes, 1 / len(chosen))
+            top1.append(top1_percent(predict(test_h, weights), test_y))
+        mean[f"{k}-shot"] = sum(top1) / draws
+        sd[f"{k}-shot"] = torch.tensor(top1, dtype=torch.float64).std().item()
+    protocol = {
+        "classifier": "multinomial logistic regression, L-BFGS with strong Wolfe line search",
+        "standardised": "with mean and standard deviation of the whole training split",
+        "shots": list(shots),
+        "l2": {f"{k}-shot": 1 / (k * len(train_y.unique())) for k in shots},
+        "draws": draws,
+        "draw_seeds": list(range(draws)),
+    }
+    return {"top1_percent": mean, "sd_percent": sd, "protocol": protocol}
+
+
+def draw(y: Tensor, k: int, seed: int) -> Tensor:
+    """Indices of k random samples of each class of y (N,), fixed by the seed."""
+    counts = y.bincount()
+    small = [c for c, n in enumerate(counts.tolist()) if 0 < n < k]
+    if small:
+        raise ValueError(
+            f"kshot: train_y must hold at least k={k} samples of each class, got "
+            f"{int(counts[small[0]])} of class {small[0]}. Ask for fewer shots."
+        )
+    return (class_rank(y, seed) < k).nonzero().flatten()
