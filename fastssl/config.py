@@ -34,22 +34,29 @@ class PretrainConfig:
     backbone: str | None = None
     """`resnet_small`, `vit_small`, `timm:NAME` or `torchvision:NAME`."""
     image_size: int | None = None
-    """Side of the training crops in pixels; None: the size of the data."""
+    """Side of the training crops in pixels; none: the size of the data."""
     epochs: int | None = None
+    """Passes over the images."""
     batch_size: int | None = None
     """Images per step over all processes."""
     optimizer: Literal["adamw", "lars", "sgd"] | None = None
+    """LARS is for batches of thousands."""
     lr: float | None = None
     """Peak learning rate, used as it is (no scaling with the batch)."""
     weight_decay: float | None = None
+    """Of matrices and filters; biases and normalisation are left alone."""
     warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises from zero, before the cosine decay."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast, with fp32 weights; auto: bf16 on GPUs that have it, fp32 on CPUs."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1` ...; auto: the GPU if there is one."""
     workers: int = 0
     """Decoding threads per rank; 0 decodes between the steps."""
     seed: int = 0
+    """Of the weights, the order of the images, and their augmentation."""
     log_every: int | None = None
-    """Steps between two lines of metrics; None: about a hundred lines, at most 50 steps apart."""
+    """Steps between two lines of metrics; none: about a hundred lines, at most 50 steps apart."""
     save_every: int = 5
     """Epochs between two checkpoints; the last step is always saved."""
     resume: bool = False
