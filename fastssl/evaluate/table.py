@@ -29,13 +29,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return align(rows)
 
 
-def align(rows: list[list[str]]) -> str:
-    """Text of a table: the first column to the left, the others to the right."""
+def align(rows: list[list[str]], left: int = 1) -> str:
+    """Text of a table: the first `left` columns to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths[:left], strict=True)]
+        cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
