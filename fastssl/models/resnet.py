@@ -27,9 +27,10 @@ class BasicBlock(nn.Module):
 class ResNetSmall(nn.Module):
     """ResNet with a 3 x 3 stem, no max-pool, and one block a stage; width doubles as size halves.
 
-    The number of stages follows the image, so that the last map has 2 to 4 pixels a side and the
-    work per image stays small: 8 pixels give widths 32-64-128, 32 pixels 16-32-64-128. Larger
-    images are halved by the stem. About 0.3 M parameters, features of `feature_dim` = 128.
+    The number of stages and the first strides follow the image, so that the last map has 2 to 4
+    pixels a side and an image costs 2 to 5 M multiplications: up to 16 pixels three stages, the
+    first at full size; larger images four stages, each of which halves; above 32 pixels the stem
+    halves too. About 0.3 M parameters.
 
     Args:
         in_chans: channels of the images.
@@ -55,7 +56,7 @@ class ResNetSmall(nn.Module):
         fan_ins = [widths[0], *widths[:-1]]
         self.stages = nn.Sequential(
             *(
-                BasicBlock(fan_in, width, 1 if stage == 0 else 2)
+                BasicBlock(fan_in, width, 1 if stage == 0 and image_size <= 16 else 2)
                 for stage, (fan_in, width) in enumerate(zip(fan_ins, widths, strict=True))
             )
         )

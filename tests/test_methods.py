@@ -1,0 +1,104 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.config import PretrainConfig
+from fastssl.data import Batch, load
+from fastssl.methods import METHODS, SimCLR, method_class
+from fastssl.methods.recipes import RECIPES, resolve
+from fastssl.models import build_backbone
+from fastssl.optim import LARS, param_groups
+
+
+def batch_of(views):
+    return Batch(views, torch.arange(len(views[0])), torch.full((len(views[0]),), -1))
+
+
+def test_simclr_loss_is_the_papers():
+    torch.manual_seed(0)
+    method = SimCLR(build_backbone("resnet_small", 1, 8), temperature=0.3, out_dim=16).eval()
+    x = torch.randn(2, 6, 1, 8, 8)
+    loss, scalars = method.loss(batch_of(list(x)))
+
+    z = F.normalize(method.head(method.features(x.flatten(0, 1))), dim=1).double()  # (12, 16)
+    similarity = z @ z.T / 0.3
+    terms = []
+    for i in range(12):
+        others = [j for j in range(12) if j != i]
+        terms.append(similarity[i, others].logsumexp(0) - similarity[i, (i + 6) % 12])
+    torch.testing.assert_close(loss.double(), torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
+    assert 0 < float(scalars["std"]) < 1.2
+    loss.backward()
+    assert all(p.grad is not None for p in method.parameters())
+
+
+def test_std_tells_collapse_from_health():
+    backbone = torch.nn.Flatten()
+    backbone.feature_dim = 64
+    method = SimCLR(backbone)
+    method.head = torch.nn.Identity()
+    spread = torch.randn(2, 512, 1, 8, 8)
+    assert float(method.loss(batch_of(list(spread)))[1]["std"]) == pytest.approx(1, abs=0.02)
+    equal = torch.ones(2, 512, 1, 8, 8) + 0.01 * spread
+    assert float(method.loss(batch_of(list(equal)))[1]["std"]) < 0.05
+
+
+def test_simclr_views_follow_the_data():
+    pytest.importorskip("sklearn")
+    method = SimCLR(build_backbone("resnet_small", 1, 8))
+    views = method.views(8, load("digits"))
+    assert len(views) == 2 and views[0].flip == 0 and views[0].blur_p == 0
+    assert method.views(224, load("digits"))[0].blur_p == 0.5
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("data", ["digits", "patches", "/some/folder"])
+def test_recipes_fill_every_field_and_nothing_else(name, data):
+    config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args={"out_dim": 7}))
+    assert config.lr == 0.5 and config.method_args["out_dim"] == 7
+    unset = {name for name, value in vars(config).items() if value is None}
+    assert unset == {"image_size", "log_every"}
+    assert set(RECIPES[name]) == {"digits", "patches", "folder"}
+    method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="got 'simclear'. Did you mean 'simclr'"):
+        method_class("simclear")
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_lars_by_its_formula(clip):
+    torch.manual_seed(0)
+    w, b = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))
+    zero = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = LARS([w, b, zero], lr=0.5, momentum=0.9, weight_decay=0.1, eta=0.02, clip=clip)
+    expected = [p.detach().double().clone() for p in (w, b, zero)]
+    mu = [torch.zeros_like(p) for p in expected]
+    for step in range(3):
+        for n, p in enumerate((w, b, zero)):
+            scale = 1e-3 if step == 1 else 1.0  # small gradients, so that clip matters
+            p.grad = scale * torch.randn(p.shape)
+            d, r = p.grad.double(), 1.0
+            if p.ndim >= 2:
+                d = d + 0.1 * expected[n]
+                if expected[n].norm() > 0 and d.norm() > 0:
+                    r = 0.02 * expected[n].norm() / d.norm()
+                    r = min(r, 1.0) if clip else r
+            mu[n] = 0.9 * mu[n] + r * d
+            expected[n] = expected[n] - 0.5 * mu[n]
+        optimizer.step()
+    for got, want in zip((w, b, zero), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="eta > 0"):
+        LARS([w], lr=0.1, eta=0)
+
+
+def test_param_groups_spare_one_dimensional_parameters():
+    model = build_backbone("resnet_small", 3, 32)
+    model.conv.weight.requires_grad_(False)
+    decay, rest = param_groups(model, 0.1)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all(p.ndim >= 2 for p in decay["params"]) and all(p.ndim < 2 for p in rest["params"])
+    count = len(decay["params"]) + len(rest["params"])
+    assert count == len(list(model.parameters())) - 1

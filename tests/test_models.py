@@ -1,0 +1,88 @@
+import sys
+
+import pytest
+import torch
+
+from fastssl.extras import require
+from fastssl.models import build_backbone, mlp
+from fastssl.models.vit import sincos_positions
+
+
+@pytest.mark.parametrize("name", ["resnet_small", "vit_small"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 16), (5, 32), (3, 64)])
+def test_backbone_maps_images_to_features(name, channels, size):
+    backbone = build_backbone(name, channels, size)
+    features = backbone(torch.randn(2, channels, size, size))
+    assert features.shape == (2, backbone.feature_dim)
+    features.sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    assert 1e5 < sum(p.numel() for p in backbone.parameters()) < 5e5
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("resnet_smal", "resnet_small"), ("vit-small", "vit_small")]
+)
+def test_unknown_backbone_names_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"Did you mean '{nearest}'"):
+        build_backbone(name, 3, 32)
+
+
+def test_sizes_a_backbone_cannot_take():
+    with pytest.raises(ValueError, match="at least 8 pixels, got 4"):
+        build_backbone("resnet_small", 3, 4)
+    with pytest.raises(ValueError, match="multiple of the patch size 3, got 28"):
+        build_backbone("vit_small", 3, 28)
+    with pytest.raises(ValueError, match="must be 16 x 16"):
+        build_backbone("vit_small", 3, 16)(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:resnet18"])
+def test_other_libraries_keep_their_names(name):
+    library, _, model = name.partition(":")
+    try:
+        require("timm" if library == "timm" else "torchvision.models", "vision")
+    except ImportError as error:
+        pytest.skip(str(error))
+    backbone = build_backbone(name, 3, 32)
+    assert backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
+    assert "conv1.weight" in backbone.state_dict() or "conv1.0.weight" in backbone.state_dict()
+    with pytest.raises(ValueError, match="has no .*model"):
+        build_backbone(f"{library}:resnet_none", 3, 32)
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r'pip install "fastssl-kernels\[vision\]"'):
+        build_backbone("timm:resnet18", 3, 32)
+
+
+def test_torchvision_beside_a_cpu_torch_is_explained(monkeypatch, tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="fails beside a CPU-only torch"):
+        build_backbone("torchvision:resnet18", 3, 32)
+
+
+def test_mlp_layers():
+    head = mlp([8, 16, 4], last_norm="bn_noaffine")
+    kinds = [type(layer).__name__ for layer in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert head[0].bias is None and head[3].bias is None and not head[4].affine
+    assert mlp([8, 4])[0].bias is not None
+    assert head(torch.randn(5, 8)).shape == (5, 4)
+
+
+def test_sincos_positions_by_hand():
+    positions = sincos_positions(3, 8)  # two frequencies: 1 and 1/100
+    y, x = 2.0, 1.0
+    expected = [f(v * w) for v in (y, x) for f in (torch.sin, torch.cos) for w in _frequencies()]
+    torch.testing.assert_close(positions[7], torch.stack(expected))
+
+
+def _frequencies():
+    return torch.tensor([1.0, 0.01])
