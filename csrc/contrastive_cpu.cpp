@@ -72,7 +72,7 @@ struct Plan {
   int64_t tasks, panel, panels, chunk, tile;
   Plan(int64_t N, int64_t M, int64_t D) {
     const int64_t threads = torch::stable::get_num_threads();
-    tasks = std::max<int64_t>(1, std::min(threads, (N * M * D + (1 << 18) - 1) >> 18));
+    tasks = std::max<int64_t>(1, std::min(threads, (N * M * D + (1 << 20) - 1) >> 20));
     tasks = std::min(tasks, (N + 11) / 12);
     panels = round_up((N + kMaxRows - 1) / kMaxRows, tasks);
     panel = (N + panels - 1) / panels;
@@ -334,6 +334,22 @@ struct Direction {
   }
 };
 
+// Row i of dx = scale * sum, rounded once; returns <x_i, sum>, its share of the scale's gradient.
+double finish_row(const Tensor& dx, const Tensor& x, int64_t i, float* sum, float scale,
+                  bool need_dscale, std::vector<float>& scratch) {
+  const int64_t D = x.size(1);
+  double dot = 0.0;
+  if (need_dscale) {
+    load_float_rows(x, i, 1, scratch.data(), D);
+    float lanes[kStrip] = {};
+    for (int64_t d = 0; d < D; ++d) lanes[d % kStrip] += scratch[d] * sum[d];
+    for (float lane : lanes) dot += lane;
+  }
+  for (int64_t d = 0; d < D; ++d) sum[d] *= scale;
+  store_row(dx, i, sum);
+  return dot;
+}
+
 template <class Products>
 void backward(const Problem& p, const Direction& row, const Direction& col, bool has_rows,
               bool has_cols, const float* dpos, bool need_dk, std::vector<float>& dq,
@@ -415,19 +431,17 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
         }
       }
     });
+    const int64_t strips = (chunk_cols + kStrip - 1) / kStrip;
     parallel_tasks(need_dk ? plan.tasks : 0, [&](int64_t task) {
-      std::vector<float> sum(p.D), key(p.D);
-      const int64_t share = (chunk_cols + plan.tasks - 1) / plan.tasks;
-      for (int64_t j = task * share; j < std::min(chunk_cols, (task + 1) * share); ++j) {
-        std::fill(sum.begin(), sum.end(), 0.f);
+      std::vector<float> sums(kStrip * p.D), key(p.D);
+      for (int64_t s = task; s < strips; s += plan.tasks) {
+        const int64_t begin = s * kStrip, count = std::min(kStrip, chunk_cols - begin);
+        std::fill(sums.begin(), sums.end(), 0.f);
         for (int64_t part = 0; part < plan.tasks; ++part)
-          products.gather_dk(&dk_parts[part * dk_size], j, sum.data());
-        if (!need_dq) {
-          load_float_rows(p.k, chunk + j, 1, key.data(), p.D);
-          for (int64_t d = 0; d < p.D; ++d) dscale_parts[task] += double(sum[d]) * key[d];
-        }
-        for (float& v : sum) v *= p.scale;
-        store_row(dk, chunk + j, sum.data());
+          products.gather_dk(&dk_parts[part * dk_size], begin, count, sums.data());
+        for (int64_t j = 0; j < count; ++j)
+          dscale_parts[task] +=
+              finish_row(dk, p.k, chunk + begin + j, &sums[j * p.D], p.scale, !need_dq, key);
       }
     });
     if (dbias)
@@ -501,14 +515,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const int64_t block = 64, blocks = (p.N + block - 1) / block;
     std::vector<double> parts(blocks, 0.0);
     parallel_tasks(blocks, [&](int64_t b) {
-      std::vector<float> row(p.D);
-      for (int64_t i = b * block; i < std::min(p.N, (b + 1) * block); ++i) {
-        float* sum = &sums[i * p.D];
-        load_float_rows(q, i, 1, row.data(), p.D);
-        for (int64_t d = 0; d < p.D; ++d) parts[b] += double(row[d]) * sum[d];
-        for (int64_t d = 0; d < p.D; ++d) sum[d] *= p.scale;
-        store_row(dq, i, sum);
-      }
+      std::vector<float> query(p.D);
+      for (int64_t i = b * block; i < std::min(p.N, (b + 1) * block); ++i)
+        parts[b] += finish_row(dq, q, i, &sums[i * p.D], p.scale, true, query);
     });
     for (double part : parts) total += symmetric ? 0.5 * part : part;
   }

@@ -89,8 +89,9 @@ class LibraryProducts {
   void add_dk(int64_t begin, int64_t cols, Scratch& w, float* dk) const {
     gemm(true, false, cols, D_, w.rows, gradient(w), ld_, w.q.data(), D_, 1.f, dk + begin * D_, D_);
   }
-  void gather_dk(const float* dk, int64_t j, float* row) const {
-    for (int64_t d = 0; d < D_; ++d) row[d] += dk[j * D_ + d];
+  // rows [kStrip][D] += dk of columns [j, j + count), j a multiple of 32.
+  void gather_dk(const float* dk, int64_t j, int64_t count, float* rows) const {
+    for (int64_t n = 0; n < count * D_; ++n) rows[n] += dk[j * D_ + n];
   }
 
  private:
@@ -139,11 +140,11 @@ class LibraryProducts {
 
 #if FASTSSL_X86
 
-// C[R x 32] (+)= A[R x units] B[units x 32]. A is read in `segments` runs of `seg` units, `jump`
-// floats apart: the strips of G, or a single run.
+// C[R x 32] (+)= A[R x units] B[units x 32]. Unit p of row r of A lies at a[r * lda + p * step]; A is
+// read in `segments` runs of `seg` units, `jump` apart: the strips of G, or a single run.
 struct MicroArgs {
   const uint32_t* a;
-  int64_t lda, seg, segments, jump;
+  int64_t lda, step, seg, segments, jump;
   const uint32_t* b;  // contiguous rows of 32 units
   float* c;
   int64_t ldc;
@@ -164,7 +165,7 @@ struct MicroArgs {
       for (int64_t p = 0; p < m.seg; ++p, b += kStrip) {                                       \
         const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16);             \
         for (int r = 0; r < R; ++r) {                                                          \
-          const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r * m.lda + p]));             \
+          const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r * m.lda + p * m.step]));             \
           acc[r][0] = dot(x, b0, acc[r][0]);                                                   \
           acc[r][1] = dot(x, b1, acc[r][1]);                                                   \
         }                                                                                      \
@@ -210,7 +211,7 @@ class MicroProducts {
   using T = std::conditional_t<kBf16, uint16_t, float>;
   struct Scratch {
     std::vector<T> q;           // [rows][Dp]
-    std::vector<uint32_t> qt;   // [D][row units]: left operand of dk^T
+    std::vector<uint32_t> qt;   // bf16 pairs along rows [row units][D]: left operand of dk^T
     std::vector<float> s, dq;   // tile, and dq padded to whole strips
     std::vector<uint16_t> ga;   // bf16 G, pairs along columns
     std::vector<uint32_t> gb;   // bf16 G, pairs along rows
@@ -224,10 +225,10 @@ class MicroProducts {
 
   Scratch scratch(bool backward) const {
     Scratch w;
-    w.q.assign(max_rows_ * units_ * kPair, 0);
+    w.q.assign(round_up(max_rows_, kPair) * units_ * kPair, 0);
     w.s.resize(max_rows_ * max_cols_);
     if (backward) {
-      w.qt.resize(D_ * round_up(max_rows_, kPair) / kPair);
+      if (kBf16) w.qt.resize(D_ * ((max_rows_ + 1) / 2));
       w.dq.resize(max_rows_ * strips_ * kStrip);
       if (kBf16) w.ga.resize(max_rows_ * max_cols_), w.gb.resize((max_rows_ + 1) / 2 * max_cols_);
     }
@@ -246,40 +247,32 @@ class MicroProducts {
       const auto* in = reinterpret_cast<const uint32_t*>(rows.data());
       transpose_units(in, units_, count, units_, kt_.data() + j * units_);
       if (!for_dq) continue;
-      for (int64_t s = 0; s < strips_; ++s)
-        for (int64_t p = 0; p < kStrip / kPair; ++p) {
-          uint32_t* out = k_.data() + (s * (chunk_ / kPair) + j / kPair + p) * kStrip;
-          for (int64_t c = 0; c < kStrip; ++c) {
-            const int64_t d = s * kStrip + c;
-            if (d >= D_) out[c] = 0;
-            else if constexpr (kBf16)
-              out[c] = rows[2 * p * units_ * 2 + d] |
-                       static_cast<uint32_t>(rows[(2 * p + 1) * units_ * 2 + d]) << 16;
-            else out[c] = bit_cast<uint32_t>(rows[p * units_ + d]);
-          }
-        }
+      for (int64_t s = 0; s < strips_; ++s) {
+        uint32_t* out = k_.data() + (s * (chunk_ / kPair) + j / kPair) * kStrip;
+        const int64_t width = std::min(kStrip, D_ - s * kStrip);  // the rest stays zero
+        for (int64_t p = 0; p < kStrip / kPair; ++p)
+          pair_rows(rows.data() + p * kPair * units_ * kPair + s * kStrip, width, out + p * kStrip);
+      }
     }
   }
+
   void pack_queries(const Tensor& q, int64_t row0, int64_t rows, bool for_dk, Scratch& w) const {
     w.rows = rows;
     w.row_units = round_up(rows, kPair) / kPair;
     load(q, row0, rows, w.q.data());
     if (!for_dk) return;
-    const int64_t ld = units_ * kPair;
-    for (int64_t d = 0; d < D_; ++d)
-      for (int64_t p = 0; p < w.row_units; ++p) {
-        if constexpr (kBf16) {
-          const uint32_t hi = 2 * p + 1 < rows ? w.q[(2 * p + 1) * ld + d] : 0;
-          w.qt[d * w.row_units + p] = w.q[2 * p * ld + d] | hi << 16;
-        } else {
-          w.qt[d * w.row_units + p] = bit_cast<uint32_t>(w.q[p * ld + d]);
-        }
-      }
+    if constexpr (kBf16) {
+      // With an odd number of rows the last pair's second row is whatever panel came before: its
+      // partner in G is zero, so it only has to be finite.
+      if (rows % 2) std::fill_n(w.q.begin() + rows * units_ * 2, units_ * 2, T(0));
+      for (int64_t p = 0; p < w.row_units; ++p)
+        pair_rows(w.q.data() + 2 * p * units_ * 2, D_, w.qt.data() + p * D_);
+    }
   }
   Tile scores(int64_t begin, int64_t cols, Scratch& w) const {
     const int64_t strip = w.rows * kStrip;
     for (int64_t s = 0; s * kStrip < cols; ++s)
-      product(w.rows, {reinterpret_cast<const uint32_t*>(w.q.data()), units_, units_, 1, 0,
+      product(w.rows, {reinterpret_cast<const uint32_t*>(w.q.data()), units_, 1, units_, 1, 0,
                        kt_.data() + (begin + s * kStrip) * units_, w.s.data() + s * strip, kStrip,
                        false});
     return {w.s.data(), strip, kStrip};
@@ -298,7 +291,7 @@ class MicroProducts {
     for (int64_t s = 0; s < strips_; ++s) {
       const bool direct = whole || s + 1 < strips_;
       float* c = direct ? dq + s * kStrip : w.dq.data();
-      product(w.rows, {a, seg, seg, segments, w.rows * seg,
+      product(w.rows, {a, seg, 1, seg, segments, w.rows * seg,
                        k_.data() + (s * (chunk_ / kPair) + begin / kPair) * kStrip, c,
                        direct ? ld : kStrip, direct});
       if (direct) continue;
@@ -310,13 +303,14 @@ class MicroProducts {
     for (int64_t s = 0; s * kStrip < cols; ++s) {
       const uint32_t* g = kBf16 ? w.gb.data() + s * w.row_units * kStrip
                                 : reinterpret_cast<const uint32_t*>(w.s.data()) + s * w.rows * kStrip;
-      product(D_, {w.qt.data(), w.row_units, w.row_units, 1, 0, g,
-                   dk + (begin + s * kStrip) * D_, kStrip, true});
+      const uint32_t* qt =
+          kBf16 ? w.qt.data() : reinterpret_cast<const uint32_t*>(w.q.data());
+      product(D_, {qt, 1, D_, w.row_units, 1, 0, g, dk + (begin + s * kStrip) * D_, kStrip, true});
     }
   }
-  void gather_dk(const float* dk, int64_t j, float* row) const {
-    const float* strip = dk + j / kStrip * kStrip * D_ + j % kStrip;
-    for (int64_t d = 0; d < D_; ++d) row[d] += strip[d * kStrip];
+  void gather_dk(const float* dk, int64_t j, int64_t count, float* rows) const {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t d = 0; d < D_; ++d) rows[c * D_ + d] += dk[j * D_ + d * kStrip + c];
   }
 
  private:
@@ -328,6 +322,14 @@ class MicroProducts {
     } else {
       load_float_rows(t, row0, rows, out, units_);
     }
+  }
+  // One unit a column from the next kPair rows, units_ * kPair elements apart.
+  void pair_rows(const T* rows, int64_t n, uint32_t* out) const {
+    if constexpr (kBf16)
+      for (int64_t d = 0; d < n; ++d)
+        out[d] = rows[d] | static_cast<uint32_t>(rows[units_ * 2 + d]) << 16;
+    else
+      std::memcpy(out, rows, n * sizeof(uint32_t));
   }
   template <int R>
   static void run(const MicroArgs& m) {

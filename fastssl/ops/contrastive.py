@@ -184,15 +184,40 @@ def implementations() -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------- 7. autograd
 
 
+def _forward(q, *args):
+    # fp64 exists for oracles and runs the reference on every device.
+    double = q.dtype == torch.float64
+    return (contrastive_fwd_ref if double else torch.ops.fastssl.contrastive_fwd)(q, *args)
+
+
+def _backward(ctx, drow, dcol, dpos):
+    """Gradients of the first six inputs from those of row_lse, col_lse and pos."""
+    q, k, scale, q_ids, k_ids, bias, target, row_lse, col_lse = ctx.saved_tensors[:9]
+    need_q, need_k, need_scale, _, _, need_bias = ctx.needs_input_grad[:6]
+    need_dk = need_k and not ctx.symmetric
+    # The scale's gradient comes for free with dq or dk, so one of them is always computed.
+    need_dq = need_q or (ctx.symmetric and need_k) or not need_dk
+    bwd = contrastive_bwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.contrastive_bwd
+    dq, dk, dscale, dbias = bwd(
+        q, k, scale, q_ids, k_ids, bias, target, row_lse, col_lse, drow, dcol, dpos,
+        ctx.symmetric, need_dq, need_dk,
+    )  # fmt: skip
+    return (
+        dq if need_q else None,
+        dk if need_dk else None,
+        dscale if need_scale else None,
+        None,
+        None,
+        dbias if need_bias else None,
+    )
+
+
 class _Contrastive(torch.autograd.Function):
     """Saves the inputs and the O(N + M) statistics; the backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, q, k, scale, q_ids, k_ids, bias, target, rows, cols, symmetric):
-        # fp64 exists for oracles and runs the reference on every device.
-        double = q.dtype == torch.float64
-        fwd = contrastive_fwd_ref if double else torch.ops.fastssl.contrastive_fwd
-        out = fwd(q, k, scale, q_ids, k_ids, bias, target, rows, cols, symmetric)
+        out = _forward(q, k, scale, q_ids, k_ids, bias, target, rows, cols, symmetric)
         ctx.save_for_backward(q, k, scale, q_ids, k_ids, bias, target, *out[:2])
         ctx.symmetric = symmetric
         ctx.set_materialize_grads(False)
@@ -201,31 +226,48 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        q, k, scale, q_ids, k_ids, bias, target, row_lse, col_lse = ctx.saved_tensors
-        grads = [scale.new_empty(0) if g is None else g.contiguous() for g in grads]
-        need_q, need_k, need_scale, *_, need_bias = ctx.needs_input_grad[:6]
-        need_dk = need_k and not ctx.symmetric
-        # The scale's gradient comes for free with dq or dk, so one of them is always computed.
-        need_dq = need_q or (ctx.symmetric and need_k) or not need_dk
-        bwd = (
-            contrastive_bwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.contrastive_bwd
+        empty = ctx.saved_tensors[2].new_empty(0)
+        grads = [empty if g is None else g.contiguous() for g in grads]
+        return *_backward(ctx, *grads), None, None, None, None
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Per-row losses of `info_nce` in one node: at small N autograd costs more than arithmetic.
+
+    Where a row's positive has the row's own id (`own`), the sum left it out. Then the loss is
+    log(e^lse + e^pos) - pos = softplus(lse - pos), of slope sigmoid(lse - pos).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, scale, q_ids, k_ids, bias, target, own, both, symmetric, reduction):
+        row_lse, col_lse, pos = _forward(
+            q, k, scale, q_ids, k_ids, bias, target, True, both, symmetric
         )
-        dq, dk, dscale, dbias = bwd(
-            q, k, scale, q_ids, k_ids, bias, target, row_lse, col_lse, *grads,
-            ctx.symmetric, need_dq, need_dk,
-        )  # fmt: skip
-        return (
-            dq if need_q else None,
-            dk if need_dk else None,
-            dscale if need_scale else None,
-            None,
-            None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        loss = row_lse - pos
+        if own is not None:
+            loss = torch.where(own, torch.nn.functional.softplus(loss), loss)
+        if both:
+            cols = col_lse - pos
+            if own is not None:
+                cols = torch.where(own, torch.nn.functional.softplus(cols), cols)
+            loss = 0.5 * (loss + cols)
+        ctx.save_for_backward(q, k, scale, q_ids, k_ids, bias, target, row_lse, col_lse, pos, own)
+        ctx.both, ctx.symmetric = both, symmetric
+        ctx.weight = (0.5 if both else 1.0) / (q.shape[0] if reduction == "mean" else 1)
+        return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        row_lse, col_lse, pos, own = ctx.saved_tensors[7:]
+        drow = dcol = (ctx.weight * dloss).expand_as(row_lse).contiguous()
+        if own is not None:
+            drow = torch.where(own, drow * torch.sigmoid(row_lse - pos), drow)
+            if ctx.both:
+                dcol = torch.where(own, dcol * torch.sigmoid(col_lse - pos), dcol)
+        dpos = -(drow + dcol) if ctx.both else -drow
+        grads = _backward(ctx, drow, dcol if ctx.both else dpos.new_empty(0), dpos)
+        return *grads, None, None, None, None, None
 
 
 # ----------------------------------------------------------------------- 8. public functions
@@ -281,6 +323,34 @@ def _scale_tensor(name: str, label: str, value: float | Tensor, q: Tensor) -> Te
     return torch.full((), value, device=q.device, dtype=dtype)
 
 
+def _prepare(name, q, k, scale, q_ids, k_ids, bias, target):
+    """The op's tensor arguments, checked, in one dtype and on one device."""
+    device, symmetric = q.device, k is None
+    if q.dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = q.dtype if symmetric else torch.promote_types(q.dtype, k.dtype)
+    q = q.to(dtype)
+    k = q if symmetric else k.to(dtype)
+    q_ids = _int_vector(name, "q_ids", q_ids, q.shape[0], device)
+    k_ids = _int_vector(name, "k_ids", k_ids, k.shape[0], device)
+    if symmetric and q_ids is None:
+        q_ids = torch.arange(q.shape[0], device=device, dtype=torch.int32)
+    if k_ids is None and q_ids is not None and q.shape[0] == k.shape[0]:
+        k_ids = q_ids
+    if (q_ids is None) != (k_ids is None):
+        raise ValueError(f"{name}: q_ids and k_ids go together, got only one of them.")
+    if bias is not None:
+        if symmetric or bias.shape != k.shape[:1]:
+            raise ValueError(
+                f"{name}: bias must have shape ({k.shape[0]},), one entry a key, "
+                f"got {tuple(bias.shape)}{' with k=None' if symmetric else ''}."
+            )
+        bias = bias.to(device=device, dtype=scale.dtype).contiguous()
+    target = _int_vector(name, "target", target, q.shape[0], device)
+    return q, k, scale, q_ids, k_ids, bias, target
+
+
 def contrastive_lse(
     q: Tensor,
     k: Tensor | None = None,
@@ -331,34 +401,11 @@ def contrastive_lse(
     """
     name = "contrastive_lse"
     _check_features(name, q, k)
-    symmetric = k is None
-    if symmetric and (bias is not None or cols or not rows):
-        raise ValueError(f"{name}: q against itself (k=None) takes no bias and gives rows only.")
-    device = q.device
-    if torch.is_autocast_enabled(device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        dtype = q.dtype if symmetric else torch.promote_types(q.dtype, k.dtype)
-    q = q.to(dtype)
-    k = q if symmetric else k.to(dtype)
-    q_ids = _int_vector(name, "q_ids", q_ids, q.shape[0], device)
-    k_ids = _int_vector(name, "k_ids", k_ids, k.shape[0], device)
-    if symmetric and q_ids is None:
-        q_ids = torch.arange(q.shape[0], device=device, dtype=torch.int32)
-    if k_ids is None and q_ids is not None and q.shape[0] == k.shape[0]:
-        k_ids = q_ids
-    if (q_ids is None) != (k_ids is None):
-        raise ValueError(f"{name}: q_ids and k_ids go together, got only one of them.")
-    target = _int_vector(name, "target", target, q.shape[0], device)
-    if bias is not None:
-        if bias.shape != k.shape[:1]:
-            raise ValueError(
-                f"{name}: bias must have shape ({k.shape[0]},), one entry a key, "
-                f"got {tuple(bias.shape)}."
-            )
-        bias = bias.to(device=device, dtype=torch.promote_types(dtype, torch.float32)).contiguous()
+    if k is None and (cols or not rows):
+        raise ValueError(f"{name}: q against itself (k=None) gives rows only.")
     scale = _scale_tensor(name, "scale", scale, q)
-    return _Contrastive.apply(q, k, scale, q_ids, k_ids, bias, target, rows, cols, symmetric)
+    args = _prepare(name, q, k, scale, q_ids, k_ids, bias, target)
+    return _Contrastive.apply(*args, rows, cols, k is None)
 
 
 def info_nce(
@@ -375,7 +422,7 @@ def info_nce(
     normalize: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """InfoNCE: loss_i = log sum_j e^l_ij - l_{i, target_i}, l_ij = <q_i, k_j> / temperature + bias_j.
+    """InfoNCE: loss_i = log sum_j e^l_ij - l_{i, target_i}, l_ij = <q_i, k_j> / tau + bias_j.
 
     Args:
         q: (N, D) anchors, float32, bfloat16, float16 (float64: materialising reference).
@@ -439,18 +486,9 @@ def info_nce(
     if normalize:
         q = torch.nn.functional.normalize(q, dim=1)
         k = k if k is None else torch.nn.functional.normalize(k, dim=1)
-    row_lse, col_lse, pos = contrastive_lse(
-        q, k, scale, q_ids=q_ids, k_ids=k_ids, bias=bias, target=target, cols=symmetric
-    )
-    if q_ids is not None:  # a positive of its row's own id was left out of the sum: put it back
-        positive_ids = (q_ids if k_ids is None else k_ids)[target.long()]
-        own = positive_ids == q_ids
-        row_lse = torch.where(own, torch.logaddexp(row_lse, pos), row_lse)
-        if symmetric:
-            col_lse = torch.where(own, torch.logaddexp(col_lse, pos), col_lse)
-    if reduction == "none":
-        return 0.5 * (row_lse + col_lse) - pos if symmetric else row_lse - pos
-    total = row_lse.sum() - pos.sum()
-    if symmetric:
-        total = 0.5 * (total + col_lse.sum() - pos.sum())
-    return total / N if reduction == "mean" else total
+    args = _prepare(name, q, k, scale, q_ids, k_ids, bias, target)
+    own = None
+    if q_ids is not None:
+        q_ids, k_ids, target = args[3], args[4], args[6]
+        own = k_ids[target.long()] == q_ids
+    return _InfoNCE.apply(*args, own, symmetric, k is None, reduction)
