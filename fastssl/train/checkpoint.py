@@ -36,12 +36,13 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # torch's zip writer reports a failed write as a RuntimeError.
+        # torch's zip writer turns a failed write into a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
         free_bytes = shutil.disk_usage(path.parent).free
         kept = "The previous checkpoint is intact. " if path.exists() else ""
         raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"save_checkpoint: cannot write {path} ({error}); {free_bytes} bytes are free there. "
+            getattr(cause, "errno", None) or errno.EIO,
+            f"save_checkpoint: cannot write {path} ({cause}); {free_bytes} bytes are free there. "
             f"{kept}Free some space and resume the run.",
         ) from error
     finally:

@@ -53,7 +53,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     An interrupt (SIGINT or SIGTERM) finishes the current step, saves, says how to resume and raises
     KeyboardInterrupt; a second SIGINT stops at once. A resumed run computes the same bits as one
-    that was never stopped, on the same machine.
+    that was never stopped, given the same machine and number of threads.
 
     Args:
         config: what to do; unset fields come from the method's recipe for the data.
@@ -68,7 +68,6 @@ def pretrain(config: PretrainConfig) -> Run:
         FloatingPointError: the loss is not finite.
         OSError: the disk is full. KeyboardInterrupt: stopped from outside, after saving.
     """
-    method_class(config.method)
     ranks = Ranks.start(config.device)
     try:
         devices = [ranks.device] if ranks.device.type == "cuda" else []
@@ -89,7 +88,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Run:
     total_steps = config.epochs * steps_per_epoch
 
     backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
-    method = _build_method(config, backbone).to(ranks.device, memory_format=torch.channels_last)
+    method = method_class(config.method)(backbone, **config.method_args)
+    method = method.to(ranks.device, memory_format=torch.channels_last)
     if ranks.world > 1 and ranks.device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     optimizer = _build_optimizer(config, method)
@@ -214,26 +214,13 @@ def _fit_to_data(config: PretrainConfig, source, world: int) -> PretrainConfig:
     )
 
 
-def _build_method(config: PretrainConfig, backbone: nn.Module) -> nn.Module:
-    try:
-        return method_class(config.method)(backbone, **config.method_args)
-    except TypeError as error:
-        raise ValueError(
-            f"pretrain: method_args do not fit {config.method}: {error}. Got {config.method_args}."
-        ) from error
-
-
 def _build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Optimizer:
     groups = param_groups(method, config.weight_decay)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     if config.optimizer == "lars":
         return LARS(groups, lr=config.lr)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    raise ValueError(
-        f"pretrain: optimizer must be 'adamw', 'lars' or 'sgd', got {config.optimizer!r}."
-    )
+    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
 
 
 def _precision(config: PretrainConfig, device: torch.device) -> str:

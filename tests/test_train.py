@@ -1,0 +1,378 @@
+import builtins
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.augment import prepare
+from fastssl.config import PretrainConfig
+from fastssl.data import epoch_order, load
+from fastssl.methods import SimCLR
+from fastssl.train import (
+    load_backbone,
+    load_checkpoint,
+    pretrain,
+    random_backbone,
+    save_checkpoint,
+)
+from fastssl.train.loop import _learning_rate
+from fastssl.train.metrics import read_metrics
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("yaml")
+pytest.importorskip("safetensors")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A hundred pictures of 12 x 12 pixels without labels."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = torch.randint(0, 256, (100, 12, 12, 3), generator=torch.Generator().manual_seed(0))
+    for number, picture in enumerate(pixels.byte().numpy()):
+        Image.fromarray(picture).save(folder / f"{number:03}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(images):
+    """A run of ten steps of twenty images, five steps an epoch."""
+    return partial(tiny_config, images)
+
+
+def tiny_config(images, out, **changes):
+    values = {"data": str(images), "out": str(out), "image_size": 8, "epochs": 2}
+    values |= {"batch_size": 20, "device": "cpu", "log_every": 1, "lr": 3e-3}
+    return PretrainConfig(**{**values, **changes})
+
+
+def last(out):
+    return load_checkpoint(Path(out) / "checkpoints" / "last.pt")
+
+
+def assert_equal_states(one, other):
+    assert one["step"] == other["step"]
+    assert one["model"].keys() == other["model"].keys()
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+    for key, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(
+                torch.as_tensor(value), torch.as_tensor(other["optimizer"]["state"][key][name])
+            )
+
+
+def losses(out):
+    return [(record["step"], record["loss"]) for record in read_metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run that was never stopped."""
+    return pretrain(tiny_config(images, tmp_path_factory.mktemp("run") / "whole"))
+
+
+def stop_after(monkeypatch, step):
+    def after_step(self, done):
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(SimCLR, "after_step", after_step)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_resumed_run_has_the_same_bits(whole, tmp_path, monkeypatch, capsys, step, images, tiny):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert f"Stopped after step {step} of 10" in capsys.readouterr().err
+    assert last(tmp_path)["step"] == step and len(losses(tmp_path)) == step
+
+    # A crash after the checkpoint may leave more lines, and half a line.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**read_metrics(tmp_path)[-1], "step": step + 1}) + "\n" + '{"st')
+    torch.manual_seed(99)
+    run = pretrain(PretrainConfig(data=str(images), out=str(tmp_path), resume=True))
+    assert_equal_states(last(run.path), last(whole.path))
+    assert losses(run.path) == losses(whole.path)
+    assert (run.path / "metrics.csv").read_text().count("\n") == 11
+    one, other = load_backbone(run.path)[0], load_backbone(whole.path)[0]
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(one(x), other(x))
+
+
+def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
+    code = (
+        "import sys, time\n"
+        "from fastssl.config import PretrainConfig\n"
+        "from fastssl.methods import SimCLR\n"
+        "from fastssl.train import pretrain\n"
+        "SimCLR.after_step = lambda self, step: (print('step', step, flush=True), time.sleep(.1))\n"
+        "pretrain(PretrainConfig(data=sys.argv[2], out=sys.argv[1], image_size=8, epochs=2,\n"
+        "                        batch_size=20, log_every=1, lr=3e-3, device='cpu'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(images)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "step 3" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "saved in" in err and "--resume" in err
+    assert 3 <= last(tmp_path)["step"] < 10
+    run = pretrain(tiny(tmp_path, resume=True))
+    assert_equal_states(last(run.path), last(whole.path))
+    assert losses(run.path) == losses(whole.path)
+
+
+def test_run_folder(whole):
+    names = {path.name for path in whole.path.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "metrics.csv", "checkpoints", "backbone.safetensors",
+        "environment.json", "summary.json",
+    }  # fmt: skip
+    record = read_metrics(whole.path)[-1]
+    assert list(record) == [
+        "step", "epoch", "loss", "lr", "images_per_s", "data_wait", "std", "grad_norm",
+    ]  # fmt: skip
+    assert 0 <= record["data_wait"] <= 1 and record["lr"] < 1.5e-3
+    assert whole.metrics["steps"] == 10 and whole.metrics["corrupt_images"] == 0
+    config = last(whole.path)["config"]
+    assert config["backbone"] == "resnet_small" and config["image_size"] == 8
+
+
+def test_finished_run_resumes_to_itself(whole, tiny):
+    before = (whole.path / "checkpoints" / "last.pt").stat().st_mtime_ns
+    again = pretrain(tiny(whole.path, resume=True))
+    assert again.metrics == whole.metrics
+    assert (whole.path / "checkpoints" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_backbones(whole, images):
+    backbone, info = load_backbone(whole.path)
+    assert not backbone.training
+    assert (info["image_size"], info["channels"], info["feature_dim"]) == (8, 3, 128)
+    assert (info["source"], info["backbone"]) == (str(images), "resnet_small")
+    assert info["method"] == info["config"]["method"] == "simclr"
+    untrained, _ = random_backbone(whole.path)
+    again, _ = random_backbone(whole.path)
+    x = prepare(load(images, "train", 8).batch(torch.arange(100))[0], 8)
+    assert torch.equal(untrained(x), again(x)) and not torch.equal(untrained(x), backbone(x))
+    # Calibrated statistics: the first normalised map is centred and of unit size.
+    normalised = untrained.bn(untrained.conv(x))
+    assert normalised.mean().abs() < 0.1 and abs(normalised.var() - 1) < 0.2
+    with pytest.raises(FileNotFoundError, match="not a run"):
+        load_backbone(whole.path / "checkpoints")
+
+
+def test_fresh_run_does_not_overwrite_and_resume_needs_a_run(whole, tmp_path, tiny):
+    with pytest.raises(FileExistsError, match="already holds a run.*resume=True"):
+        pretrain(tiny(whole.path))
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        pretrain(tiny(tmp_path, resume=True))
+
+
+def test_resume_names_the_changed_settings(whole, tiny):
+    with pytest.raises(
+        ValueError, match="lr is 0.1, the run has 0.003; seed is 4, the run has 0. Leave"
+    ):
+        pretrain(tiny(whole.path, resume=True, lr=0.1, seed=4, log_every=3, workers=1))
+
+
+def test_checkpoint_of_another_method_or_no_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"method": "dino", "step": 3})
+    assert load_checkpoint(path)["step"] == 3
+    with pytest.raises(ValueError, match="is of method 'dino', expected 'simclr'"):
+        load_checkpoint(path, method="simclr")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not a checkpoint of fastssl"):
+        load_checkpoint(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(ValueError, match="format 99.*Update"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("where", ["fsync", "write"])
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, where):
+    path = tmp_path / "checkpoints" / "last.pt"
+    save_checkpoint(path, {"step": 1, "x": torch.ones(3)})
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*args):
+        raise full
+
+    if where == "fsync":
+        monkeypatch.setattr(os, "fsync", refuse)
+    else:
+        real_open = builtins.open
+
+        def open_small_disk(file, mode="r", *args, **kwargs):
+            handle = real_open(file, mode, *args, **kwargs)
+            return _SmallDisk(handle, full) if ".partial" in str(file) else handle
+
+        monkeypatch.setattr(builtins, "open", open_small_disk)
+    with pytest.raises(
+        OSError, match=r"cannot write .*last.pt.*bytes are free.*is intact"
+    ) as caught:
+        save_checkpoint(path, {"step": 2, "x": torch.ones(10000)})
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+class _SmallDisk:
+    """A file on a disk that is full after 1000 bytes."""
+
+    def __init__(self, file, error):
+        self.file, self.error, self.written = file, error, 0
+
+    def write(self, data):
+        self.written += len(data)
+        if self.written > 1000:
+            raise self.error
+        return self.file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_infinite_loss_stops_with_advice(tmp_path, monkeypatch, tiny):
+    real = SimCLR.loss
+
+    def loss(self, batch):
+        value, scalars = real(self, batch)
+        self.calls = getattr(self, "calls", 0) + 1
+        return (value / 0 if self.calls == 2 else value), scalars
+
+    monkeypatch.setattr(SimCLR, "loss", loss)
+    with pytest.raises(FloatingPointError, match="not finite at step 2 .*lower lr"):
+        pretrain(tiny(tmp_path, log_every=4))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_collapse_is_announced(tmp_path, monkeypatch, tiny):
+    def loss(self, batch):
+        return self.ntxent(*(self.head(self.backbone(x)) for x in batch.views)), {
+            "std": torch.tensor(0.05)
+        }
+
+    monkeypatch.setattr(SimCLR, "loss", loss)
+    with pytest.warns(UserWarning, match="collapsing .std 0.050"):
+        pretrain(tiny(tmp_path, epochs=1, log_every=5))
+
+
+def test_wrong_settings(tmp_path, tiny):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        pretrain(tiny(tmp_path, data="digts"))
+    with pytest.raises(ValueError, match="unknown backbone 'resnet'"):
+        pretrain(tiny(tmp_path, backbone="resnet"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no GPU"):
+            pretrain(tiny(tmp_path, device="cuda"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_with_a_broken_image(images, tmp_path, tiny):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted(images.iterdir())[:13]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "004.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning) as caught:
+        run = pretrain(tiny(tmp_path / "run", data=str(folder), workers=2))
+    messages = " ".join(str(w.message) for w in caught)
+    assert "cannot read" in messages and "exceeds the 13 images; using 13" in messages
+    assert run.metrics["corrupt_images"] == 1
+    assert run.metrics["corrupt_paths"] == [str(folder / "004.png")]
+    assert last(run.path)["corrupt"] == run.metrics["corrupt_paths"]
+
+
+def test_vit_with_lars_in_bf16(tmp_path, tiny):
+    changes = {"backbone": "vit_small", "optimizer": "lars", "precision": "bf16", "lr": 1.0}
+    run = pretrain(tiny(tmp_path, epochs=1, **changes))
+    assert torch.isfinite(torch.tensor(run.metrics["loss"]))
+
+
+def test_learning_rate():
+    config = PretrainConfig(lr=2.0, warmup_epochs=2.0)
+    rates = [_learning_rate(config, step, 5, 50) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
+    assert rates[10] == 2.0 and rates[30] == pytest.approx(1.0) and 0 < rates[49] < 0.01
+    config = PretrainConfig(lr=2.0, warmup_epochs=0.0)
+    assert _learning_rate(config, 0, 5, 50) == 2.0
+
+
+def test_digits_loss_falls(tmp_path):
+    pytest.importorskip("sklearn")
+    run = pretrain(PretrainConfig(data="digits", out=str(tmp_path), epochs=1, batch_size=64))
+    curve = [loss for _, loss in losses(run.path)]
+    assert len(curve) == 19 and sum(curve[-4:]) / 4 < curve[0] - 0.4
+    assert read_metrics(run.path)[-1]["std"] > 0.5
+
+
+def test_two_processes_share_the_batch(images, tmp_path, tiny):
+    code = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from pathlib import Path\n"
+        "from fastssl.config import PretrainConfig\n"
+        "from fastssl.methods import SimCLR\n"
+        "from fastssl.train import pretrain\n"
+        "seen, real = [], SimCLR.loss\n"
+        "def loss(self, batch):\n"
+        "    seen.append((batch.index.clone(), batch.views[0].clone()))\n"
+        "    return real(self, batch)\n"
+        "def after_step(self, step):\n"
+        "    w = torch.cat([p.detach().flatten() for p in self.parameters()])\n"
+        "    torch.save((seen, w), f'{sys.argv[1]}/rank{dist.get_rank()}.pt')\n"
+        "SimCLR.loss, SimCLR.after_step = loss, after_step\n"
+        "pretrain(PretrainConfig(data=sys.argv[2], out=sys.argv[1] + '/run', image_size=8,\n"
+        "                        epochs=1, batch_size=20, log_every=1, lr=3e-3, device='cpu'))"
+    )
+    script = tmp_path / "two.py"
+    script.write_text(code)
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), str(tmp_path), str(images)],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (seen0, w0), (seen1, w1) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    assert torch.equal(w0, w1)
+    whole = epoch_order(100, 20, seed=0, epoch=0)
+    assert len(seen0) == len(seen1) == len(whole) == 5
+    one = []
+    real = SimCLR.loss
+    try:
+        SimCLR.loss = lambda self, batch: (one.append(batch), real(self, batch))[1]
+        pretrain(tiny(tmp_path / "one", epochs=1))
+    finally:
+        SimCLR.loss = real
+    for row, batch, a, b in zip(whole, one, seen0, seen1, strict=True):
+        assert torch.equal(torch.cat((a[0], b[0])), row) and torch.equal(batch.index, row)
+        assert torch.equal(torch.cat((a[1], b[1])), batch.views[0])
+    assert len(read_metrics(tmp_path / "run")) == 5
+    assert load_backbone(tmp_path / "run")[1]["method"] == "simclr"
