@@ -22,8 +22,8 @@ from fastssl.train import (
     random_backbone,
     save_checkpoint,
 )
-from fastssl.train.loop import _learning_rate
 from fastssl.train.metrics import read_metrics
+from fastssl.train.setup import learning_rate
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -131,7 +131,7 @@ def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)
-    assert "saved in" in err and "--resume" in err
+    assert "saved in" in err and "resume=True" in err
     assert 3 <= last(tmp_path)["step"] < 10
     run = pretrain(tiny(tmp_path, resume=True))
     assert_equal_states(last(run.path), last(whole.path))
@@ -316,13 +316,13 @@ def test_vit_with_lars_in_bf16(tmp_path, tiny):
     assert torch.isfinite(torch.tensor(run.metrics["loss"]))
 
 
-def test_learning_rate():
+def testlearning_rate():
     config = PretrainConfig(lr=2.0, warmup_epochs=2.0)
-    rates = [_learning_rate(config, step, 5, 50) for step in range(50)]
+    rates = [learning_rate(config, step, 5, 50) for step in range(50)]
     assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
     assert rates[10] == 2.0 and rates[30] == pytest.approx(1.0) and 0 < rates[49] < 0.01
     config = PretrainConfig(lr=2.0, warmup_epochs=0.0)
-    assert _learning_rate(config, 0, 5, 50) == 2.0
+    assert learning_rate(config, 0, 5, 50) == 2.0
 
 
 def test_digits_loss_falls(tmp_path):

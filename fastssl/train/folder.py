@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..config import PretrainConfig
 from ..extras import require
+from .ranks import Ranks
 
 # A run may change these when it resumes: they do not change what is computed.
 _FREE = frozenset("out workers device log_every save_every resume".split())
@@ -70,20 +72,22 @@ def refuse_changes(config: PretrainConfig, saved: dict[str, Any]) -> None:
         )
 
 
-def write_description(config: PretrainConfig, device: torch.device, world: int, precision: str):
+def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> None:
     """config.yaml and environment.json."""
+    device = ranks.device
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     values = {**dataclasses.asdict(config), "resume": False}
     text = require("yaml", "train").safe_dump(values, sort_keys=False)
     (folder / "config.yaml").write_text(text)
     environment = {
+        "fastssl": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "processes": world,
+        "processes": ranks.world,
         "threads": torch.get_num_threads(),
         "precision": precision,
     }

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Progress:
 def _rich_bar():
     try:
         from rich import progress
+        from rich.console import Console
     except ImportError:
         return None
     return progress.Progress(
@@ -94,14 +96,8 @@ def _rich_bar():
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[text]}"),
-        console=_stderr_console(),
+        console=Console(stderr=True),
     )
-
-
-def _stderr_console():
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 class Meter:
@@ -113,9 +109,19 @@ class Meter:
     def _reset(self) -> None:
         self._start, self._waited, self._images = time.perf_counter(), 0.0, 0
 
-    def count(self, images: int, waited_s: float) -> None:
+    def waiting(self, loader: Iterable) -> Iterator:
+        """The loader's items; the time until each arrives counts as waiting for data."""
+        loader = iter(loader)
+        while True:
+            before = time.perf_counter()
+            item = next(loader, None)
+            self._waited += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def count(self, images: int) -> None:
         self._images += images
-        self._waited += waited_s
 
     def read(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._start, 1e-9)

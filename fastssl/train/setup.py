@@ -1,0 +1,75 @@
+"""What a run is made of: its settled configuration, optimizer, schedule and precision."""
+
+import dataclasses
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from ..config import PretrainConfig
+from ..data import epoch_order, load
+from ..methods.recipes import resolve
+from ..optim import LARS, param_groups
+from . import folder
+
+
+def settle(config: PretrainConfig, world: int):
+    """Fill every unset field: from the run to be resumed, the recipe, and the data.
+
+    Returns:
+        The complete configuration and the training source.
+
+    Raises:
+        As `fastssl.train.pretrain`.
+    """
+    saved = folder.saved_config(config)
+    config = resolve(config if saved is None else folder.unset_from(config, saved))
+    source = load(config.data, "train", config.image_size)
+    batch_size = config.batch_size
+    if batch_size > len(source) >= 2 * world:
+        batch_size = len(source) // world * world
+        warnings.warn(
+            f"batch_size {config.batch_size} exceeds the {len(source)} images; using {batch_size}",
+            stacklevel=4,
+        )
+    epoch_order(len(source), batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
+    total_steps = config.epochs * (len(source) // batch_size)
+    config = dataclasses.replace(
+        config,
+        data=source.name,
+        image_size=config.image_size or source.image_size,
+        batch_size=batch_size,
+        log_every=config.log_every or min(50, max(1, total_steps // 100)),
+    )
+    if saved is not None:
+        folder.refuse_changes(config, saved)
+    return config, source
+
+
+def build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, LARS, or SGD with momentum 0.9; only matrices and kernels decay."""
+    groups = param_groups(method, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    if config.optimizer == "lars":
+        return LARS(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+
+
+def precision(config: PretrainConfig, device: torch.device) -> str:
+    """The precision to use, fp32 or bf16. CPUs stay in fp32: small networks gain nothing there."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def learning_rate(
+    config: PretrainConfig, step: int, steps_per_epoch: int, total_steps: int
+) -> float:
+    """Linear warm-up to `lr`, then half a cosine to zero; `step` counts from 0."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step + 1 < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1.0, total_steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
