@@ -76,26 +76,26 @@ def plot_training(metrics: list[dict], path: Path) -> Path:
 
 
 def plot_probes(results: dict, path: Path) -> Path:
-    """Top-1 accuracy of each probe, random weights beside pretrained; one panel per data set."""
+    """Top-1 accuracy of each probe, random weights beside pretrained; one panel per data set.
+
+    Args:
+        results: of `fastssl.evaluate.read_results`, with at least one data set.
+    """
     figure = _figure(8, 3.8 * len(results))
     panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axes, (data, by_weights) in zip(panels, results.items(), strict=True):
-        names = list(_accuracies(by_weights.get("pretrained") or by_weights["random"]))
-        for shift, weights, colour in ((-0.2, "random", _RANDOM), (0.2, "pretrained", _PRETRAINED)):
-            values = _accuracies(by_weights.get(weights, {}))
-            places = [i + shift for i, name in enumerate(names) if name in values]
-            heights, spread = zip(*(values[n] for n in names if n in values), strict=True) or (
-                (),
-                (),
-            )
+        accuracies = {weights: _accuracies(by_weights[weights]) for weights in by_weights}
+        names = list(dict.fromkeys(name for values in accuracies.values() for name in values))
+        for weights, shift, colour in (("random", -0.2, _RANDOM), ("pretrained", 0.2, _PRETRAINED)):
+            values = accuracies.get(weights, {})
             bars = axes.bar(
-                places,
-                heights,
-                0.38,
-                yerr=spread,
+                [names.index(name) + shift for name in values],
+                [value for value, _ in values.values()],
+                width=0.38,
+                yerr=[sd for _, sd in values.values()],
+                error_kw={"linewidth": 1, "capsize": 2, "ecolor": "#333333"},
                 color=colour,
                 label=weights,
-                error_kw={"linewidth": 1, "capsize": 2, "ecolor": "#333333"},
             )
             axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
         axes.set_xticks(range(len(names)), names)
