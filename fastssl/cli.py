@@ -74,7 +74,9 @@ class _Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str):
-        raise ValueError(f"{message.rstrip(' .?')}. See `{self.prog} --help`.")
+        message = message.rstrip(" .")
+        stop = "" if message.endswith("?") else "."
+        raise ValueError(f"{message}{stop} See `{self.prog} --help`.")
 
 
 def _pretrain(argv: list[str]) -> int:

@@ -82,6 +82,8 @@ def evaluate(
             raise ValueError(f"evaluate: protocols must be known ones, got {name!r}. {known}")
     if not protocols:
         raise ValueError("evaluate: protocols must name at least one, got none.")
+    if batch_size < 1:
+        raise ValueError(f"evaluate: batch_size must be >= 1, got {batch_size}.")
     if weights not in ("pretrained", "random"):
         raise ValueError(f'evaluate: weights must be "pretrained" or "random", got {weights!r}.')
     if device == "auto":

@@ -1,0 +1,212 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+import fastssl
+from fastssl import cli, demo, extension
+from fastssl.cli import main
+
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+
+TINY = ["--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["pretrain", "simclr", "digits", "--out", str(out), *TINY]) == 0
+    return out
+
+
+def settings(run):
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def failure(capsys, *argv):
+    """The one line a wrong command prints; the exit code must be 2 and nothing else be printed."""
+    assert main([str(argument) for argument in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("pretrian", "unknown command 'pretrian'. Did you mean 'pretrain'?"),
+        ("pretrain", "METHOD is missing: give it first, or in --config"),
+        ("pretrain simcrl", "got 'simcrl'. Did you mean 'simclr'?"),
+        ("pretrain simclr --tempratur 0.5 digits", "unknown option --tempratur. Did you mean '--t"),
+        ("pretrain simclr --tempratur=0.5", "unknown option --tempratur. Did you mean '--temp"),
+        ("pretrain simclr --epoch 3", "unknown option --epoch. Did you mean '--epochs'?"),
+        ("pretrain simclr --epochs", "argument --epochs: expected one argument"),
+        ("pretrain simclr digits patches", "unexpected argument 'patches'"),
+        ("pretrain simclr --epochs three", "epochs must be a whole number or none, got 'three'"),
+        ("pretrain simclr --temperature hot", "temperature must be a number, got 'hot'"),
+        ("pretrain simclr --optimizer adam", "got 'adam'. Did you mean 'adamw'?"),
+        ("pretrain simclr --lr -1", "lr must be a finite number >= 0, got -1.0"),
+        ("pretrain --config nix.yaml", "cannot read nix.yaml: No such file"),
+        ("pretrain --resume --out nix", "--out must be a run to resume, got 'nix'"),
+        ("evaluate", "the following arguments are required: RUN"),
+        ("evaluate nix", "nix is not a run"),
+        ("evaluate nix --protocol kn", "got 'kn'. Did you mean 'knn'?"),
+        ("evaluate nix --batch-size x", "argument --batch-size: invalid int value: 'x'"),
+        ("evaluate nix --batch-size 0", "batch_size must be >= 1, got 0"),
+        ("demo now", "unexpected argument 'now'"),
+        ("info --all", "unknown option --all"),
+    ],
+)
+def test_wrong_commands_say_what_is_wrong(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in failure(capsys, *argv.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_folder_and_existing_run(capsys, tmp_path, run):
+    nowhere = tmp_path / "images"
+    message = failure(capsys, "pretrain", "simclr", nowhere, "--out", tmp_path / "run")
+    assert f"got '{nowhere}': no such folder" in message
+    message = failure(capsys, "pretrain", "simclr", "digits", "--out", run)
+    assert "already holds a run" in message and "--resume" in message
+
+
+def test_help_of_every_command(capsys):
+    assert main(["--help"]) == 0
+    assert "fastssl pretrain METHOD" in capsys.readouterr().out
+    assert main([]) == 2
+    assert "fastssl pretrain METHOD" in capsys.readouterr().err
+    wanted = {
+        "pretrain simclr": ["--temperature X", "tau of the NT-Xent loss", "--batch-size N"],
+        "pretrain": ["METHOD: simclr", "--config FILE"],
+        "evaluate": ["--protocol LIST", "--random", "Default: knn,linear,kshot."],
+        "demo": ["--out DIR"],
+        "info": ["which kernel"],
+    }
+    for command, texts in wanted.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([*command.split(), "--help"])
+        out = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert all(len(line) <= 100 for line in out.splitlines())
+        words = " ".join(out.split())
+        assert [text for text in texts if text not in words] == [], command
+
+
+def test_flags_override_the_file_and_files_the_recipe(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("method: simclr\nepochs: 7\nlr: 1e-3\nmethod_args: {out_dim: 32}\n")
+    out = tmp_path / "run"
+    argv = ["pretrain", "--config", str(file), "--out", str(out), *TINY, "--temperature", "0.3"]
+    assert main([*argv, "--batch_size=512"]) == 0  # underscores are dashes
+    config = settings(out)
+    assert (config["epochs"], config["lr"], config["batch_size"]) == (1, 1e-3, 512)
+    assert config["method_args"] == {"temperature": 0.3, "out_dim": 32}
+    assert config["weight_decay"] == 1e-4, "from the recipe"
+
+
+def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys):
+    pytest.importorskip("matplotlib")
+    argv = ["evaluate", str(run), "--data", "digits", "--protocol", "knn, diagnostics"]
+    assert main([*argv, "--random", "--plots"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["top-1,", "%", "random", "pretrained", "gap"]
+    assert "knn-20" in out and "rankme" in out and "linear" not in out
+    results = json.loads((run / "results.json").read_text())["digits"]
+    assert set(results) == {"random", "pretrained"}
+    for name in ("training", "probes", "embedding"):
+        assert str(run / f"{name}.png") in out and (run / f"{name}.png").stat().st_size > 5000
+
+
+def test_info_names_versions_and_every_implementation(capsys, monkeypatch):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert fastssl.__version__ in out
+    rows = [line.split()[:2] for line in out.splitlines() if line.startswith("contrastive")]
+    assert rows == [["contrastive", "cpu"], ["contrastive", "cuda"]]
+    monkeypatch.setattr(extension, "why_missing", "it was not built")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "it was not built" in out and "portable code" in out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastssl {fastssl.__version__}\n"
+
+
+def test_demo_exit_code_and_folder_in_use(tmp_path, capsys, monkeypatch):
+    for passed, code in ((True, 0), (False, 1)):
+        monkeypatch.setattr(demo, "demo", lambda out, passed=passed: passed)
+        assert main(["demo", "--out", str(tmp_path)]) == code
+    monkeypatch.undo()
+    (tmp_path / "digits-1").mkdir()
+    assert "which holds a demo" in failure(capsys, "demo", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(("gap", "passed"), [(7.9, False), (8.0, True)])
+def test_demo_compares_gaps_with_bounds(tmp_path, capsys, monkeypatch, gap, passed):
+    def scores(run, weights):
+        base = 50.0 + (gap if weights == "pretrained" else 0.0)
+        return {"all": {"top1_percent": dict.fromkeys(demo.SHOWN, base)}}
+
+    monkeypatch.setattr(demo, "pretrain", lambda config: None)
+    monkeypatch.setattr(demo, "evaluate", scores)
+    monkeypatch.setattr(demo, "report", lambda run: [run / "probes.png"])
+    assert demo.demo(tmp_path) is passed
+    out = capsys.readouterr().out
+    assert out.count("pass  digits") == 3
+    assert f"{'pass' if passed else 'FAIL'}  patches, seed 0: linear gap +{gap}" in out
+    assert str(tmp_path / "patches-0" / "probes.png") in out
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_info", lambda argv: {}["bug"])
+    with pytest.raises(KeyError):
+        main(["info"])
+
+
+def start(*argv):
+    command = [sys.executable, "-m", "fastssl.cli", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_subprocess_error_has_no_traceback(tmp_path):
+    process = start("evaluate", tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err.startswith("error: ") and "Traceback" not in err
+
+
+def test_interrupt_exits_130_and_the_printed_command_resumes(tmp_path, capsys):
+    run = tmp_path / "a run"
+    process = start("pretrain", "simclr", "--out", run, "--epochs", 400, "--device", "cpu")
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert out.splitlines()[-1] == f"resume with: fastssl pretrain --resume --out '{run}'"
+    assert "cannot resume" in failure(capsys, "pretrain", "--resume", "--out", run, "--lr", "0.1")
+    assert "not finished" in failure(capsys, "evaluate", run)
+
+
+def test_resume_of_a_finished_run_is_done_at_once(run, capsys):
+    before = (run / "backbone.safetensors").read_bytes()
+    assert main(["pretrain", "--resume", "--out", str(run)]) == 0
+    assert "4 steps" in capsys.readouterr().out
+    assert (run / "backbone.safetensors").read_bytes() == before
+
+
+def test_import_is_light():
+    heavy = "torchvision timm sklearn skimage matplotlib rich tyro yaml PIL safetensors".split()
+    code = f"import sys, fastssl.cli; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
