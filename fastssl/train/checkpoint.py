@@ -38,11 +38,12 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         # torch's zip writer turns a failed write into a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or cause
         free_bytes = shutil.disk_usage(path.parent).free
         kept = "The previous checkpoint is intact. " if path.exists() else ""
         raise OSError(
             getattr(cause, "errno", None) or errno.EIO,
-            f"save_checkpoint: cannot write {path} ({cause}); {free_bytes} bytes are free there. "
+            f"save_checkpoint: cannot write {path} ({reason}); {free_bytes} bytes are free there. "
             f"{kept}Free some space and resume the run.",
         ) from error
     finally:
