@@ -104,11 +104,12 @@ def _pretrain(argv: list[str]) -> int:
     if method is None:
         parser.error("METHOD is missing: give it first, or in --config")
 
-    where = options.pop("config", None) or "command line"
+    options.pop("config")
     own = {name: options.pop(name) for name in _method_options(method) if name in options}
-    values = base | options | {"method": method}
-    values["method_args"] = (base.get("method_args") or {}) | own
-    config = from_dict(values, where)
+    given = options | {"method": method, "method_args": own}
+    from_dict(given, "command line")  # first, so that a message blames the right place
+    given["method_args"] = (base.get("method_args") or {}) | own
+    config = from_dict(base | given, early.config or "config")
 
     from .train import pretrain
 
@@ -204,8 +205,16 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument(
         "--protocol",
         metavar="LIST",
+        type=_names,
         default="knn,linear,kshot",
         help="any of knn, linear, kshot, diagnostics; commas between. Default: knn,linear,kshot.",
+    )
+    parser.add_argument(
+        "--shots",
+        metavar="LIST",
+        type=_numbers,
+        default="1,5,10",
+        help="labels per class for kshot. Default: 1,5,10.",
     )
     parser.add_argument(
         "--random",
@@ -232,11 +241,12 @@ def _evaluate(argv: list[str]) -> int:
         weights: evaluate(
             options.run,
             options.data,
-            [name.strip() for name in options.protocol.split(",") if name.strip()],
+            options.protocol,
             weights=weights,
             image_size=options.image_size,
             batch_size=options.batch_size,
             device=options.device,
+            shots=options.shots,
         )
         for weights in (("random", "pretrained") if options.random else ("pretrained",))
     }
@@ -247,6 +257,17 @@ def _evaluate(argv: list[str]) -> int:
 
         print("\n".join(str(path) for path in report(options.run, options.data)))
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers, got {text!r}") from None
 
 
 def _demo(argv: list[str]) -> int:

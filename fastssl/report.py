@@ -113,16 +113,17 @@ def plot_embedding(
     figure = _figure(5 * len(maps) + 1.5, 4.8)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     classes = [c for c in y.unique().tolist() if c >= 0]
-    palette = require("matplotlib", "demo").colormaps["tab10" if len(classes) <= 10 else "turbo"]
+    palette = require("matplotlib", "demo").colormaps["tab10"]
     for axes, (title, points) in zip(panels, maps.items(), strict=True):
         unlabelled = points[y < 0]
         axes.scatter(*unlabelled.T.tolist(), s=10, color=_RANDOM, linewidths=0)
         for rank, c in enumerate(classes):
-            colour = palette(rank if len(classes) <= 10 else rank / (len(classes) - 1))
+            # Ten colours that can be told apart; further tens get another marker.
             axes.scatter(
                 *points[y == c].T.tolist(),
-                s=12,
-                color=colour,
+                s=14,
+                color=palette(rank % 10),
+                marker="o^s"[rank // 10 % 3],
                 alpha=0.75,
                 linewidths=0,
                 label=class_names[c],

@@ -57,6 +57,7 @@ def failure(capsys, *argv):
         ("evaluate nix", "nix is not a run"),
         ("evaluate nix --protocol kn", "got 'kn'. Did you mean 'knn'?"),
         ("evaluate nix --batch-size x", "argument --batch-size: invalid int value: 'x'"),
+        ("evaluate nix --shots 1,x", "argument --shots: must be whole numbers, got '1,x'"),
         ("evaluate nix --batch-size 0", "batch_size must be >= 1, got 0"),
         ("demo now", "unexpected argument 'now'"),
         ("info --all", "unknown option --all"),
@@ -108,6 +109,15 @@ def test_flags_override_the_file_and_files_the_recipe(tmp_path):
     assert (config["epochs"], config["lr"], config["batch_size"]) == (1, 1e-3, 512)
     assert config["method_args"] == {"temperature": 0.3, "out_dim": 32}
     assert config["weight_decay"] == 1e-4, "from the recipe"
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("lr: fast\n")
+    message = failure(capsys, "pretrain", "simclr", "--config", file, "--epochs", "x")
+    assert "command line: epochs must be" in message
+    message = failure(capsys, "pretrain", "simclr", "--config", file)
+    assert f"{file}: lr must be a number or none, got 'fast'" in message
 
 
 def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys):

@@ -45,6 +45,7 @@ def evaluate(
     image_size: int | None = None,
     batch_size: int = 256,
     device: str = "auto",
+    shots: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a run's backbone, or any module, on labelled images; the backbone stays frozen.
 
@@ -61,6 +62,7 @@ def evaluate(
         image_size: S in pixels; default: the run's, or the data's.
         batch_size: images per forward pass.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
+        shots: labels per class for kshot.
 
     Returns:
         For each protocol its numbers (`top1_percent`) and, as `protocol`, all that they depend on.
@@ -72,9 +74,10 @@ def evaluate(
         RuntimeError: the backbone changed its weights or BatchNorm statistics meanwhile.
 
     Example:
-        >>> from fastssl.evaluate import evaluate
-        >>> results = evaluate("runs/simclr")  # doctest: +SKIP
-        >>> results["knn"]["top1_percent"]["knn-20"]  # doctest: +SKIP
+        >>> pixels = torch.nn.Flatten()  # any module may stand for the backbone
+        >>> results = evaluate(pixels, "digits", ["knn"])
+        >>> results["knn"]["top1_percent"]["knn-10"] > 95
+        True
     """
     for name in protocols:
         if name not in (*_PROBES, "diagnostics"):
@@ -124,11 +127,12 @@ def evaluate(
         if name == "diagnostics":
             result = diagnostics(train_h)
         else:
-            result = _PROBES[name](train_h, train_y, test_h, test_y)
+            settings = {"shots": shots} if name == "kshot" else {}
+            result = _PROBES[name](train_h, train_y, test_h, test_y, **settings)
         result["protocol"] = common | result["protocol"]
         results[name] = result
-    if run:
-        _merge_results(run, train.name, weights, results)
+        if run:  # at once, so that an error in one protocol does not cost the others
+            _merge_results(run, train.name, weights, results)
     return results
 
 

@@ -36,6 +36,11 @@ def knn(
 
     Memory: one block of at most 1024 x 16384 similarities, so N is not bounded by N * M.
 
+    Example:
+        >>> h, y = torch.eye(4).repeat(9, 1), torch.arange(4).repeat(9)
+        >>> knn(h, y, h, y, ks=(5,))["top1_percent"]
+        {'knn-5': 100.0}
+
     Paper: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
     arXiv 1805.01978; settings as in DINO, arXiv 2104.14294.
     """

@@ -37,6 +37,11 @@ def kshot(
     Raises:
         ValueError: for wrong shapes, labels, an empty split, values that are not finite, or a
             class with fewer than k training samples.
+
+    Example:
+        >>> h, y = torch.eye(4).repeat(9, 1), torch.arange(4).repeat(9)
+        >>> kshot(h, y, h, y, shots=(2,))["top1_percent"]
+        {'2-shot': 100.0}
     """
     num_classes = check_splits("kshot", train_h, train_y, test_h, test_y)
     if not shots or min(shots) < 1 or draws < 2:

@@ -39,6 +39,11 @@ def linear(
         ValueError: for wrong shapes, labels, an empty split, values that are not finite, a class
             that the training split lacks, or no class with two samples.
 
+    Example:
+        >>> h, y = torch.eye(4).repeat(9, 1), torch.arange(4).repeat(9)
+        >>> linear(h, y, h, y)["top1_percent"]
+        {'linear': 100.0}
+
     Paper: the protocol of Kornblith et al., "Do Better ImageNet Models Transfer Better?",
     arXiv 1805.08974, as in CLIP, arXiv 2103.00020. No augmentation; features are computed once.
     """
