@@ -1,4 +1,4 @@
-// Shared by the CPU kernels: instruction-set dispatch, a vectorisable exp2, bf16 and fp16 conversion.
+// Shared by the CPU kernels: instruction-set dispatch, a vectorisable exp, bf16 and fp16 conversion.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -29,6 +29,7 @@ using torch::stable::Tensor;
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 
 // What the running machine offers, probed once; see cpu_features() in module.cpp for the bits.
@@ -45,12 +46,14 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// 2^(t + shift) for t + shift < 128, relative error 1.1e-7; 0 below 2^-126; NaN stays NaN. The shift
-// goes into the exponent and so costs t no accuracy. No branches, so loops over it vectorise. The
-// polynomial interpolates 2^f at Chebyshev nodes of [-1/2, 1/2].
-inline float exp2_poly(float t, int shift = 0) {
-  const float shifted = t + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits now hold round(t)
-  const float f = t - (shifted - 12582912.0f);
+// e^t 2^shift for results below 2^128, relative error 2e-7 near t = 0; 0 below 2^-126; NaN stays NaN.
+// The shift goes into the exponent, so it costs no accuracy. No branches: loops over it vectorise.
+// The polynomial interpolates 2^f at Chebyshev nodes of [-1/2, 1/2].
+inline float exp_poly(float t, int shift = 0) {
+  // 1.5 * 2^23: the low mantissa bits of the sum hold round(t log2 e) + shift.
+  const float magic = 12582912.0f + static_cast<float>(shift);
+  const float shifted = t * kLog2e + magic;
+  const float f = t * kLog2e - (shifted - magic);
   float p = 0.00015461444854736328f;
   p = p * f + 0.0013400427997112274f;
   p = p * f + 0.009618056938052177f;
@@ -58,9 +61,8 @@ inline float exp2_poly(float t, int shift = 0) {
   p = p * f + 0.24022650718688965f;
   p = p * f + 0.6931471824645996f;
   p = p * f + 1.0f;
-  const uint32_t n = bit_cast<uint32_t>(shifted) + static_cast<uint32_t>(shift);
-  const uint32_t bits = bit_cast<uint32_t>(p) + (n << 23);
-  return t < static_cast<float>(-126 - shift) ? 0.0f : bit_cast<float>(bits);
+  const uint32_t bits = bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23);
+  return t < static_cast<float>(-126 - shift) * kLn2 ? 0.0f : bit_cast<float>(bits);
 }
 
 inline uint32_t bf16_bits(float x) {  // round to nearest even; NaN stays NaN

@@ -1,10 +1,9 @@
 // Streaming log-sum-exp of x_ij = scale <q_i, k_j> + bias_j over rows and columns, and its gradient.
 //
 // Forward: per tile of at most 96 x 512 scores, one exponential per element serves both directions:
-// E = 2^(x - K), K = tile maximum - 80 (base-2 logits), so sums neither overflow nor lose anything
-// that matters while they stay above 2^-86; a tile with a smaller sum is redone with each row's and
-// column's own maximum. Backward: G_ij = drow_i e^(x_ij - row_lse_i) + dcol_j e^(x_ij - col_lse_j)
-// from one exponential where the tile's lse values lie within 2^200 of each other, else from two;
+// E = 2^80 e^(x - tile maximum), so sums neither overflow nor lose anything that matters while they
+// stay above 2^-86; a tile with a smaller sum is redone with each row's and column's own maximum. Backward: G_ij = drow_i e^(x_ij - row_lse_i) + dcol_j e^(x_ij - col_lse_j)
+// from one exponential where the tile's lse values lie within 200 log 2 of each other, else from two;
 // then dq = scale G k, dk = scale G^T q. 1U forward and 3U backward for U = 2 N M D operations; a
 // symmetric problem (k is q) costs 0.5U and 2U. Memory O((N + M) D), never N x M.
 // Deterministic for a given number of threads: tasks own fixed panels and merge in fixed order.
@@ -23,10 +22,10 @@ namespace fastssl {
 namespace {
 
 constexpr int64_t kMaxRows = 96, kMaxCols = 512;
-constexpr int kHeadroom = 80;                 // E <= 2^80: a sum over 2^47 columns still fits
-constexpr float kSmallest = 1.2924697e-26f;   // 2^-86: what flushed below 2^-126 is then < 2^-30
-constexpr float kFloor = -1e30f;              // "nothing yet" maximum: differences stay finite
-constexpr float kRange = 200.f;
+constexpr int kHeadroom = 80;                // E <= 2^80: a sum over 2^47 columns still fits
+constexpr float kSmallest = 1.2924697e-26f;  // 2^-86: what flushed below 2^-126 is then < 2^-30
+constexpr float kFloor = -1e30f;             // "nothing yet" maximum: differences stay finite
+constexpr float kRange = 200.f * kLn2;       // lse values that one offset serves: 2^(+-100)
 
 using OptTensor = std::optional<Tensor>;
 
@@ -39,17 +38,16 @@ const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_
 struct Problem {
   const Tensor &q, &k;
   int64_t N, M, D;
-  float scale, scale2;  // natural and base-2 units
+  float scale;
   const int32_t *q_ids, *k_ids, *target;
-  std::vector<float> bias2;  // base-2, per column; zeros without a bias
   const float* bias;
   bool symmetric;
 
   Problem(const Tensor& q, const Tensor& k, const Tensor& scale, const OptTensor& q_ids,
           const OptTensor& k_ids, const OptTensor& bias, const OptTensor& target, bool symmetric)
       : q(q), k(k), N(q.size(0)), M(k.size(0)), D(q.size(1)), scale(floats(scale)[0]),
-        scale2(this->scale * kLog2e), q_ids(ids(q_ids)), k_ids(ids(k_ids)), target(ids(target)),
-        bias2(M, 0.f), bias(bias ? floats(*bias) : nullptr), symmetric(symmetric) {
+        q_ids(ids(q_ids)), k_ids(ids(k_ids)), target(ids(target)),
+        bias(bias ? floats(*bias) : nullptr), symmetric(symmetric) {
     const auto dtype = q.scalar_type();
     STD_TORCH_CHECK(dtype == k.scalar_type() &&
                         (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
@@ -62,8 +60,6 @@ struct Problem {
         STD_TORCH_CHECK(this->target[i] >= 0 && this->target[i] < M,
                         "contrastive: target must lie in [0, ", M, "), got ", this->target[i],
                         " at row ", i);
-    if (bias)
-      for (int64_t j = 0; j < M; ++j) bias2[j] = this->bias[j] * kLog2e;
   }
 };
 
@@ -89,18 +85,18 @@ struct Plan {
 
 // What a loop reads beside the raw products of one strip.
 struct StripInput {
-  float scale2;
-  const float* bias2;
+  float scale;
+  const float* bias;
   const int32_t *q_ids, *k_ids;
 };
 
-// Raw products to base-2 logits in place, left-out pairs to -inf; per-lane maxima of the rows.
+// Raw products to logits in place, left-out pairs to -inf; per-lane maxima of the rows.
 FASTSSL_CLONES void logits_strip(float* x, int64_t ld, int64_t rows, const StripInput in,
                                  int64_t below, float* row_max) {
   for (int64_t i = 0; i < rows; ++i) {
     float* v = x + i * ld;
     float* m = row_max + i * kStrip;
-    for (int64_t c = 0; c < kStrip; ++c) v[c] = v[c] * in.scale2 + in.bias2[c];
+    for (int64_t c = 0; c < kStrip; ++c) v[c] = v[c] * in.scale + in.bias[c];
     if (in.k_ids)
       for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? kNegInf : v[c];
     // A symmetric problem counts each unordered pair once: columns up to the diagonal drop out.
@@ -114,7 +110,7 @@ FASTSSL_CLONES void window_strip(const float* x, int64_t ld, int64_t rows, float
   float columns[kStrip] = {};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < kStrip; ++c) {
-      const float e = exp2_poly(x[i * ld + c] - tile_max, kHeadroom);
+      const float e = exp_poly(x[i * ld + c] - tile_max, kHeadroom);
       row_sum[i * kStrip + c] += e;
       columns[c] += e;
     }
@@ -125,7 +121,7 @@ FASTSSL_CLONES void rows_strip(const float* x, int64_t ld, int64_t rows, const f
                                float* row_sum) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < kStrip; ++c)
-      row_sum[i * kStrip + c] += exp2_poly(x[i * ld + c] - max[i]);
+      row_sum[i * kStrip + c] += exp_poly(x[i * ld + c] - max[i], kHeadroom);
 }
 
 FASTSSL_CLONES void cols_strip(const float* x, int64_t ld, int64_t rows, float* max, float* sum) {
@@ -136,14 +132,16 @@ FASTSSL_CLONES void cols_strip(const float* x, int64_t ld, int64_t rows, float* 
       max[c] = v > max[c] ? v : max[c];
     }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < kStrip; ++c) sum[c] += exp2_poly(x[i * ld + c] - max[c]);
+    for (int64_t c = 0; c < kStrip; ++c) sum[c] += exp_poly(x[i * ld + c] - max[c], kHeadroom);
 }
 
-// (max, sum) += (max2, sum2), elementwise; a pair stands for max + log2(sum).
+// (max, sum) += (max2, sum2), elementwise; a pair stands for max + log(2^-80 sum).
 FASTSSL_CLONES void merge(float* max, float* sum, const float* max2, const float* sum2, int64_t n) {
   for (int64_t c = 0; c < n; ++c) {
     const float m = max[c] > max2[c] ? max[c] : max2[c];
-    sum[c] = sum[c] * exp2_poly(max[c] - m) + sum2[c] * exp2_poly(max2[c] - m);
+    // Half the exponent at a time: the factor alone may underflow where its product with 2^80 counts.
+    const float f = exp_poly(0.5f * (max[c] - m)), f2 = exp_poly(0.5f * (max2[c] - m));
+    sum[c] = sum[c] * f * f + sum2[c] * f2 * f2;
     max[c] = m;
   }
 }
@@ -154,21 +152,24 @@ FASTSSL_CLONES void gradient_strip(float* x, int64_t ld, int64_t rows, const Str
                                    const float* col_weight) {
   for (int64_t i = 0; i < rows; ++i) {
     float* v = x + i * ld;
-    for (int64_t c = 0; c < kStrip; ++c)
-      v[c] = exp2_poly(v[c] * in.scale2 + in.bias2[c] - offset[i]) * (row_weight[i] + col_weight[c]);
+    // The logit is rounded as in the forward: where one term dominates, logit - lse is then exact.
+    for (int64_t c = 0; c < kStrip; ++c) {
+      const float logit = v[c] * in.scale + in.bias[c];
+      v[c] = exp_poly(logit - offset[i]) * (row_weight[i] + col_weight[c]);
+    }
     if (in.k_ids)
       for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? 0.f : v[c];
   }
 }
 
 FASTSSL_CLONES void gradient_strip_exact(float* x, int64_t ld, int64_t rows, const StripInput in,
-                                         const float* row_lse2, const float* drow,
-                                         const float* col_lse2, const float* dcol) {
+                                         const float* row_lse, const float* drow,
+                                         const float* col_lse, const float* dcol) {
   for (int64_t i = 0; i < rows; ++i) {
     float* v = x + i * ld;
     for (int64_t c = 0; c < kStrip; ++c) {
-      const float logit = v[c] * in.scale2 + in.bias2[c];
-      v[c] = exp2_poly(logit - row_lse2[i]) * drow[i] + exp2_poly(logit - col_lse2[c]) * dcol[c];
+      const float logit = v[c] * in.scale + in.bias[c];
+      v[c] = exp_poly(logit - row_lse[i]) * drow[i] + exp_poly(logit - col_lse[c]) * dcol[c];
     }
     if (in.k_ids)
       for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? 0.f : v[c];
@@ -179,27 +180,27 @@ FASTSSL_CLONES void gradient_strip_exact(float* x, int64_t ld, int64_t rows, con
 
 // Bias and ids of one tile's columns, padded to whole strips: the padding's logits are -inf.
 struct TileColumns {
-  std::vector<float> bias2;
+  std::vector<float> bias;
   std::vector<int32_t> k_ids;
-  TileColumns() : bias2(kMaxCols), k_ids(kMaxCols) {}
+  TileColumns() : bias(kMaxCols), k_ids(kMaxCols) {}
 
   void load(const Problem& p, int64_t col0, int64_t cols) {
     const int64_t padded = round_up(cols, kStrip);
-    std::copy_n(p.bias2.begin() + col0, cols, bias2.begin());
-    std::fill(bias2.begin() + cols, bias2.begin() + padded, kNegInf);
+    if (p.bias) std::copy_n(p.bias + col0, cols, bias.begin());
+    else std::fill_n(bias.begin(), cols, 0.f);
+    std::fill(bias.begin() + cols, bias.begin() + padded, kNegInf);
     if (!p.k_ids) return;
     std::copy_n(p.k_ids + col0, cols, k_ids.begin());
     std::fill(k_ids.begin() + cols, k_ids.begin() + padded, 0);
   }
   StripInput strip(const Problem& p, int64_t row0, int64_t s) const {
-    return {p.scale2, &bias2[s * kStrip], p.q_ids ? p.q_ids + row0 : nullptr,
+    return {p.scale, &bias[s * kStrip], p.q_ids ? p.q_ids + row0 : nullptr,
             p.k_ids ? &k_ids[s * kStrip] : nullptr};
   }
 };
 
-// In double: the headroom in `max` and in `sum` would cancel with a loss of digits in fp32.
-float natural(float max, float sum) {
-  return static_cast<float>(0.6931471805599453 * (double(max) + std::log2(double(sum))));
+float lse(float max, float sum) {
+  return static_cast<float>(max + std::log(std::ldexp(double(sum), -kHeadroom)));
 }
 
 void reduce_lanes(const std::vector<float>& lanes, int64_t rows, float* out) {
@@ -281,8 +282,8 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
             for (int64_t i = 0; i < rows; ++i) exact |= !(sums[i] >= kSmallest);
             for (int64_t j = 0; j < cols; ++j) exact |= !(sum2[j] >= kSmallest);
             if (!exact) {
-              std::fill_n(maxima.begin(), rows, tile_max - kHeadroom);
-              std::fill_n(max2.begin(), cols, tile_max - kHeadroom);
+              std::fill_n(maxima.begin(), rows, tile_max);
+              std::fill_n(max2.begin(), cols, tile_max);
             }
           }
           if (exact) {
@@ -309,27 +310,27 @@ void forward(const Problem& p, bool want_rows, bool want_cols, float* row_lse, f
     merge(col_max.data(), col_sum.data(), &col_max[task * p.M], &col_sum[task * p.M], p.M);
   if (p.symmetric) merge(row_max.data(), row_sum.data(), col_max.data(), col_sum.data(), p.N);
   if (want_rows)
-    for (int64_t i = 0; i < p.N; ++i) row_lse[i] = natural(row_max[i], row_sum[i]);
+    for (int64_t i = 0; i < p.N; ++i) row_lse[i] = lse(row_max[i], row_sum[i]);
   if (want_cols)
-    for (int64_t j = 0; j < p.M; ++j) col_lse[j] = natural(col_max[j], col_sum[j]);
+    for (int64_t j = 0; j < p.M; ++j) col_lse[j] = lse(col_max[j], col_sum[j]);
 }
 
 // ----------------------------------------------------------------------------------- backward
 
-// lse and upstream gradient of one direction in base 2; rows without any pair weigh nothing.
+// lse and upstream gradient of one direction; rows without any pair weigh nothing.
 struct Direction {
-  std::vector<float> lse2, weight;
-  Direction(int64_t n, int64_t padded, const Tensor& lse, const Tensor& d)
-      : lse2(padded, 0.f), weight(padded, 0.f) {
+  std::vector<float> lse, weight;
+  Direction(int64_t n, int64_t padded, const Tensor& saved, const Tensor& d)
+        : lse(padded, 0.f), weight(padded, 0.f) {
     if (d.numel() == 0) return;
     for (int64_t i = 0; i < n; ++i)
-      if (floats(lse)[i] != kNegInf) {
-        lse2[i] = floats(lse)[i] * kLog2e;
+      if (floats(saved)[i] != kNegInf) {
+        lse[i] = floats(saved)[i];
         weight[i] = floats(d)[i];
       }
   }
   std::pair<float, float> range(int64_t begin, int64_t n) const {
-    const auto [lo, hi] = std::minmax_element(lse2.begin() + begin, lse2.begin() + begin + n);
+    const auto [lo, hi] = std::minmax_element(lse.begin() + begin, lse.begin() + begin + n);
     return {*lo, *hi};
   }
 };
@@ -385,7 +386,7 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
 
           bool one_exponential = !has_cols;
           if (!has_cols) {  // offsets by row need no window
-            std::copy_n(&row.lse2[row0], rows, offset.begin());
+            std::copy_n(&row.lse[row0], rows, offset.begin());
             std::copy_n(&row.weight[row0], rows, row_weight.begin());
             std::fill(col_weight.begin(), col_weight.end(), 0.f);
           } else if (has_rows) {
@@ -396,10 +397,10 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
             const float K = 0.5f * (lo + hi);
             for (int64_t i = 0; i < rows; ++i) {
               offset[i] = K;
-              row_weight[i] = row.weight[row0 + i] * std::exp2(K - row.lse2[row0 + i]);
+              row_weight[i] = row.weight[row0 + i] * std::exp(K - row.lse[row0 + i]);
             }
             for (int64_t j = 0; j < strips * kStrip; ++j)
-              col_weight[j] = col.weight[col0 + j] * std::exp2(K - col.lse2[col0 + j]);
+              col_weight[j] = col.weight[col0 + j] * std::exp(K - col.lse[col0 + j]);
           }
           for (int64_t s = 0; s < strips; ++s) {
             const StripInput in = columns.strip(p, row0, s);
@@ -407,8 +408,8 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
               gradient_strip(g.at(s), g.row, rows, in, offset.data(), row_weight.data(),
                              &col_weight[s * kStrip]);
             else
-              gradient_strip_exact(g.at(s), g.row, rows, in, &row.lse2[row0], &row.weight[row0],
-                                   &col.lse2[col0 + s * kStrip], &col.weight[col0 + s * kStrip]);
+              gradient_strip_exact(g.at(s), g.row, rows, in, &row.lse[row0], &row.weight[row0],
+                                   &col.lse[col0 + s * kStrip], &col.weight[col0 + s * kStrip]);
           }
           if (dpos) {
             for (int64_t i = 0; i < rows; ++i) {
@@ -422,9 +423,11 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
               }
           }
           if (dbias)
-            for (int64_t i = 0; i < rows; ++i)
-              for (int64_t j = 0; j < cols; ++j)
-                dbias_parts[task * plan.chunk + begin + j] += g(i, j);
+            for (int64_t j = 0; j < cols; ++j) {
+              float sum = 0.f;
+              for (int64_t i = 0; i < rows; ++i) sum += g(i, j);
+              dbias_parts[task * plan.chunk + begin + j] += sum;
+            }
           products.round_gradient(g, cols, scratch);
           if (need_dq) products.add_dq(begin, cols, scratch, &dq[row0 * p.D], p.D);
           if (need_dk) products.add_dk(begin, cols, scratch, dk_part);

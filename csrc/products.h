@@ -155,10 +155,7 @@ struct MicroArgs {
   template <int R>                                                                             \
   target void name(const MicroArgs& m) {                                                       \
     __m512 acc[R][2];                                                                          \
-    for (int r = 0; r < R; ++r) {                                                              \
-      acc[r][0] = m.add ? _mm512_loadu_ps(m.c + r * m.ldc) : _mm512_setzero_ps();              \
-      acc[r][1] = m.add ? _mm512_loadu_ps(m.c + r * m.ldc + 16) : _mm512_setzero_ps();         \
-    }                                                                                          \
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();                   \
     const uint32_t* b = m.b;                                                                   \
     for (int64_t s = 0; s < m.segments; ++s) {                                                 \
       const uint32_t* a = m.a + s * m.jump;                                                    \
@@ -171,10 +168,11 @@ struct MicroArgs {
         }                                                                                      \
       }                                                                                        \
     }                                                                                          \
-    for (int r = 0; r < R; ++r) {                                                              \
-      _mm512_storeu_ps(m.c + r * m.ldc, acc[r][0]);                                            \
-      _mm512_storeu_ps(m.c + r * m.ldc + 16, acc[r][1]);                                       \
-    }                                                                                          \
+    for (int r = 0; r < R; ++r)                                                                \
+      for (int h = 0; h < 2; ++h) {                                                            \
+        float* c = m.c + r * m.ldc + 16 * h;                                                   \
+        _mm512_storeu_ps(c, m.add ? _mm512_add_ps(_mm512_loadu_ps(c), acc[r][h]) : acc[r][h]); \
+      }                                                                                        \
   }
 #define FASTSSL_DOT_F32(x, y, acc) \
   _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), acc)
@@ -208,6 +206,7 @@ template <bool kBf16>
 class MicroProducts {
  public:
   static constexpr int64_t kPair = kBf16 ? 2 : 1;  // elements of a unit
+  static constexpr int64_t kRun = 64;
   using T = std::conditional_t<kBf16, uint16_t, float>;
   struct Scratch {
     std::vector<T> q;           // [rows][Dp]
@@ -271,10 +270,14 @@ class MicroProducts {
   }
   Tile scores(int64_t begin, int64_t cols, Scratch& w) const {
     const int64_t strip = w.rows * kStrip;
+    const auto* q = reinterpret_cast<const uint32_t*>(w.q.data());
+    // fp32 sums over D in two levels: one long chain of additions would lose a digit to the library.
+    const int64_t run = kBf16 ? units_ : kRun;
     for (int64_t s = 0; s * kStrip < cols; ++s)
-      product(w.rows, {reinterpret_cast<const uint32_t*>(w.q.data()), units_, 1, units_, 1, 0,
-                       kt_.data() + (begin + s * kStrip) * units_, w.s.data() + s * strip, kStrip,
-                       false});
+      for (int64_t p = 0; p < units_; p += run)
+        product(w.rows, {q + p, units_, 1, std::min(run, units_ - p), 1, 0,
+                         kt_.data() + (begin + s * kStrip) * units_ + p * kStrip,
+                         w.s.data() + s * strip, kStrip, p > 0});
     return {w.s.data(), strip, kStrip};
   }
   void round_gradient(const Tile& g, int64_t cols, Scratch& w) const {

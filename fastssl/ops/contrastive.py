@@ -323,6 +323,12 @@ def _scale_tensor(name: str, label: str, value: float | Tensor, q: Tensor) -> Te
     return torch.full((), value, device=q.device, dtype=dtype)
 
 
+def _unit_rows(x: Tensor) -> Tensor:
+    """L2-normalised in at least fp32: the squares of small fp16 numbers would underflow."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.nn.functional.normalize(x.to(dtype), dim=1).to(x.dtype)
+
+
 def _prepare(name, q, k, scale, q_ids, k_ids, bias, target):
     """The op's tensor arguments, checked, in one dtype and on one device."""
     device, symmetric = q.device, k is None
@@ -484,8 +490,7 @@ def info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none", got {reduction!r}.')
     if normalize:
-        q = torch.nn.functional.normalize(q, dim=1)
-        k = k if k is None else torch.nn.functional.normalize(k, dim=1)
+        q, k = _unit_rows(q), k if k is None else _unit_rows(k)
     args = _prepare(name, q, k, scale, q_ids, k_ids, bias, target)
     own = None
     if q_ids is not None:

@@ -1,0 +1,28 @@
+import os
+
+import pytest
+import torch
+
+# A CPU-only torch cannot run PyPI's torchvision, but can import it once its two missing operator
+# schemas exist; timm, open_clip and lightly import it wherever it is installed.
+if not torch.backends.cuda.is_built():
+    _vision = torch.library.Library("torchvision", "FRAGMENT")
+    _vision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _vision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# Uninitialised memory is filled with NaN: a kernel that leaves an element out cannot pass.
+torch.use_deterministic_algorithms(True, warn_only=True)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

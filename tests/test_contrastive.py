@@ -1,0 +1,381 @@
+"""The contrastive op against its fp64 reference, on the CPU and, where there is one, the GPU."""
+
+import math
+
+import pytest
+import torch
+from oracle import assert_no_worse
+from torch.nn.functional import cross_entropy, normalize
+
+import fastssl
+from fastssl.ops import contrastive_lse, info_nce
+from fastssl.ops.contrastive import contrastive_bwd_ref, contrastive_fwd_ref
+
+# Which products the CPU kernel runs on: as found, all of the library's, everything in fp32.
+CPU_PATHS = {"found": -1, "library": 8, "fp32": 0}
+HAS_EXTENSION = not fastssl.extension.why_missing
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=CPU_PATHS)
+def cpu_path(request):
+    if not HAS_EXTENSION:
+        if request.param != "found":
+            pytest.skip("the extension is not built: only the reference runs")
+        yield
+        return
+    torch.ops.fastssl.override_cpu_features(CPU_PATHS[request.param])
+    yield
+    torch.ops.fastssl.override_cpu_features(-1)
+
+
+def problem(N, M, D, dtype, *, scale=20.0, ids=False, bias=False, unit=True, device="cpu"):
+    """Features with duplicates, aligned pairs and zero rows, in fp64 rounded to dtype."""
+    q, k = torch.randn(N, D, dtype=torch.float64), torch.randn(M, D, dtype=torch.float64)
+    if unit:
+        q, k = normalize(q), normalize(k)
+    same = min(N, M) // 2
+    k[:same] = q[:same]
+    if N > 4 and M > 4:
+        q[-1], k[-2], k[-1] = 0, 0, k[0]
+    return {
+        "q": q.to(device, dtype),
+        "k": k.to(device, dtype),
+        "scale": torch.tensor(scale, device=device),
+        "q_ids": torch.randint(0, 4, (N,), dtype=torch.int32).to(device) if ids else None,
+        "k_ids": torch.randint(0, 4, (M,), dtype=torch.int32).to(device) if ids else None,
+        "bias": torch.randn(M).to(device) if bias else None,
+        "target": torch.randint(0, M, (N,), dtype=torch.int32).to(device),
+    }
+
+
+def check(p, rows=True, cols=True):
+    """Forward and backward of the raw op against fp64, no worse than plain torch in p's dtype."""
+    dtype, device = p["q"].dtype, p["q"].device
+    p64 = {name: None if x is None else x.cpu() for name, x in p.items()}
+    plain = dict(p64)
+    for name in ("q", "k", "scale", "bias"):
+        if p64[name] is not None:
+            p64[name] = p64[name].double()
+            plain[name] = plain[name].to(dtype)
+    got = torch.ops.fastssl.contrastive_fwd(*p.values(), rows, cols, False)
+    true = contrastive_fwd_ref(*p64.values(), rows, cols, False)
+
+    leaves = [plain[n].clone().requires_grad_() if plain[n] is not None else None
+              for n in ("q", "k", "scale", "bias")]  # fmt: skip
+    logits = leaves[2] * (leaves[0] @ leaves[1].T)
+    if leaves[3] is not None:
+        logits = logits + leaves[3]
+    pos = logits.gather(1, p64["target"].long()[:, None])[:, 0]
+    if p64["q_ids"] is not None:
+        out = p64["q_ids"][:, None] == p64["k_ids"][None]
+        logits = logits.masked_fill(out, -torch.inf)
+    empty = logits.new_empty(0)
+    peer = (logits.logsumexp(1) if rows else empty, logits.logsumexp(0) if cols else empty, pos)
+    # Every logit is a product of this magnitude at most; rounding it costs an eps of that.
+    largest = (p64["scale"] * p64["q"].norm(dim=1).max() * p64["k"].norm(dim=1).max()).item()
+    for name, *xs in zip(("row_lse", "col_lse", "pos"), got, true, peer, strict=True):
+        print(name)
+        assert_no_worse(xs[0].cpu(), xs[1], xs[2].detach(), magnitude=largest)
+
+    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in true]
+    upstream = [torch.where(x.isfinite(), u, 0.0) for x, u in zip(true, upstream, strict=True)]
+    got = torch.ops.fastssl.contrastive_bwd(
+        *p.values(), got[0], got[1], *(u.float().to(device) for u in upstream), False, True, True
+    )
+    true = contrastive_bwd_ref(*p64.values(), true[0], true[1], *upstream, False, True, True)
+    total = sum(
+        (torch.where(x.isfinite(), x, 0.0) * u.to(dtype)).sum()
+        for x, u in zip(peer, upstream, strict=True)
+    )
+    grads = torch.autograd.grad(total, [x for x in leaves if x is not None])
+    if leaves[3] is None:
+        grads = (*grads, empty)
+    # dq adds scale * upstream * k over columns; dscale adds upstream * <q, k> over all pairs.
+    largest_u = max(u.abs().max().item() for u in upstream if u.numel()) * p64["scale"].item()
+    magnitude = {
+        "dq": largest_u * p64["k"].norm(dim=1).max().item(),
+        "dk": largest_u * p64["q"].norm(dim=1).max().item(),
+        "dscale": torch.cat(upstream).norm().item() * largest / p64["scale"].item(),
+        "dbias": largest_u,
+    }
+    for name, *xs in zip(magnitude, got, true, grads, strict=True):
+        print(name)
+        assert_no_worse(xs[0].cpu(), xs[1], xs[2].nan_to_num(0.0), 3, magnitude[name])
+
+
+SIZES = [1, 2, 127, 1000, 4097]
+WIDTHS = [64, 96, 100, 128, 384]
+
+
+def sweep():
+    for i, N in enumerate(SIZES):
+        for j, M in enumerate(SIZES):
+            # The largest fp64 references take seconds: one width each, cycling through all.
+            for D in WIDTHS if N * M <= 1_000_000 else [WIDTHS[(i + j) % 5]]:
+                yield N, M, D
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("N,M,D", list(sweep()))
+@pytest.mark.parametrize("device", DEVICES)
+def test_oracle_sizes(N, M, D, dtype, device):
+    variant = (N + M + D) % 4
+    check(problem(N, M, D, dtype, ids=variant == 1, bias=variant >= 2, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N,M,D", [(1, 1, 1), (2, 3, 7), (7, 5, 33), (33, 17, 100), (257, 96, 65)])
+@pytest.mark.parametrize("rows,cols", [(True, True), (True, False), (False, True)])
+def test_oracle_every_product_path(N, M, D, dtype, rows, cols, cpu_path):
+    check(problem(N, M, D, dtype, ids=N % 2 == 1, bias=M % 2 == 1), rows, cols)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "stepped"])
+def test_oracle_layouts(layout, device):
+    p = problem(130, 67, 100, torch.float32, ids=True, device=device)
+    if layout == "transposed":
+        p["q"], p["k"] = p["q"].T.contiguous().T, p["k"].T.contiguous().T
+    elif layout == "sliced":
+        p["q"] = torch.cat([p["q"], p["q"]], 1)[:, 100:]
+        p["k"] = torch.cat([p["k"], p["k"]], 0)[67:]
+    else:
+        p["k"] = p["k"].repeat_interleave(2, 0)[::2]
+    check(p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["scale 100", "orthogonal", "thousands", "tiny temperature"])
+def test_oracle_extremes(case, dtype, cpu_path):
+    scale = {"tiny temperature": 1e4, "thousands": 30.0}.get(case, 100.0)
+    p = problem(300, 200, 96, dtype, scale=scale, unit=case != "thousands")
+    if case == "orthogonal":
+        # Rows whose best logit lies far under the tile's largest one: a fixed offset loses them.
+        p["q"] = torch.eye(300, 96).to(dtype)
+        p["k"] = -torch.eye(200, 96).roll(1, 1).to(dtype)
+        p["k"][0] = p["q"][0]
+    check(p)
+
+
+def test_one_exponential_window_falls_back():
+    # Row 0 peaks 400 nats over row 1: one shared offset would flush row 1 to zero.
+    q = torch.tensor([[200.0, 0.0], [-200.0, 0.0]])
+    k = torch.tensor([[1.0, 0.0], [1.0, 0.1]])
+    row, col, _ = contrastive_lse(q, k, cols=True)
+    torch.testing.assert_close(row, torch.tensor([200.0, -200.0]) + math.log(2))
+    torch.testing.assert_close(col, torch.tensor([200.0, 200.0]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("R,D", [(2, 3), (40, 64), (254, 100), (1300, 96)])
+def test_q_against_itself(R, D, dtype, device):
+    z = normalize(torch.randn(R, D)).to(device, dtype)
+    target = torch.arange(R).roll(R // 2)
+    ids = torch.arange(R, dtype=torch.int32)
+    upstream = torch.randn(2, R, dtype=torch.float64)
+
+    def run(z, lse_of):
+        z = z.clone().requires_grad_()
+        scale = torch.tensor(5.0, dtype=z.dtype, device=z.device, requires_grad=True)
+        lse, pos = lse_of(z, scale)
+        up = upstream.to(lse.device, lse.dtype)
+        dz, dscale = torch.autograd.grad((lse * up[0] + pos * up[1]).sum(), [z, scale])
+        return [x.detach().cpu() for x in (lse, pos, dz, dscale)]
+
+    def ours(z, scale):
+        row, _, pos = contrastive_lse(z, None, scale, target=target)
+        return row, pos
+
+    def plain(z, scale):
+        logits = scale.to(z.dtype) * (z @ z.T)
+        pos = logits.gather(1, target[:, None])[:, 0]
+        return logits.masked_fill(ids[:, None] == ids[None], -torch.inf).logsumexp(1), pos
+
+    results = run(z, ours), run(z.cpu().double(), plain), run(z.cpu(), plain)
+    terms = upstream.norm().item()
+    for i, xs in enumerate(zip(*results, strict=True)):
+        assert_no_worse(*xs, 2 if i < 2 else 3, magnitude=terms if i == 3 else 0.0)
+
+
+@pytest.mark.parametrize("mode", ["plain", "symmetric", "self", "ids", "target"])
+def test_gradcheck(mode):
+    q, k = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 0, 2, 1])
+
+    def loss(q, k, scale, bias):
+        if mode == "self":
+            target = torch.tensor([1, 2, 3, 4, 0])
+            return info_nce(q, logit_scale=scale, target=target, reduction="none")
+        extra = {
+            "plain": {"bias": bias},
+            "symmetric": {"symmetric": True, "reduction": "none"},
+            "ids": {"q_ids": ids, "symmetric": True, "bias": bias, "normalize": True},
+            "target": {"target": torch.tensor([1, 1, 0, 4, 2]), "q_ids": ids},
+        }[mode]
+        return info_nce(q, k, logit_scale=scale, **extra)
+
+    torch.autograd.gradcheck(loss, (q, k, scale, bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"ids": True, "bias": True}])
+def test_opcheck(options, device):
+    p = problem(9, 7, 16, torch.float32, device=device, **options)
+    args = (*p.values(), True, True, False)
+    torch.library.opcheck(torch.ops.fastssl.contrastive_fwd.default, args)
+    row, col, pos = torch.ops.fastssl.contrastive_fwd(*args)
+    args = (*p.values(), row, col, row.sin(), col.sin(), pos.sin(), False, True, True)
+    torch.library.opcheck(torch.ops.fastssl.contrastive_bwd.default, args)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_a_graph_break(device):
+    q, k = (torch.randn(12, 16, device=device, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(3.0, device=device, requires_grad=True)
+
+    def loss(q, k, scale):
+        return info_nce(q, k, logit_scale=scale, symmetric=True, normalize=True)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(q, k, scale), (q, k, scale))
+    got = torch.autograd.grad(compiled(q, k, scale), (q, k, scale))
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_repeat(dtype, device):
+    p = problem(700, 900, 100, dtype, ids=True, bias=True, device=device)
+    q, k = p["q"].requires_grad_(), p["k"].requires_grad_()
+
+    def run():
+        row, col, pos = contrastive_lse(q, k, 9.0, q_ids=p["q_ids"], k_ids=p["k_ids"],
+                                        target=p["target"], cols=True)  # fmt: skip
+        total = row.nan_to_num(neginf=0).sum() + col.nan_to_num(neginf=0).sin().sum() + pos.sum()
+        return row, col, pos, *torch.autograd.grad(total, (q, k))
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_pair_left_out(device):
+    q = torch.randn(4, 8, device=device, requires_grad=True)
+    k = torch.randn(5, 8, device=device, requires_grad=True)
+    q_ids, k_ids = torch.tensor([1, 1, 2, 1]), torch.ones(5, dtype=torch.long)
+    row, col, _ = contrastive_lse(q, k, q_ids=q_ids, k_ids=k_ids, cols=True)
+    assert row.cpu().isneginf().tolist() == [True, True, False, True]
+    (row[2] + col.sum()).backward()
+    assert q.grad.isfinite().all() and k.grad.isfinite().all()
+    assert (q.grad[[0, 1, 3]] == 0).all() and (q.grad[2] != 0).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_stay_visible(bad, device):
+    q, k = torch.randn(200, 16), torch.randn(300, 16)
+    q[7, 3] = bad
+    row, col, _ = contrastive_lse(q.to(device), k.to(device), cols=True)
+    assert not row[7].isfinite()
+    assert row.isfinite().sum() == 199, "the other rows are not concerned"
+    # A logit of -inf is a pair that weighs nothing; +inf and NaN must show.
+    assert not col[(bad * k[:, 3]).to(device) != -math.inf].isfinite().any()
+    assert not info_nce(q.to(device), k.to(device), temperature=0.1).isfinite()
+
+
+def test_ids_leave_out_groups_but_never_the_positive():
+    q, k = torch.randn(6, 8), torch.randn(6, 8)
+    ids = torch.tensor([0, 1, 0, 2, 2, 0])
+    logits = 3 * q @ k.T
+    out = (ids[:, None] == ids[None]) & ~torch.eye(6, dtype=torch.bool)
+    logits = logits.masked_fill(out, -torch.inf)
+    labels = torch.arange(6)
+    expected = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    got = info_nce(q, k, logit_scale=3.0, q_ids=ids, symmetric=True)
+    torch.testing.assert_close(got, expected)
+
+
+def test_closed_form():
+    # Two rows of the identity in both views: -1 + ln(e + 2) each.
+    z = torch.eye(2).repeat(2, 1)
+    loss = info_nce(z, target=torch.tensor([2, 3, 0, 1]), temperature=1.0)
+    assert loss.item() == pytest.approx(math.log(math.e + 2) - 1, abs=1e-6)
+    # One anchor, key and queue (e1, e2, -e1): -1 + ln(e + 1 + 1/e).
+    keys = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+    loss = info_nce(keys[:1], keys, temperature=1.0)
+    assert loss.item() == pytest.approx(math.log(math.e + 1 + 1 / math.e) - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_runs_the_products_in_bf16(device):
+    q, k = (torch.randn(20, 32, device=device, requires_grad=True) for _ in range(2))
+    with torch.autocast(device, torch.bfloat16):
+        loss = info_nce(q, k, temperature=0.5)
+    expected = info_nce(q.bfloat16(), k.bfloat16(), temperature=0.5)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    loss.backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_bias_is_the_log_of_repeated_keys():
+    q, k = torch.randn(5, 8), torch.randn(3, 8)
+    times = torch.tensor([1, 4, 2])
+    row, _, _ = contrastive_lse(q, k, 2.0, bias=times.float().log())
+    torch.testing.assert_close(row, contrastive_lse(q, k.repeat_interleave(times, 0), 2.0)[0])
+
+
+good = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: info_nce(good, good[:, :5], temperature=1), ValueError, "q's width D=8, got"),
+        (lambda: info_nce(good[:0], good, temperature=1), ValueError, "at least one row"),
+        (lambda: info_nce(good[0], good, temperature=1), ValueError, r"must be \(rows, D\)"),
+        (lambda: info_nce(good.long(), good, temperature=1), TypeError, "torch.int64"),
+        (lambda: info_nce(good, good, temperature=0.0), ValueError, "temperature must be positive"),
+        (lambda: info_nce(good, good, temperature=-1.0), ValueError, "got -1.0"),
+        (lambda: info_nce(good, good, temperature=math.nan), ValueError, "must be positive"),
+        (lambda: info_nce(good, good), ValueError, "exactly one of temperature"),
+        (lambda: info_nce(good, good[:3], temperature=1), ValueError, "at least 4 rows, got 3"),
+        (lambda: info_nce(good, temperature=1), ValueError, "needs a target"),
+        (
+            lambda: info_nce(good, good, temperature=1, target=torch.zeros(3).long()),
+            ValueError,
+            r"target must have shape \(4,\).*got \(3,\)",
+        ),
+        (
+            lambda: info_nce(good, good, temperature=1, target=torch.zeros(4)),
+            TypeError,
+            "target must be an integer tensor",
+        ),
+        (
+            lambda: info_nce(good, good, temperature=1, q_ids=torch.zeros(5).long()),
+            ValueError,
+            r"q_ids must have shape \(4,\)",
+        ),
+        (
+            lambda: info_nce(good, good, temperature=1, bias=torch.zeros(5)),
+            ValueError,
+            r"bias must have shape \(4,\)",
+        ),
+        (lambda: info_nce(good, good, temperature=1, reduction="avg"), ValueError, "got 'avg'"),
+        (lambda: contrastive_lse(good, good, torch.ones(2)), ValueError, "must hold one number"),
+        (lambda: contrastive_lse(good, cols=True), ValueError, "gives rows only"),
+    ],
+)
+def test_error_messages(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.skipif(not HAS_EXTENSION, reason="the reference raises torch's own message")
+def test_target_out_of_range_on_cpu():
+    with pytest.raises(RuntimeError, match=r"target must lie in \[0, 4\), got 9 at row 2"):
+        info_nce(good, good, temperature=1.0, target=torch.tensor([0, 1, 9, 3]))
