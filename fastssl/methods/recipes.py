@@ -18,7 +18,7 @@ _SIMCLR_SMALL = {
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "simclr": {
         "digits": {**_SIMCLR_SMALL, "epochs": 20},
-        "patches": {**_SIMCLR_SMALL, "epochs": 40},
+        "patches": {**_SIMCLR_SMALL, "epochs": 20},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     }
 }
