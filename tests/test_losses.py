@@ -7,16 +7,20 @@ from torch.nn.functional import normalize
 from fastssl.losses import ClipLoss, NTXentLoss
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 def grads(loss, leaves):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.parametrize("N,D", [(1, 8), (2, 3), (64, 100), (300, 256)])
 @pytest.mark.parametrize("learnable", [True, False])
-def test_clip_loss_equals_open_clip(N, D, learnable):
+@pytest.mark.parametrize("device", DEVICES)
+def test_clip_loss_equals_open_clip(N, D, learnable, device):
     peer = pytest.importorskip("open_clip.loss").ClipLoss()
-    image, text = (normalize(torch.randn(N, D)).requires_grad_() for _ in range(2))
-    scale = torch.tensor(14.3, requires_grad=learnable)
+    image, text = (normalize(torch.randn(N, D, device=device)).requires_grad_() for _ in range(2))
+    scale = torch.tensor(14.3, device=device, requires_grad=learnable)
     leaves = [image, text, scale] if learnable else [image, text]
     ours = grads(ClipLoss()(image, text, scale), leaves)
     for got, expected in zip(ours, grads(peer(image, text, scale), leaves), strict=True):
@@ -34,9 +38,10 @@ def test_clip_loss_output_dict_and_shared_bias():
 
 @pytest.mark.parametrize("N,D", [(2, 3), (33, 17), (256, 128)])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-def test_nt_xent_equals_lightly(N, D, temperature):
+@pytest.mark.parametrize("device", DEVICES)
+def test_nt_xent_equals_lightly(N, D, temperature, device):
     peer = pytest.importorskip("lightly.loss").NTXentLoss(temperature)
-    leaves = [torch.randn(N, D, requires_grad=True) for _ in range(2)]
+    leaves = [torch.randn(N, D, device=device, requires_grad=True) for _ in range(2)]
     ours = grads(NTXentLoss(temperature)(*leaves), leaves)
     for got, expected in zip(ours, grads(peer(*leaves), leaves), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6)

@@ -1,0 +1,41 @@
+# Every target works from a fresh clone: the environment is made on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: demo test test-cpu test-triton test-cubin lint bench gpu-check
+.NOTPARALLEL:
+
+# --no-build-isolation builds against the very torch that will load the extension.
+.venv/installed-%: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "torch>=2.11" setuptools wheel ninja
+	$(ENV) $(BIN)/pip install -q --no-build-isolation -e ".[$*]"
+	touch $@
+
+demo: .venv/installed-demo
+	$(BIN)/fastssl demo --out $$(mktemp -d -t fastssl-demo-XXXX)
+
+test: lint test-cpu test-triton test-cubin
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+test-cpu: .venv/installed-dev
+	$(BIN)/pytest --ignore tests/test_contrastive_triton.py --ignore tests/test_contrastive_cubin.py
+
+# The interpreter must be chosen before the kernels are imported, hence a process of its own.
+test-triton: .venv/installed-dev
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_contrastive_triton.py
+
+test-cubin: .venv/installed-dev
+	$(BIN)/pytest tests/test_contrastive_cubin.py
+
+bench: .venv/installed-dev
+	$(BIN)/pytest benchmarks -s -q
+
+# With the active Python and no network: for a machine that has a GPU, torch and a compiler.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py

@@ -1,0 +1,78 @@
+"""Build, GPU tests and GPU benchmarks with the active Python; one results file; under 9 minutes.
+
+Each part runs in a process of its own with a time limit; what fails is reported and the rest goes
+on. The file goes into $OUT if set, else benchmarks/results/<gpu>/.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILD = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", ".."]
+TEST = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-rf"]
+# Run from tests/ and benchmarks/, never the root, where the checkout would shadow the installation.
+PARTS = [  # name, folder, command, limit in seconds
+    ("build", "tests", BUILD, 120),
+    ("kernel tests", "tests", [*TEST, "test_contrastive_triton.py"], 150),
+    ("op tests", "tests", [*TEST, "-m", "gpu", "test_contrastive.py", "test_losses.py"], 150),
+    ("benchmarks", "benchmarks", [*TEST, "-s", "bench_contrastive.py"], 220),
+]
+TOTAL_S = 530
+
+
+def main() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: no CUDA device. Run `make test` for what needs none.")
+        return 2
+    folder = Path(
+        os.environ.get("OUT")
+        or ROOT / "benchmarks/results" / torch.cuda.get_device_name().split()[-1].lower()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    parts_folder = folder / "parts"
+    parts_folder.mkdir(exist_ok=True)
+    started, report = time.time(), {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    environment = os.environ | {"OUT": str(parts_folder), "PYTHONUNBUFFERED": "1"}
+    for name, place, command, limit in PARTS:
+        limit = min(limit, TOTAL_S - (time.time() - started))
+        print(f"--- {name} (at most {limit:.0f} s)", flush=True)
+        begun, lines = time.time(), []
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT / place, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        timer = subprocess.Popen(["sh", "-c", f"sleep {max(limit, 1):.0f}; kill {process.pid}"])
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+        code = process.wait()
+        timer.kill()
+        summary = next((line for line in reversed(lines) if re.search(r"\d+ passed", line)), "")
+        report[name] = {
+            "exit_code": code,
+            "seconds": round(time.time() - begun, 1),
+            "summary": summary,
+            "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+            "tail": [] if code == 0 else lines[-40:],
+        }
+        path = folder / "gpu-check.json"
+        for part in parts_folder.glob("*.json"):
+            report[part.stem] = json.loads(part.read_text())
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    for part in parts_folder.glob("*.json"):
+        part.unlink()
+    parts_folder.rmdir()
+    failed = [name for name, *_ in PARTS if report[name]["exit_code"]]
+    print(f"gpu-check: {path}; {'failed: ' + ', '.join(failed) if failed else 'all parts passed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
