@@ -159,19 +159,30 @@ def test_demo_exit_code_and_folder_in_use(tmp_path, capsys, monkeypatch):
     assert "which holds a demo" in failure(capsys, "demo", "--out", tmp_path)
 
 
-@pytest.mark.parametrize(("gap", "passed"), [(7.9, False), (8.0, True)])
-def test_demo_compares_gaps_with_bounds(tmp_path, capsys, monkeypatch, gap, passed):
+@pytest.mark.parametrize(
+    ("gaps", "failing"),
+    [
+        ({"digits-0": 6.0, "digits-1": 6.0, "digits-2": 6.0, "patches-0": 8.0}, []),
+        ({"digits-0": 6.0, "digits-1": 5.9, "digits-2": 6.0, "patches-0": 8.0}, ["digits, seed 1"]),
+        (
+            {"digits-0": 6.0, "digits-1": 6.0, "digits-2": 6.0, "patches-0": 7.9},
+            ["patches, seed 0"],
+        ),
+    ],
+)
+def test_demo_compares_every_gap_with_its_bound(tmp_path, capsys, monkeypatch, gaps, failing):
     def scores(run, weights):
-        base = 50.0 + (gap if weights == "pretrained" else 0.0)
+        base = 50.0 + (gaps[run.name] if weights == "pretrained" else 0.0)
         return {"all": {"top1_percent": dict.fromkeys(demo.SHOWN, base)}}
 
     monkeypatch.setattr(demo, "pretrain", lambda config: None)
     monkeypatch.setattr(demo, "evaluate", scores)
     monkeypatch.setattr(demo, "report", lambda run: [run / "probes.png"])
-    assert demo.demo(tmp_path) is passed
+    assert demo.demo(tmp_path) is not bool(failing)
     out = capsys.readouterr().out
-    assert out.count("pass  digits") == 3
-    assert f"{'pass' if passed else 'FAIL'}  patches, seed 0: linear gap +{gap}" in out
+    verdicts = [line for line in out.splitlines() if line.startswith(("pass  ", "FAIL  "))]
+    assert len(verdicts) == 4
+    assert [line[6:].split(":")[0] for line in verdicts if line.startswith("FAIL")] == failing
     assert str(tmp_path / "patches-0" / "probes.png") in out
 
 

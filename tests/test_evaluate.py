@@ -207,8 +207,12 @@ def test_fit_logistic_gradient_vanishes_and_ignores_the_start():
 
 def test_fit_logistic_gives_the_thread_count_back():
     threads = torch.get_num_threads()
-    fit_logistic(*TRAIN, 4, 1.0, max_iter=2)
-    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    try:
+        fit_logistic(*TRAIN, 4, 1.0, max_iter=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_linear_chooses_on_held_out_training_samples_only():
@@ -223,11 +227,10 @@ def test_linear_chooses_on_held_out_training_samples_only():
     assert result["top1_percent"]["linear"] > 80
 
 
-def test_linear_prefers_strong_regularisation_for_noise():
-    g = torch.Generator().manual_seed(5)
-    h = torch.randn(120, 80, generator=g)
-    y = (h[:, 0] > 0).long()
-    assert linear(h, y, h, y)["protocol"]["l2"] >= 1e-2
+def test_linear_scores_candidates_on_samples_it_was_not_fitted_on():
+    h, y = torch.randn(120, 200), torch.arange(120) % 2  # noise: any fit is perfect, none is right
+    protocol = linear(h, y, h, y)["protocol"]
+    assert max(protocol["held_out_top1_percent"].values()) < 95
 
 
 def test_held_out_is_a_stratified_tenth():
