@@ -128,7 +128,7 @@ class LibraryProducts {
       const auto status = beta == 0.f
           ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
           : aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, 1.0);
-      STABLE_TORCH_ERROR_CODE_CHECK(status);
+      STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "the library's matrix product failed");
     }
   }
 
