@@ -6,7 +6,6 @@ from torch.nn.functional import normalize
 
 from fastssl.losses import ClipLoss, NTXentLoss
 
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
