@@ -84,6 +84,14 @@ def finite_or_zero(x):
     return tl.where(tl.abs(x) == INF, 0.0, x)
 
 
+@triton.jit
+def column_sums(logits, mask_n):
+    """Each column's sum of exponentials, from its own maximum."""
+    ref = finite_or_zero(tl.max(logits, 0))  # (BLOCK_M,)
+    e = tl.where(mask_n[:, None], exp_of(logits - ref[None, :]), 0.0)
+    return ref, tl.sum(e, 0)
+
+
 @triton.jit(do_not_specialize=["N", "M", "span"])
 def contrastive_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, x_bias_ptr, y_bias_ptr, x_ids_ptr, y_ids_ptr,
@@ -134,18 +142,16 @@ def contrastive_fwd_kernel(
             new_best = tl.maximum(best, top)
             new_ref = finite_or_zero(new_best)
             total = total * exp_of(best - new_ref) + tl.sum(e, 1) * exp_of(ref - new_ref)
-            own_ref = True
-            if x_ptr.dtype.element_ty != tl.float32:
+            if x_ptr.dtype.element_ty == tl.float32:
+                col_ref, col_sum = column_sums(logits, mask_n)
+            else:
                 peak = tl.max(top, 0)
                 col_ref = tl.zeros((BLOCK_M,), tl.float32) + finite_or_zero(peak)
                 weight = tl.where(mask_n, exp_of(top - finite_or_zero(peak)), 0.0)
                 col_sum = tl.sum(e * weight[:, None], 0)  # (BLOCK_M,)
                 least = tl.min(tl.where(mask_m, col_sum, 1.0), 0)
-                own_ref = (least < LEAST_SUM) | (peak == INF)
-            if own_ref:
-                col_ref = finite_or_zero(tl.max(logits, 0))
-                alone = exp_of(logits - col_ref[None, :])
-                col_sum = tl.sum(tl.where(mask_n[:, None], alone, 0.0), 0)
+                if (least < LEAST_SUM) | (peak == INF):
+                    col_ref, col_sum = column_sums(logits, mask_n)
             part = col_ref + tl.log(col_sum)
             cols = tl.cast(tl.program_id(0), tl.int64) * M + offs_m
             tl.store(col_ptr + cols, part, mask=mask_m)
@@ -416,17 +422,17 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, D: int) -
     width = max(16, triton.next_power_of_2(D))
     hopper = capability >= (9, 0)
     if dtype == torch.float32:
-        sizes = (64, 64, 32, 4, 2)
-    elif kind == "panel":
-        sizes = (128, 64, 64, 4, 4 if hopper else 3)
-    elif width > WIDEST_IN_REGISTERS:
-        sizes = (128, 64, 64, 4, 3)
+        sizes = (64, 64, 16, 8, 2)
+    elif kind == "panel" or width > WIDEST_IN_REGISTERS:
+        sizes = (128, 64, 64, 8, 3)
     elif kind == "fwd":
         sizes = (128, 64, 256, 4 if width <= 128 else 8, 3 if hopper else 2)
     elif hopper:
         sizes = (128, 64 if width <= 128 else 32, 256, 8, 3)
+    elif width <= 128:
+        sizes = (128, 64 if width <= 64 else 32, 256, 8, 3)
     else:
-        sizes = (128 if width <= 128 else 64, 64, 256, 8, 2)
+        sizes = (64, 64, 256, 8, 2)
     block_n, block_m, block_d, num_warps, num_stages = sizes
     return {
         "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": min(block_d, width),
