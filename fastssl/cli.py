@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return commands[argv[0]](argv[1:])
+    except BrokenPipeError:  # the reader has seen enough, as in `fastssl info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
