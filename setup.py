@@ -7,12 +7,21 @@ nvcc is present), TORCH_CUDA_ARCH_LIST overrides the GPU architectures.
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
 STABLE_ABI = "0x020b000000000000"  # libtorch 2.11: loads there and in everything newer
 COMMON = ["-DPy_LIMITED_API=0x030a0000", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+
+
+def cuda_architectures() -> str:
+    """8.0, 9.0a, and every newer family that this nvcc knows."""
+    codes = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
+    newer = [f"{code[3:-1]}.{code[-1]}" for code in codes.split() if int(code[3:]) >= 100]
+    return " ".join(["8.0", "9.0a", *newer])
 
 
 def extension():
@@ -31,7 +40,7 @@ def extension():
     if platform.machine() in ("x86_64", "AMD64"):  # only loops cloned for AVX-512 are that wide
         flags["cxx"].append("-mprefer-vector-width=512")
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 9.0a")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
         flags["nvcc"] = ["-std=c++20", "-O3", "-DUSE_CUDA", *COMMON]
     build = CUDAExtension if cuda else CppExtension
     module = build(
@@ -43,10 +52,14 @@ def extension():
     return [module], {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 
-modules, commands = extension() if os.environ.get("FASTSSL_CPP", "1") != "0" else ([], {})
-packages = sorted(
-    str(p.parent).replace(os.sep, ".") for p in Path("fastssl").rglob("__init__.py")
-)
+modules, commands = [], {}
+if os.environ.get("FASTSSL_CPP", "1") != "0":
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler):
+        modules, commands = extension()
+    else:
+        print(f"setup.py: no C++ compiler ({compiler}): no fast CPU kernels.", file=sys.stderr)
+packages = sorted(str(p.parent).replace(os.sep, ".") for p in Path("fastssl").rglob("__init__.py"))
 setup(
     packages=[*packages, "fastssl.kernels"],
     package_dir={"fastssl.kernels": "kernels"},
