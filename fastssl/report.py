@@ -88,8 +88,10 @@ def plot_probes(results: dict, path: Path) -> Path:
         names = list(dict.fromkeys(name for values in accuracies.values() for name in values))
         for weights, shift, colour in (("random", -0.2, _RANDOM), ("pretrained", 0.2, _PRETRAINED)):
             values = accuracies.get(weights, {})
+            if not values:
+                continue
             bars = axes.bar(
-                [names.index(name) + shift for name in values],
+                [names.index(name) + shift * (len(accuracies) > 1) for name in values],
                 [value for value, _ in values.values()],
                 width=0.38,
                 yerr=[sd for _, sd in values.values()],
