@@ -20,11 +20,11 @@ FEATURES = {"AVX2": 1, "AVX-512": 2, "AVX512-BF16": 4, "AMX-BF16": 8}
 
 
 def cpu_features() -> list[str]:
-    """Instruction sets in use at run time, widest last; empty means portable code."""
+    """Instruction sets in use at run time, widest last; empty if the extension is missing."""
     if why_missing:
         return []
     bits = torch.ops.fastssl.cpu_features()
-    return [name for name, bit in FEATURES.items() if bits & bit]
+    return ["portable", *(name for name, bit in FEATURES.items() if bits & bit)]
 
 
 def cpu_products() -> tuple[str, str]:

@@ -22,7 +22,7 @@ def info() -> str:
         ("extension", extension.why_missing or _extension_path()),
         ("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads"),
         ("torch's cpu kernels", torch.backends.cpu.get_cpu_capability()),
-        ("fastssl's cpu kernels", ", ".join(extension.cpu_features()) or "portable code"),
+        ("fastssl's cpu kernels", ", ".join(extension.cpu_features()) or "none"),
         *_gpus(),
     ]
     width = max(len(name) for name, _ in facts)
