@@ -19,13 +19,20 @@ COMMON = ["-DPy_LIMITED_API=0x030a0000", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
 
 def cuda_architectures() -> str:
     """8.0, 9.0a, and every newer family that this nvcc knows."""
-    codes = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout
+    nvcc = shutil.which("nvcc") or str(Path(os.environ["CUDA_HOME"], "bin/nvcc"))
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     newer = [f"{code[3:-1]}.{code[-1]}" for code in codes.split() if int(code[3:]) >= 100]
     return " ".join(["8.0", "9.0a", *newer])
 
 
 def extension():
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        raise SystemExit(
+            "setup.py: the extension is built against the installed torch, and there is none here. "
+            "Install torch >= 2.11 first, then use `pip install --no-build-isolation`."
+        ) from None
 
     sources = sorted(str(p) for p in Path("csrc").glob("*.cpp"))
     cuda_sources = sorted(str(p) for p in Path("csrc").glob("*.cu"))

@@ -7,8 +7,10 @@ on. The file goes into $OUT if set, else benchmarks/results/<gpu>/.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,15 +28,13 @@ TOTAL_S = 530
 
 
 def main() -> int:
+    import harness
     import torch
 
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device. Run `make test` for what needs none.")
         return 2
-    folder = Path(
-        os.environ.get("OUT")
-        or ROOT / "benchmarks/results" / torch.cuda.get_device_name().split()[-1].lower()
-    )
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks/results" / harness.machine())
     folder.mkdir(parents=True, exist_ok=True)
     parts_folder = folder / "parts"
     parts_folder.mkdir(exist_ok=True)
@@ -46,14 +46,15 @@ def main() -> int:
         begun, lines = time.time(), []
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT / place, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        timer = subprocess.Popen(["sh", "-c", f"sleep {max(limit, 1):.0f}; kill {process.pid}"])
+        timer = threading.Timer(max(limit, 1), os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line.rstrip())
         code = process.wait()
-        timer.kill()
+        timer.cancel()
         summary = next((line for line in reversed(lines) if re.search(r"\d+ passed", line)), "")
         report[name] = {
             "exit_code": code,

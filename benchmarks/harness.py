@@ -154,9 +154,10 @@ def _peak(job: dict) -> float:
 
 
 def machine() -> str:
-    """Folder name of this machine's results: the GPU's short name, or the CPU and its cores."""
+    """Folder name of this machine's results: the GPU's name (h200), or the CPU and its cores."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name().split()[-1].lower()
+        words = torch.cuda.get_device_name().lower().split()
+        return "-".join(word for word in words if word not in ("nvidia", "amd", "gpu"))
     model = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -13,12 +13,16 @@
 
 // Plain loops marked FASTSSL_CLONES are compiled once per instruction set; the dynamic linker picks
 // the widest one that the machine runs. Only GCC and Clang on x86-64 Linux can do that.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define FASTSSL_X86 1
+#else
+#define FASTSSL_X86 0
+#endif
+#if FASTSSL_X86 && defined(__GLIBC__) && \
+    (defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12)
 #define FASTSSL_CLONES \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
-#define FASTSSL_X86 0
 #define FASTSSL_CLONES
 #endif
 
@@ -34,7 +38,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // What the running machine offers, probed once; see cpu_features() in module.cpp for the bits.
 struct Cpu {
-  bool avx2, avx512, avx512_bf16, amx_bf16, amd;
+  bool avx2, avx512, avx512_bf16, amx_bf16, amd, mkl_bf16;
 };
 const Cpu& cpu();
 
@@ -50,8 +54,8 @@ inline To bit_cast(From from) {
 // The shift goes into the exponent, so it costs no accuracy. No branches: loops over it vectorise.
 // The polynomial interpolates 2^f at Chebyshev nodes of [-1/2, 1/2].
 inline float exp_poly(float t, int shift = 0) {
-  // 1.5 * 2^23: the low mantissa bits of the sum hold round(t log2 e) + shift.
-  const float magic = 12582912.0f + static_cast<float>(shift);
+  // 1.5 * 2^23: the low mantissa bits of the sum hold round(t log2 e) + shift + the exponent's bias.
+  const float magic = 12582912.0f + static_cast<float>(shift + 127);
   const float shifted = t * kLog2e + magic;
   const float f = t * kLog2e - (shifted - magic);
   float p = 0.00015461444854736328f;
@@ -61,8 +65,8 @@ inline float exp_poly(float t, int shift = 0) {
   p = p * f + 0.24022650718688965f;
   p = p * f + 0.6931471824645996f;
   p = p * f + 1.0f;
-  const uint32_t bits = bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23);
-  return t < static_cast<float>(-126 - shift) * kLn2 ? 0.0f : bit_cast<float>(bits);
+  const float power = bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
+  return t < static_cast<float>(-126 - shift) * kLn2 ? 0.0f : p * power;
 }
 
 inline uint32_t bf16_bits(float x) {  // round to nearest even; NaN stays NaN

@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kMaxRows = 96, kMaxCols = 512;
 constexpr int kHeadroom = 80;                // E <= 2^80: a sum over 2^47 columns still fits
 constexpr float kSmallest = 1.2924697e-26f;  // 2^-86: what flushed below 2^-126 is then < 2^-30
-constexpr float kFloor = -1e30f;             // "nothing yet" maximum: differences stay finite
+constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum of nothing
 constexpr float kRange = 200.f * kLn2;       // lse values that one offset serves: 2^(+-100)
 
 using OptTensor = std::optional<Tensor>;
@@ -34,7 +34,13 @@ const int32_t* ids(const OptTensor& t) {
 }
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-// One side of the problem as the tile loops see it.
+void check_vector(const char* name, const Tensor& t, int64_t n, ScalarType dtype) {
+  STD_TORCH_CHECK(t.numel() == n && t.scalar_type() == dtype && t.is_contiguous(), "contrastive: ",
+                  name, " must be a contiguous ", dtype == ScalarType::Int ? "int32" : "float32",
+                  " tensor of ", n, " elements, got ", t.numel());
+}
+
+// The problem as the tile loops see it.
 struct Problem {
   const Tensor &q, &k;
   int64_t N, M, D;
@@ -55,6 +61,11 @@ struct Problem {
                     "contrastive: q and k must share float32, bfloat16 or float16");
     STD_TORCH_CHECK(D == k.size(1), "contrastive: q and k must have one width, got ", D, " and ",
                     k.size(1));
+    check_vector("scale", scale, 1, ScalarType::Float);
+    if (bias) check_vector("bias", *bias, M, ScalarType::Float);
+    if (q_ids) check_vector("q_ids", *q_ids, N, ScalarType::Int);
+    if (k_ids) check_vector("k_ids", *k_ids, M, ScalarType::Int);
+    if (target) check_vector("target", *target, N, ScalarType::Int);
     if (this->target)
       for (int64_t i = 0; i < N; ++i)
         STD_TORCH_CHECK(this->target[i] >= 0 && this->target[i] < M,
@@ -68,16 +79,16 @@ struct Plan {
   int64_t tasks, panel, panels, chunk, tile;
   Plan(int64_t N, int64_t M, int64_t D) {
     const int64_t threads = torch::stable::get_num_threads();
+    const int64_t budget = int64_t{4} << 20;  // elements, 16 MiB: all tasks' dk of one chunk
     tasks = std::max<int64_t>(1, std::min(threads, (N * M * D + (1 << 20) - 1) >> 20));
-    tasks = std::min(tasks, (N + 11) / 12);
+    tasks = std::min({tasks, (N + 11) / 12, std::max<int64_t>(1, budget / (kStrip * D))});
     panels = round_up((N + kMaxRows - 1) / kMaxRows, tasks);
     panel = (N + panels - 1) / panels;
     if (panel > 12) panel = std::min(kMaxRows, round_up(panel, 12));
     panels = (N + panel - 1) / panel;
-    tile = std::min(kMaxCols, round_up(M, kStrip));
-    // Packed keys and every task's dk accumulator: at most about 16 MiB each.
-    const int64_t fit = (int64_t{4} << 20) / (std::max<int64_t>(D, 1) * tasks);
-    chunk = std::min(round_up(M, kStrip), std::max(tile, fit / tile * tile));
+    const int64_t fit = std::max<int64_t>(1, budget / (D * tasks * kStrip)) * kStrip;
+    tile = std::min({kMaxCols, round_up(M, kStrip), fit});
+    chunk = std::min(round_up(M, kStrip), fit / tile * tile);
   }
 };
 
@@ -163,13 +174,15 @@ FASTSSL_CLONES void gradient_strip(float* x, int64_t ld, int64_t rows, const Str
 }
 
 FASTSSL_CLONES void gradient_strip_exact(float* x, int64_t ld, int64_t rows, const StripInput in,
-                                         const float* row_lse, const float* drow,
+                                         bool has_rows, const float* row_lse, const float* drow,
                                          const float* col_lse, const float* dcol) {
   for (int64_t i = 0; i < rows; ++i) {
     float* v = x + i * ld;
+    // Where rows have no lse their exponential could overflow: it must not be formed at all.
     for (int64_t c = 0; c < kStrip; ++c) {
       const float logit = v[c] * in.scale + in.bias[c];
-      v[c] = exp_poly(logit - row_lse[i]) * drow[i] + exp_poly(logit - col_lse[c]) * dcol[c];
+      const float by_row = has_rows ? exp_poly(logit - row_lse[i]) * drow[i] : 0.f;
+      v[c] = by_row + exp_poly(logit - col_lse[c]) * dcol[c];
     }
     if (in.k_ids)
       for (int64_t c = 0; c < kStrip; ++c) v[c] = in.k_ids[c] == in.q_ids[i] ? 0.f : v[c];
@@ -392,8 +405,9 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
               offset[i] = K;
               row_weight[i] = row.weight[row0 + i] * std::exp(K - row.lse[row0 + i]);
             }
-            for (int64_t j = 0; j < strips * kStrip; ++j)
+            for (int64_t j = 0; j < cols; ++j)
               col_weight[j] = col.weight[col0 + j] * std::exp(K - col.lse[col0 + j]);
+            std::fill(col_weight.begin() + cols, col_weight.begin() + strips * kStrip, 0.f);
           }
           for (int64_t s = 0; s < strips; ++s) {
             const StripInput in = columns.strip(p, row0, s);
@@ -401,7 +415,8 @@ void backward(const Problem& p, const Direction& row, const Direction& col, bool
               gradient_strip(g.at(s), g.row, rows, in, offset.data(), row_weight.data(),
                              &col_weight[s * kStrip]);
             else
-              gradient_strip_exact(g.at(s), g.row, rows, in, &row.lse[row0], &row.weight[row0],
+              gradient_strip_exact(g.at(s), g.row, rows, in, has_rows, &row.lse[row0],
+                                   &row.weight[row0],
                                    &col.lse[col0 + s * kStrip], &col.weight[col0 + s * kStrip]);
           }
           if (dpos) {
@@ -454,7 +469,7 @@ template <class F>
 auto with_products(ScalarType dtype, const F& f) {
 #if FASTSSL_X86
   if (dtype == ScalarType::BFloat16) {
-    if (cpu().amx_bf16 && cblas_gemm_bf16bf16f32) return f.template operator()<LibraryProducts<true>>();
+    if (cpu().amx_bf16 && cpu().mkl_bf16) return f.template operator()<LibraryProducts<true>>();
     if (cpu().avx512_bf16) return f.template operator()<MicroProducts<true>>();
   }
   if (cpu().avx512 && cpu().amd) return f.template operator()<MicroProducts<false>>();

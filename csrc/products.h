@@ -168,11 +168,16 @@ struct MicroArgs {
         }                                                                                      \
       }                                                                                        \
     }                                                                                          \
-    for (int r = 0; r < R; ++r)                                                                \
-      for (int h = 0; h < 2; ++h) {                                                            \
-        float* c = m.c + r * m.ldc + 16 * h;                                                   \
-        _mm512_storeu_ps(c, m.add ? _mm512_add_ps(_mm512_loadu_ps(c), acc[r][h]) : acc[r][h]); \
+    /* Added at the end, not carried along: sums over many tiles then round in two levels. */   \
+    _Pragma("GCC unroll 12") for (int r = 0; r < R; ++r) {                                     \
+      float* c = m.c + r * m.ldc;                                                              \
+      if (m.add) {                                                                             \
+        acc[r][0] = _mm512_add_ps(acc[r][0], _mm512_loadu_ps(c));                              \
+        acc[r][1] = _mm512_add_ps(acc[r][1], _mm512_loadu_ps(c + 16));                         \
       }                                                                                        \
+      _mm512_storeu_ps(c, acc[r][0]);                                                          \
+      _mm512_storeu_ps(c + 16, acc[r][1]);                                                     \
+    }                                                                                          \
   }
 #define FASTSSL_DOT_F32(x, y, acc) \
   _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), acc)
@@ -211,7 +216,7 @@ class MicroProducts {
   struct Scratch {
     std::vector<T> q;           // [rows][Dp]
     std::vector<uint32_t> qt;   // bf16 pairs along rows [row units][D]: left operand of dk^T
-    std::vector<float> s, dq;   // tile, and dq padded to whole strips
+    std::vector<float> s, dq;   // tile, and the last strip of dq where D is no multiple of 32
     std::vector<uint16_t> ga;   // bf16 G, pairs along columns
     std::vector<uint32_t> gb;   // bf16 G, pairs along rows
     int64_t rows, row_units;
@@ -228,7 +233,7 @@ class MicroProducts {
     w.s.resize(max_rows_ * max_cols_);
     if (backward) {
       if (kBf16) w.qt.resize(D_ * ((max_rows_ + 1) / 2));
-      w.dq.resize(max_rows_ * strips_ * kStrip);
+      w.dq.resize(max_rows_ * kStrip);
       if (kBf16) w.ga.resize(max_rows_ * max_cols_), w.gb.resize((max_rows_ + 1) / 2 * max_cols_);
     }
     return w;

@@ -32,7 +32,7 @@ def cpu_products() -> tuple[str, str]:
     if why_missing:
         return "reference", why_missing
     bits, features = torch.ops.fastssl.cpu_features(), cpu_features()
-    if "AMX-BF16" in features:
+    if "AMX-BF16" in features and bits & 32:
         bf16 = "MKL (AMX)"
     elif "AVX512-BF16" in features:
         bf16 = "own AVX512-BF16 products"

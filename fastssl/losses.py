@@ -10,8 +10,8 @@ class ClipLoss(nn.Module):
     """Symmetric InfoNCE of matching image and text features; drop-in for open_clip's ClipLoss.
 
     Args:
-        local_loss, gather_with_grad, cache_labels: accepted; they choose among equal results of
-            several processes, and change nothing in one.
+        local_loss, gather_with_grad, cache_labels, use_horovod: accepted; they choose among equal
+            results of several processes, and change nothing in one.
         rank, world_size: one process only (0 and 1).
 
     Shapes: image_features and text_features (N, D), normalised by the caller; logit_scale a number
@@ -36,6 +36,7 @@ class ClipLoss(nn.Module):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        use_horovod: bool = False,
     ):
         super().__init__()
         if world_size != 1:
@@ -49,11 +50,11 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         loss = info_nce(image_features, text_features, logit_scale=logit_scale, symmetric=True)
-        if logit_bias is not None:  # one bias for all pairs cancels in a softmax; its gradient is 0
+        if isinstance(logit_bias, Tensor):  # one bias for all pairs cancels; its gradient is 0
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 

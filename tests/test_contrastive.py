@@ -363,11 +363,26 @@ good = torch.randn(4, 8)
         (
             lambda: info_nce(good, good, temperature=1, bias=torch.zeros(5)),
             ValueError,
-            r"bias must have shape \(4,\)",
+            r"bias must be a tensor of shape \(4,\)",
         ),
         (lambda: info_nce(good, good, temperature=1, reduction="avg"), ValueError, "got 'avg'"),
         (lambda: contrastive_lse(good, good, torch.ones(2)), ValueError, "must hold one number"),
         (lambda: contrastive_lse(good, cols=True), ValueError, "gives rows only"),
+        (
+            lambda: contrastive_lse(good, k_ids=torch.arange(4)),
+            ValueError,
+            "neither k_ids nor bias",
+        ),
+        (
+            lambda: info_nce(good, good, temperature=1, q_ids=torch.arange(4) * 2**32),
+            ValueError,
+            "q_ids must fit into 32 bits",
+        ),
+        (
+            lambda: info_nce(good, good, temperature=1, bias=1.0),
+            ValueError,
+            "bias must be a tensor",
+        ),
     ],
 )
 def test_error_messages(call, error, message):
@@ -379,3 +394,55 @@ def test_error_messages(call, error, message):
 def test_target_out_of_range_on_cpu():
     with pytest.raises(RuntimeError, match=r"target must lie in \[0, 4\), got 9 at row 2"):
         info_nce(good, good, temperature=1.0, target=torch.tensor([0, 1, 9, 3]))
+    with pytest.raises(RuntimeError, match="at row 0"):
+        info_nce(good, good, temperature=1.0, target=torch.arange(4) + 2**32)
+
+
+@pytest.mark.parametrize("N", [1, 31, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_pair_aligned_at_scale_100(N, dtype, cpu_path):
+    # All lse lie near 100: weights of columns that only pad a strip must not become 0 * inf.
+    q = normalize(torch.randn(N, 64)).to(dtype).requires_grad_()
+    k = q.detach().clone().requires_grad_()
+    info_nce(q, k, logit_scale=100.0, symmetric=True).backward()
+    q64, k64 = (x.detach().double().requires_grad_() for x in (q, k))
+    logits, labels = 100 * q64 @ k64.T, torch.arange(N)
+    ((cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2).backward()
+    for x, y in ((q, q64), (k, k64)):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=2e-2, atol=5e-3 / N)
+
+
+def test_columns_only_with_large_logits(cpu_path):
+    q, k = torch.ones(32, 1, requires_grad=True), torch.full((40, 1), 89.0)
+    contrastive_lse(q, k, rows=False, cols=True)[1].sum().backward()
+    torch.testing.assert_close(q.grad, torch.full((32, 1), 89.0 * 40 / 32))
+
+
+def test_every_nan_is_kept():
+    # The NaN that CUDA writes has all payload bits set.
+    q, k = torch.randn(20, 16), torch.randn(60, 16)
+    q.view(torch.int32)[7, 3] = 0x7FFFFFFF
+    row, col, _ = contrastive_lse(q, k, cols=True)
+    assert row[7].isnan() and col.isnan().all()
+
+
+def test_most_negative_bias_is_a_logit():
+    bias = torch.zeros(40)
+    bias[3] = torch.finfo(torch.float32).min
+    row, col, _ = contrastive_lse(torch.ones(5, 2), torch.ones(40, 2), bias=bias, cols=True)
+    torch.testing.assert_close(row, torch.full((5,), 2.0 + math.log(39)))
+    assert col[3] == bias[3]
+
+
+def test_compiles_with_one_tensor_in_both_roles():
+    z = torch.randn(12, 16, requires_grad=True)
+    ids = torch.arange(12) // 2
+    calls = [
+        lambda z: fastssl.losses.NTXentLoss(0.3)(z[:6], z[6:]),
+        lambda z: info_nce(z, z, temperature=0.3, q_ids=ids),
+    ]
+    for call in calls:
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(z), call(z))
+        got, expected = (torch.autograd.grad(f(z), z)[0] for f in (compiled, call))
+        torch.testing.assert_close(got, expected)

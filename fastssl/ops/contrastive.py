@@ -184,10 +184,16 @@ def implementations() -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------- 7. autograd
 
 
-def _forward(q, *args):
+# In all of these k=None means q, and k_ids=None means q_ids: one tensor given twice to an autograd
+# Function would break the graph under torch.compile.
+
+
+def _forward(q, k, scale, q_ids, k_ids, *args):
     # fp64 exists for oracles and runs the reference on every device.
     double = q.dtype == torch.float64
-    return (contrastive_fwd_ref if double else torch.ops.fastssl.contrastive_fwd)(q, *args)
+    fwd = contrastive_fwd_ref if double else torch.ops.fastssl.contrastive_fwd
+    k, k_ids = q if k is None else k, q_ids if k_ids is None else k_ids
+    return fwd(q, k, scale, q_ids, k_ids, *args)
 
 
 def _backward(ctx, drow, dcol, dpos):
@@ -198,6 +204,7 @@ def _backward(ctx, drow, dcol, dpos):
     # The scale's gradient comes for free with dq or dk, so one of them is always computed.
     need_dq = need_q or (ctx.symmetric and need_k) or not need_dk
     bwd = contrastive_bwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.contrastive_bwd
+    k, k_ids = q if k is None else k, q_ids if k_ids is None else k_ids
     dq, dk, dscale, dbias = bwd(
         q, k, scale, q_ids, k_ids, bias, target, row_lse, col_lse, drow, dcol, dpos,
         ctx.symmetric, need_dq, need_dk,
@@ -311,6 +318,16 @@ def _int_vector(name: str, label: str, x: Tensor | None, rows: int, device) -> T
         raise ValueError(
             f"{name}: {label} must have shape ({rows},), one entry a row, got {tuple(x.shape)}."
         )
+    if x.dtype == torch.int64:
+        limit = torch.iinfo(torch.int32)
+        if label == "target":  # what lies outside int32 lies outside [0, M) as well: keep it there
+            x = x.clamp(limit.min, limit.max)
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if x.amin() < limit.min or x.amax() > limit.max:
+                raise ValueError(
+                    f"{name}: {label} must fit into 32 bits, got up to {int(x.abs().amax())}. "
+                    "Renumber them with torch.unique(ids, return_inverse=True)[1]."
+                )
     return x.to(device=device, dtype=torch.int32).contiguous()
 
 
@@ -336,21 +353,28 @@ def _prepare(name, q, k, scale, q_ids, k_ids, bias, target):
         dtype = torch.get_autocast_dtype(device.type)
     else:
         dtype = q.dtype if symmetric else torch.promote_types(q.dtype, k.dtype)
+    if k is q:  # one tensor in both roles: as two, for the autograd Function
+        k = q.view_as(q)
     q = q.to(dtype)
-    k = q if symmetric else k.to(dtype)
+    if symmetric:
+        if k_ids is not None or bias is not None:
+            raise ValueError(f"{name}: q against itself (k=None) takes neither k_ids nor bias.")
+        if q_ids is None:
+            q_ids = torch.arange(q.shape[0], device=device, dtype=torch.int32)
+    else:
+        k = k.to(dtype)
+        if k_ids is q_ids or (k_ids is None and q.shape[0] == k.shape[0]):
+            k_ids = None
+        elif (q_ids is None) != (k_ids is None):
+            raise ValueError(f"{name}: q_ids and k_ids go together, got only one of them.")
+        k_ids = _int_vector(name, "k_ids", k_ids, k.shape[0], device)
     q_ids = _int_vector(name, "q_ids", q_ids, q.shape[0], device)
-    k_ids = _int_vector(name, "k_ids", k_ids, k.shape[0], device)
-    if symmetric and q_ids is None:
-        q_ids = torch.arange(q.shape[0], device=device, dtype=torch.int32)
-    if k_ids is None and q_ids is not None and q.shape[0] == k.shape[0]:
-        k_ids = q_ids
-    if (q_ids is None) != (k_ids is None):
-        raise ValueError(f"{name}: q_ids and k_ids go together, got only one of them.")
     if bias is not None:
-        if symmetric or bias.shape != k.shape[:1]:
+        if not isinstance(bias, Tensor) or bias.shape != k.shape[:1]:
+            got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
             raise ValueError(
-                f"{name}: bias must have shape ({k.shape[0]},), one entry a key, "
-                f"got {tuple(bias.shape)}{' with k=None' if symmetric else ''}."
+                f"{name}: bias must be a tensor of shape ({k.shape[0]},), one entry a key, "
+                f"got {got}."
             )
         bias = bias.to(device=device, dtype=scale.dtype).contiguous()
     target = _int_vector(name, "target", target, q.shape[0], device)
@@ -376,8 +400,8 @@ def contrastive_lse(
         k: (M, D) of q's dtype, or None for q against itself. Then only rows are given, every row
             leaves itself out, and the gradient uses the symmetry of q q^T.
         scale: number or one-element tensor (learnable, stays on the device).
-        q_ids, k_ids: (N,) and (M,) integers, compared as int32; pairs of equal ids are left out.
-            k_ids defaults to q_ids if k is None or has as many rows.
+        q_ids, k_ids: (N,) and (M,) integers of 32 bits (checked on the CPU only); pairs of equal
+            ids are left out. k_ids defaults to q_ids where k has as many rows.
         bias: (M,) added to every logit of that key; not with k=None.
         target: (N,) integers in [0, M): the key whose logit is returned for each row, left out
             of the sums or not.
@@ -434,11 +458,12 @@ def info_nce(
         q: (N, D) anchors, float32, bfloat16, float16 (float64: materialising reference).
         k: (M, D) keys, or None for q against itself without the self-pairs (NT-Xent).
         temperature, logit_scale: exactly one of them; logit_scale = 1 / temperature. A number, or
-            a one-element tensor, which may be learnable. Numbers must be positive.
-        target: (N,) integers, the positive key of each row; default: row i's is key i.
+            a one-element tensor, which may be learnable. Positive; only numbers are checked.
+        target: (N,) integers, the positive key of each row; default: row i's is key i. With k=None
+            it must be another row.
         symmetric: average the losses of rows and of columns (CLIP); needs N = M and no target.
         q_ids, k_ids: (N,), (M,) integers; pairs of equal ids are no negatives of each other.
-            A row's own positive always counts.
+            A row's own positive always counts. With k=None only q_ids is given.
         bias: (M,) added to every logit of that key.
         normalize: L2-normalise the rows of q and k first, in float32.
         reduction: "mean", "sum" or "none" for (N,) losses.
@@ -495,5 +520,5 @@ def info_nce(
     own = None
     if q_ids is not None:
         q_ids, k_ids, target = args[3], args[4], args[6]
-        own = k_ids[target.long()] == q_ids
+        own = (q_ids if k_ids is None else k_ids)[target.long()] == q_ids
     return _InfoNCE.apply(*args, own, symmetric, k is None, reduction)
