@@ -1,5 +1,6 @@
 """fastssl: kernels for self-supervised learning, and the loop around them."""
 
+import importlib.metadata
 import importlib.util
 import warnings
 
@@ -17,6 +18,18 @@ if extension.why_missing:
     warnings.warn(
         f"fastssl: {extension.why_missing}. CPU losses run on the plain PyTorch reference, "
         "which holds all logits.",
+        stacklevel=2,
+    )
+
+try:
+    importlib.metadata.distribution("fastssl")
+except importlib.metadata.PackageNotFoundError:
+    pass
+else:
+    warnings.warn(
+        "fastssl: the distribution `fastssl` in this environment is an unrelated TLS certificate "
+        "client that installs files under the same name. Run `pip uninstall fastssl`, then "
+        "reinstall `fastssl-kernels`.",
         stacklevel=2,
     )
 

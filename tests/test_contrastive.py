@@ -108,18 +108,14 @@ SIZES = [1, 2, 127, 1000, 4097]
 WIDTHS = [64, 96, 100, 128, 384]
 
 
-def sweep():
-    for i, N in enumerate(SIZES):
-        for j, M in enumerate(SIZES):
-            # The largest fp64 references take seconds: one width each, cycling through all.
-            for D in WIDTHS if N * M <= 1_000_000 else [WIDTHS[(i + j) % 5]]:
-                yield N, M, D
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("N,M,D", list(sweep()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", WIDTHS)
+@pytest.mark.parametrize("M", SIZES)
+@pytest.mark.parametrize("N", SIZES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_oracle_sizes(N, M, D, dtype, device):
+    if dtype == torch.float16 and N * M > 1_000_000:
+        pytest.skip("plain torch multiplies fp16 on CPUs too slowly to compare with")
     variant = (N + M + D) % 4
     check(problem(N, M, D, dtype, ids=variant == 1, bias=variant >= 2, device=device))
 

@@ -1,5 +1,3 @@
-import doctest
-import importlib
 import json
 from functools import partial
 
@@ -431,13 +429,6 @@ def test_table_aligns_columns_and_shows_the_gap():
         == 1
     )
     assert "gap" not in table({"pretrained": results(90.0)})
-
-
-@pytest.mark.parametrize("module", ["", ".knn", ".linear", ".kshot"])
-def test_examples_in_the_docstrings(module):
-    pytest.importorskip("sklearn")
-    result = doctest.testmod(importlib.import_module(f"fastssl.evaluate{module}"))
-    assert result.attempted > 0 and result.failed == 0
 
 
 def test_protocols_done_before_an_error_are_kept(run):
