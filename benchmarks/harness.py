@@ -24,11 +24,6 @@ HERE = Path(__file__).parent
 ROUNDS_SHORT, ROUNDS_LONG = 41, 7  # long: calls of more than 0.1 s
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(call, device: str) -> float:
     """Seconds of one call; on a GPU by events, so that launch gaps between calls do not count."""
     if device == "cpu":

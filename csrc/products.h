@@ -266,8 +266,7 @@ class MicroProducts {
     load(q, row0, rows, w.q.data());
     if (!for_dk) return;
     if constexpr (kBf16) {
-      // With an odd number of rows the last pair's second row is whatever panel came before: its
-      // partner in G is zero, so it only has to be finite.
+      // An odd number of rows leaves half a pair, which would hold a row of the panel before.
       if (rows % 2) std::fill_n(w.q.begin() + rows * units_ * 2, units_ * 2, T(0));
       for (int64_t p = 0; p < w.row_units; ++p)
         pair_rows(w.q.data() + 2 * p * units_ * 2, D_, w.qt.data() + p * D_);
