@@ -1,5 +1,8 @@
 """Functions on tensors, each with a CPU and a GPU kernel."""
 
-from fastssl.ops.contrastive import contrastive_lse, info_nce
+from fastssl.ops.contrastive import contrastive_lse
+from fastssl.ops.info_nce import info_nce
+from fastssl.ops.queue import queue_nce
+from fastssl.ops.siglip import siglip
 
-__all__ = ["contrastive_lse", "info_nce"]
+__all__ = ["contrastive_lse", "info_nce", "queue_nce", "siglip"]

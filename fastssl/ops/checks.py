@@ -1,0 +1,195 @@
+"""What the similarity ops ask of their arguments, and the one form that the kernels take."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """Arguments of the similarity kernels: `groups` problems one under the other.
+
+    k=None means q, and k_ids=None means q_ids: one tensor given twice to an autograd Function
+    would break the graph under torch.compile.
+    """
+
+    q: Tensor  # (G N, D)
+    k: Tensor | None  # (G M, D)
+    scale: Tensor  # ()
+    q_ids: Tensor | None  # (G N,) int32
+    k_ids: Tensor | None  # (G M,) int32
+    keep_equal: bool
+    bias: Tensor | None  # (G M,)
+    limit: Tensor | None  # (G N,)
+
+
+def check_features(name: str, **features: Tensor | None) -> None:
+    """Each must be (..., rows, D) in floating point; all of one width, device and batch."""
+    first = None
+    for label, x in features.items():
+        if x is None:
+            continue
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        if not isinstance(x, Tensor) or x.dtype not in dtypes:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{name}: {label} must be a float32, bfloat16, float16 or float64 tensor, "
+                f"got {got}. Convert it with .float()."
+            )
+        if x.dim() not in (2, 3) or 0 in x.shape:
+            raise ValueError(
+                f"{name}: {label} must be (rows, D), or (groups, rows, D), with at least one row "
+                f"and one column, got {tuple(x.shape)}. Skip empty batches."
+            )
+        if first is None:
+            first = label, x
+            continue
+        other, q = first
+        if q.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"{name}: {label} must have {other}'s width D={q.shape[-1]}, "
+                f"got {tuple(x.shape)}. Project both to one width."
+            )
+        if q.shape[:-2] != x.shape[:-2]:
+            raise ValueError(
+                f"{name}: {label} must have {other}'s groups {tuple(q.shape[:-2])}, "
+                f"got {tuple(x.shape)}."
+            )
+        if q.device != x.device:
+            raise ValueError(
+                f"{name}: {other} and {label} must be on one device, got {q.device} and "
+                f"{x.device}. Use .to()."
+            )
+
+
+def int_vector(name: str, label: str, x: Tensor | None, shape, device) -> Tensor | None:
+    """Flat int32 of the given shape's length, or None."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: {label} must be an integer tensor, got {got}. Use .long().")
+    if x.shape != tuple(shape):
+        raise ValueError(
+            f"{name}: {label} must have shape {tuple(shape)}, one entry a row, "
+            f"got {tuple(x.shape)}."
+        )
+    if x.dtype == torch.int64:
+        limit = torch.iinfo(torch.int32)
+        if label == "target":  # what lies outside int32 lies outside [0, M) as well: keep it there
+            x = x.clamp(limit.min, limit.max)
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if x.amin() < limit.min or x.amax() > limit.max:
+                raise ValueError(
+                    f"{name}: {label} must fit into 32 bits, got up to {int(x.abs().amax())}. "
+                    "Renumber them with torch.unique(ids, return_inverse=True)[1]."
+                )
+    return x.to(device=device, dtype=torch.int32).reshape(-1).contiguous()
+
+
+def float_vector(name: str, label: str, x: Tensor | None, shape, like: Tensor) -> Tensor | None:
+    """Flat, of the given shape's length, in like's dtype and on its device; or None."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor) or x.shape != tuple(shape):
+        got = tuple(x.shape) if isinstance(x, Tensor) else x
+        raise ValueError(f"{name}: {label} must be a tensor of shape {tuple(shape)}, got {got}.")
+    return x.to(device=like.device, dtype=like.dtype).reshape(-1).contiguous()
+
+
+def scale_tensor(name: str, label: str, value: float | Tensor, q: Tensor) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: {label} must hold one number, got {tuple(value.shape)}.")
+        return value.reshape(()).to(device=q.device, dtype=dtype)
+    return torch.full((), value, device=q.device, dtype=dtype)
+
+
+def scale_of(name: str, temperature, logit_scale, q: Tensor) -> Tensor:
+    """logit_scale, or 1 / temperature: exactly one is given; numbers are checked."""
+    if (temperature is None) == (logit_scale is None):
+        raise ValueError(f"{name}: give exactly one of temperature and logit_scale.")
+    by_temperature = logit_scale is None
+    label = "temperature" if by_temperature else "logit_scale"
+    value = temperature if by_temperature else logit_scale
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)):
+            raise TypeError(
+                f"{name}: {label} must be a number or a tensor, got {type(value).__name__}."
+            )
+        highest = torch.finfo(torch.float32).max
+        scale = 1 / value if by_temperature and value else value
+        if not value > 0 or not scale < highest:
+            raise ValueError(
+                f"{name}: {label} must be positive and finite, got {value}. Typical: "
+                f"{'0.07 to 0.5' if by_temperature else '1 to 100'}."
+            )
+    scale = scale_tensor(name, label, value, q)
+    return scale.reciprocal() if by_temperature else scale
+
+
+def check_reduction(name: str, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{name}: reduction must be "mean", "sum" or "none", got {reduction!r}.')
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """L2-normalised in at least fp32: the squares of small fp16 numbers would underflow."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.nn.functional.normalize(x.to(dtype), dim=-1).to(x.dtype)
+
+
+def common_dtype(q: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype the products run in: autocast's where it is on, else the promoted one."""
+    if q.dtype != torch.float64 and torch.is_autocast_enabled(q.device.type):
+        return torch.get_autocast_dtype(q.device.type)
+    dtype = q.dtype
+    for x in others:
+        if x is not None:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).reshape(-1, x.shape[-1])
+
+
+def prepare(
+    name: str,
+    q: Tensor,
+    k: Tensor | None,
+    scale: Tensor,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    keep_equal: bool = False,
+    bias: Tensor | None = None,
+    limit: Tensor | None = None,
+    k_ids_name: str = "k_ids",
+) -> tuple[Problem, int]:
+    """The kernels' arguments, checked, in one dtype and on one device; and the groups."""
+    groups = q.shape[0] if q.dim() == 3 else 1
+    q_shape, k_shape = q.shape[:-1], (q if k is None else k).shape[:-1]
+    if k is None:
+        if k_ids is not None or bias is not None:
+            raise ValueError(f"{name}: q against itself (k=None) takes neither k_ids nor bias.")
+    elif k_ids is q_ids or (k_ids is None and q_shape == k_shape):
+        k_ids = None
+    elif (q_ids is None) != (k_ids is None):
+        raise ValueError(f"{name}: q_ids and {k_ids_name} go together, got only one of them.")
+    if keep_equal and q_ids is None:
+        raise ValueError(f"{name}: keep_equal=True needs q_ids.")
+    if k is q:  # one tensor in both roles: as two, for the autograd Function
+        k = q.view_as(q)
+    dtype = common_dtype(q, k)
+    problem = Problem(
+        flat(q, dtype),
+        None if k is None else flat(k, dtype),
+        scale,
+        int_vector(name, "q_ids", q_ids, q_shape, q.device),
+        int_vector(name, k_ids_name, k_ids, k_shape, q.device),
+        keep_equal,
+        float_vector(name, "bias", bias, k_shape, scale),
+        float_vector(name, "limit", limit, q_shape, scale),
+    )
+    return problem, groups

@@ -1,0 +1,319 @@
+"""InfoNCE and what people vary about it, on the ops `contrastive` and `queue`."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
+
+from fastssl.ops import contrastive, queue
+from fastssl.ops.checks import (
+    Problem,
+    check_features,
+    check_reduction,
+    float_vector,
+    int_vector,
+    prepare,
+    scale_of,
+    unit_rows,
+)
+
+
+def _picked(x: Tensor, target: Tensor, groups: int) -> Tensor:
+    """x[target] of a flat x, target counting inside its group."""
+    target = target.long()
+    if groups > 1:
+        first = torch.arange(groups, device=x.device) * (len(x) // groups)
+        target = (target.view(groups, -1) + first[:, None]).flatten()
+    return x[target]
+
+
+class InfoNCE(torch.autograd.Function):
+    """The plain loss in one node: at small N autograd costs more than arithmetic.
+
+    Where a row's positive has the row's own id (`own`), the sum left it out. Then the loss is
+    log(e^lse + e^pos) - pos = softplus(lse - pos), of slope sigmoid(lse - pos). With `frozen` keys
+    the forward brings the query's gradient along, in fp32, and there is no second pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q, k, scale, q_ids, k_ids, keep_equal, bias, limit,
+        target, own, both, groups, frozen, store, reduction,
+    ):  # fmt: skip
+        problem = Problem(q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
+        out = col_lse = logits = None
+        if frozen:
+            row_lse, out = queue.forward(problem, groups)
+            pos = scale * (q.to(scale.dtype) * _picked(k, target, groups)).sum(1)
+            if bias is not None:
+                pos = pos + _picked(bias, target, groups)
+        else:
+            row_lse, col_lse, pos, logits = contrastive.forward(
+                problem, target, True, both, k is None, groups, store
+            )
+        loss = row_lse - pos
+        if own is not None:
+            loss = torch.where(own, softplus(loss), loss)
+        if both:
+            cols = col_lse - pos
+            if own is not None:
+                cols = torch.where(own, softplus(cols), cols)
+            loss = 0.5 * (loss + cols)
+        ctx.save_for_backward(
+            q, k, scale, q_ids, k_ids, bias, limit, target, own,
+            logits, row_lse, col_lse, pos, out,
+        )  # fmt: skip
+        ctx.keep_equal, ctx.both, ctx.groups = keep_equal, both, groups
+        ctx.weight = (0.5 if both else 1.0) / (q.shape[0] if reduction == "mean" else 1)
+        return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        q, k, scale, q_ids, k_ids, bias, limit, target, own, *statistics, pos, out = (
+            ctx.saved_tensors
+        )
+        _, row_lse, col_lse = statistics
+        drow = dcol = (ctx.weight * dloss).expand_as(row_lse).contiguous()
+        if own is not None:
+            drow = torch.where(own, drow * torch.sigmoid(row_lse - pos), drow)
+            if ctx.both:
+                dcol = torch.where(own, dcol * torch.sigmoid(col_lse - pos), dcol)
+        if out is not None:
+            difference = out - _picked(k, target, ctx.groups)
+            by_row = drow.unsqueeze(1) * difference  # (N, D)
+            dscale = (q * by_row).sum() if ctx.needs_input_grad[2] else None
+            dq = (scale * by_row).to(q.dtype) if ctx.needs_input_grad[0] else None
+            return dq, None, dscale, *[None] * 12
+        if not ctx.both:
+            dcol = col_lse
+        upstream = drow, dcol, -(drow + dcol) if ctx.both else -drow
+        problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
+        grads = contrastive.backward(
+            problem, target, statistics, upstream, ctx.groups, contrastive.needed(ctx)
+        )
+        return *grads, *[None] * 7
+
+
+def _learns(x) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
+
+
+def info_nce(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    target: Tensor | None = None,
+    symmetric: bool = False,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    margin: float | None = None,
+    decoupled: bool = False,
+    hard_negatives: Tensor | None = None,
+    soft_target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    row_weight: float = 0.5,
+    normalize: bool = False,
+    store_logits: bool = False,
+    return_lse: bool = False,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """InfoNCE: loss_i = log sum_j e^l_ij - l_{i, target_i}, l_ij = <q_i, k_j> / tau + bias_j.
+
+    Args:
+        q: (N, D) anchors, float32, bfloat16, float16 (float64: materialising reference). Or
+            (G, N, D): G problems of one size; then every vector below has a leading G as well.
+        k: (M, D) keys, or None for q against itself without the self-pairs (NT-Xent).
+        temperature, logit_scale: exactly one of them; logit_scale = 1 / temperature. A number, or
+            a one-element tensor, which may be learnable. Positive; only numbers are checked.
+        target: (N,) integers, the positive key of each row; default: row i's is key i. With k=None
+            it must be another row.
+        symmetric: average the losses of rows and of columns (CLIP); needs N = M and no target.
+        q_ids, k_ids: (N,), (M,) integers; pairs of equal ids are no negatives of each other.
+            A row's own positive always counts. With k=None only q_ids is given.
+        bias: (M,) added to every logit of that key.
+        margin: keys with <q_i, k_j> > <q_i, k_target> + margin are taken for false negatives and
+            left out, in units of the product (cosine of normalised rows). Needs k.
+        decoupled: the positive leaves the denominator (DCL). With k=None, give q_ids shared by a
+            row and its positive.
+        hard_negatives: (N, H, D) further negatives of each row alone, in the row direction.
+        soft_target: (N, M) weights t_ij in place of the target: sum_j t_ij (lse_i - l_ij). Not
+            symmetric; needs k.
+        label_smoothing: share in [0, 1) of the target spread evenly over all keys; not with ids,
+            margin, decoupled or hard_negatives.
+        sample_weight: (N,) factor of each row's loss (of each pair's, if symmetric).
+        row_weight: share of the row direction if symmetric (ConVIRT); the columns' is the rest.
+        normalize: L2-normalise the rows first, in float32.
+        store_logits: keep the logits for the backward: one product less for 4 N M bytes. Needs k.
+        return_lse: also return the log-sum-exp over keys, (N,), or (2, N) for rows and columns.
+        reduction: "mean" of the weighted losses, "sum" or "none" for (N,) losses.
+
+    Returns:
+        A float32 scalar, or (N,); with return_lse a pair.
+
+    Raises:
+        TypeError, ValueError: integer features, differing widths, empty batch, wrong shapes,
+            non-positive temperature, options that exclude each other, a target outside [0, M) on
+            the CPU.
+
+    Memory: O((N + M) D); the logits are never stored unless asked for. Keys that take no gradient
+        cost 2 products of N x M x D in all; both sides 4, symmetric q = k 2.5.
+
+    Notes: as in `contrastive_lse`. A row whose keys are all left out has loss 0 and no gradient.
+        NaN or infinite features give a non-finite loss rather than an error, because looking at
+        them would stall a GPU. One process: nothing is gathered.
+
+    Example:
+        >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
+        >>> loss = info_nce(image, text, temperature=0.1, symmetric=True, normalize=True)
+        >>> loss.shape
+        torch.Size([])
+
+    Paper: CPC arXiv:1807.03748; CLIP arXiv:2103.00020; SimCLR arXiv:2002.05709; ConVIRT
+        arXiv:2010.00747; DCL arXiv:2110.06848.
+    """
+    name = "info_nce"
+    check_features(name, q=q, k=k)
+    scale = scale_of(name, temperature, logit_scale, q)
+    check_reduction(name, reduction)
+    rows = q.shape[:-1]
+    keys = rows if k is None else k.shape[:-1]
+    N, M = rows[-1], keys[-1]
+    if k is None and (target is None or symmetric):
+        raise ValueError(f"{name}: q against itself (k=None) needs a target and symmetric=False.")
+    if soft_target is not None:
+        if target is not None or symmetric or k is None:
+            raise ValueError(f"{name}: soft_target takes k, no target, and symmetric=False.")
+        if soft_target.shape != (*rows, M):
+            raise ValueError(
+                f"{name}: soft_target must have shape {(*rows, M)}, "
+                f"got {tuple(soft_target.shape)}."
+            )
+    elif target is None:
+        if M < N or (symmetric and M != N):
+            raise ValueError(
+                f"{name}: without a target, key i is row i's positive: k must have "
+                f"{'' if symmetric else 'at least '}{N} rows, got {M}."
+            )
+        target = torch.arange(N, device=q.device, dtype=torch.int32).expand(rows)
+    elif symmetric:
+        raise ValueError(f"{name}: symmetric=True takes no target: key i is row i's positive.")
+    if margin is not None and k is None:
+        raise ValueError(f"{name}: margin needs k.")
+    if store_logits and k is None:
+        raise ValueError(f"{name}: store_logits needs k.")
+    varied = decoupled or margin is not None or hard_negatives is not None
+    if label_smoothing and (varied or soft_target is not None or q_ids is not None):
+        raise ValueError(
+            f"{name}: label_smoothing spreads over all keys: it excludes ids, margin, decoupled, "
+            "hard_negatives and soft_target."
+        )
+    if not 0 <= label_smoothing < 1 or not 0 <= row_weight <= 1:
+        raise ValueError(
+            f"{name}: label_smoothing must lie in [0, 1) and row_weight in [0, 1], "
+            f"got {label_smoothing} and {row_weight}."
+        )
+    if normalize:
+        q, k = unit_rows(q), k if k is None else unit_rows(k)
+    target = int_vector(name, "target", target, rows, q.device)
+    if decoupled and q_ids is None:
+        if k is None or target is None:
+            raise ValueError(f"{name}: decoupled needs a target and, with k=None, q_ids.")
+        q_ids, k_ids = target.view(rows), torch.arange(M, device=q.device).expand(keys)
+
+    if margin is not None and symmetric:  # each direction leaves out other pairs
+        options = {
+            "logit_scale": scale, "margin": margin, "decoupled": decoupled, "reduction": "none",
+            "sample_weight": sample_weight,
+        }  # fmt: skip
+        if bias is not None or hard_negatives is not None or return_lse or store_logits:
+            raise ValueError(
+                f"{name}: margin with symmetric=True excludes bias, hard_negatives, return_lse "
+                "and store_logits."
+            )
+        by_row = info_nce(q, k, q_ids=q_ids, k_ids=k_ids, **options)
+        by_col = info_nce(k, q, q_ids=q_ids if k_ids is None else k_ids, k_ids=q_ids, **options)
+        return _reduce(row_weight * by_row + (1 - row_weight) * by_col, reduction)
+
+    problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias)
+    if margin is not None:
+        with torch.no_grad():
+            y = _picked(problem.k, target, groups).to(scale.dtype)
+            product = (problem.q.to(scale.dtype) * y).sum(1)
+            # A copy of the positive is no false negative, however the two products rounded.
+            slack = 1e-5 * product.abs().clamp(min=1)
+            problem = problem._replace(limit=product + margin + slack)
+    own = None
+    if problem.q_ids is not None and target is not None:
+        k_ids = problem.q_ids if problem.k_ids is None else problem.k_ids
+        own = _picked(k_ids, target, groups) == problem.q_ids
+    weight = float_vector(name, "sample_weight", sample_weight, rows, scale)
+    frozen = not (symmetric or k is None or store_logits or _learns(k) or _learns(bias))
+    plain = not (varied or label_smoothing or return_lse) and soft_target is None
+    if plain and weight is None and (row_weight == 0.5 or not symmetric):
+        frozen = frozen and _learns(problem.q)
+        loss = InfoNCE.apply(
+            *problem, target, own, symmetric, groups, frozen, store_logits, reduction
+        )
+        return loss.view(rows) if reduction == "none" else loss
+
+    row_lse, col_lse, pos = contrastive.Contrastive.apply(
+        *problem, target, True, symmetric, groups, store_logits
+    )
+    q, k = problem.q, problem.q if problem.k is None else problem.k
+    wide = scale.dtype
+    if hard_negatives is not None:
+        if hard_negatives.shape[:-2] != rows or hard_negatives.shape[-1] != q.shape[-1]:
+            raise ValueError(
+                f"{name}: hard_negatives must be {(*rows, 'H', q.shape[-1])}, "
+                f"got {tuple(hard_negatives.shape)}."
+            )
+        extra = unit_rows(hard_negatives) if normalize else hard_negatives
+        extra = extra.to(q.dtype).flatten(0, -3)  # (N, H, D)
+        extra = scale * (extra.to(wide) @ q.to(wide).unsqueeze(2)).squeeze(2)  # (N, H)
+        row_lse = torch.logaddexp(row_lse, extra.logsumexp(1))
+
+    def finish(lse, x, y, y_bias, own_bias):
+        if soft_target is not None:
+            t = soft_target.to(y.dtype).view(groups, N, M)
+            pos_ = scale * (x.to(wide) * (t @ y.unflatten(0, (groups, -1))).flatten(0, 1)).sum(1)
+            if y_bias is not None:
+                pos_ = pos_ + (t.to(wide) @ y_bias.view(groups, M, 1)).flatten()
+            return t.sum(2).flatten().to(wide) * lse - pos_
+        gap = lse - pos
+        if own is not None and not decoupled:
+            gap = torch.where(own, softplus(gap), gap)
+        if label_smoothing:
+            total = y.to(wide).view(groups, -1, y.shape[-1]).sum(1, keepdim=True)
+            total = total.expand(groups, len(x) // groups, -1).flatten(0, 1)
+            if problem.k is None:
+                mean = scale * (x.to(wide) * (total - x)).sum(1) / (N - 1)
+            else:
+                mean = scale * (x.to(wide) * total).sum(1) / (len(y) // groups)
+            if y_bias is not None:
+                each = y_bias.view(groups, -1).mean(1, keepdim=True)
+                mean = mean + each.expand(groups, len(x) // groups).flatten()
+            if own_bias is not None:
+                mean = mean + own_bias
+            gap = gap + label_smoothing * (pos - mean)
+        return torch.where(lse.isneginf(), 0.0, gap)
+
+    loss = finish(row_lse, q, k, problem.bias, None)
+    if symmetric:
+        cols = finish(col_lse, k, q, None, problem.bias)
+        loss = row_weight * loss + (1 - row_weight) * cols
+    if weight is not None:
+        loss = loss * weight
+    loss = _reduce(loss.view(rows), reduction)
+    if not return_lse:
+        return loss
+    lse = torch.stack([row_lse, col_lse]).view(2, *rows) if symmetric else row_lse.view(rows)
+    return loss, lse
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()

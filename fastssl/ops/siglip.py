@@ -1,0 +1,213 @@
+"""Sigmoid loss of all pairs, and its gradient in the same pass.
+
+With x_ij = scale <q_i, k_j> + bias and y_ij = 1 for the positive, -1 else,
+loss_i = sum_j log(1 + e^(-y_ij x_ij)). No normaliser, so dloss/dx_ij = sigmoid(x_ij) - [y_ij = 1]
+is known from the pair alone: three products in all where two passes would take four.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
+
+from fastssl.ops import contrastive
+from fastssl.ops.checks import (
+    check_features,
+    check_reduction,
+    common_dtype,
+    flat,
+    float_vector,
+    int_vector,
+    scale_of,
+    scale_tensor,
+    unit_rows,
+)
+from fastssl.ops.contrastive import lib, without_autocast
+
+
+@without_autocast
+def siglip_fwd_ref(
+    q: Tensor,  # (N, D)
+    k: Tensor,  # (M, D)
+    scale: Tensor,  # ()
+    bias: Tensor,  # ()
+    q_ids: Tensor | None,  # (N,) int32
+    k_ids: Tensor | None,  # (M,) int32
+    target: Tensor,  # (N,) int32; outside [0, M): no positive
+    weight: Tensor,  # (N,)
+    need_dq: bool,
+    need_dk: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (N,), and of sum_i weight_i loss_i: dq (N, D), dk (M, D), dscale (), dbias ().
+
+    Pairs of equal ids count nothing, but the target's pair always counts. dscale and dbias are
+    given where dq or dk is.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q_, k_ = q.to(dtype), k.to(dtype)
+    products = q_ @ k_.T
+    x = scale.to(dtype) * products + bias.to(dtype)  # (N, M)
+    positive = target[:, None] == torch.arange(len(k), device=q.device)
+    counts = torch.ones_like(positive)
+    if q_ids is not None:
+        counts = (q_ids[:, None] != k_ids[None]) | positive
+    losses = softplus(torch.where(positive, -x, x)).masked_fill(~counts, 0)
+    g = (weight.to(dtype)[:, None] * (x.sigmoid() - positive.to(dtype))).masked_fill(~counts, 0)
+    need = need_dq or need_dk
+    return (
+        losses.sum(1),
+        scale * (g @ k_) if need_dq else g.new_empty(0, q.shape[1]),
+        scale * (g.T @ q_) if need_dk else g.new_empty(0, q.shape[1]),
+        (g * products).sum() if need else g.new_zeros(()),
+        g.sum() if need else g.new_zeros(()),
+    )
+
+
+lib.define(
+    "siglip_fwd(Tensor q, Tensor k, Tensor scale, Tensor bias, Tensor? q_ids, Tensor? k_ids,"
+    " Tensor target, Tensor weight, bool need_dq, bool need_dk)"
+    " -> (Tensor loss, Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)"
+)
+lib.impl("siglip_fwd", siglip_fwd_ref, "CompositeExplicitAutograd")
+
+
+def _fake(q, k, scale, bias, q_ids, k_ids, target, weight, need_dq, need_dk):
+    torch._check(q.dim() == 2 and k.dim() == 2, lambda: "siglip_fwd: q and k must be 2-D")
+    D = q.shape[1]
+    return (
+        scale.new_empty(q.shape[0]),
+        scale.new_empty(q.shape[0] if need_dq else 0, D),
+        scale.new_empty(k.shape[0] if need_dk else 0, D),
+        scale.new_empty(()),
+        scale.new_empty(()),
+    )
+
+
+torch.library.register_fake("fastssl::siglip_fwd", _fake, lib=lib)
+contrastive.on_cuda("siglip", "siglip_fwd", siglip_fwd_ref)
+
+
+class SigLIP(torch.autograd.Function):
+    """A reduced loss brings its gradient along, in fp32, and the backward multiplies it by one
+    number: a loss scale reaches it before it is rounded. Losses by row run the pass again."""
+
+    @staticmethod
+    def forward(ctx, q, k, scale, bias, q_ids, k_ids, target, weight, reduction, needs):
+        need_q, need_k, need_scalars = needs
+        by_row = reduction == "none"
+        fwd = siglip_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
+        total = weight / len(q) if reduction == "mean" else weight
+        loss, dq, dk, dscale, dbias = fwd(
+            q, k, scale, bias, q_ids, k_ids, target, total,
+            not by_row and (need_q or (need_scalars and not need_k)), not by_row and need_k,
+        )  # fmt: skip
+        if by_row:
+            ctx.save_for_backward(q, k, scale, bias, q_ids, k_ids, target, weight)
+        else:
+            ctx.save_for_backward(dq, dk, dscale, dbias)
+        ctx.by_row, ctx.dtype = by_row, q.dtype
+        return loss * weight if by_row else (loss * total).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
+        if ctx.by_row:
+            *problem, weight = ctx.saved_tensors
+            fwd = siglip_fwd_ref if ctx.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
+            _, *grads = fwd(*problem, weight * dloss, need_q or not need_k, need_k)
+        else:
+            grads = [dloss * grad for grad in ctx.saved_tensors]
+        dq, dk, dscale, dbias = grads
+        return (
+            dq.to(ctx.dtype) if need_q else None,
+            dk.to(ctx.dtype) if need_k else None,
+            dscale if need_scale else None,
+            dbias if need_bias else None,
+            *[None] * 6,
+        )
+
+
+def siglip(
+    q: Tensor,
+    k: Tensor,
+    *,
+    logit_scale: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
+    target: Tensor | None = None,
+    q_ids: Tensor | None = None,
+    k_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Sigmoid loss: loss_i = sum_j log(1 + e^(-y_ij x_ij)), x_ij = scale <q_i, k_j> + bias.
+
+    Args:
+        q: (N, D), k: (M, D) float32, bfloat16, float16 (float64: materialising reference).
+        logit_scale, temperature: exactly one; logit_scale = 1 / temperature. A number or a
+            one-element tensor, which may be learnable.
+        logit_bias: number or one-element tensor (learnable); None is 0.
+        target: (N,) integers, the positive key of each row, -1 for a row that has none; default:
+            row i's is key i, and rows from M on have none.
+        q_ids, k_ids: (N,), (M,) integers; pairs of equal ids are no negatives of each other. A
+            row's own positive always counts.
+        sample_weight: (N,) factor of each row's loss.
+        normalize: L2-normalise the rows of q and k first, in float32.
+        reduction: "mean" over the N rows (the paper's and open_clip's), "sum" or "none" for (N,).
+
+    Returns:
+        A float32 scalar, or (N,).
+
+    Raises:
+        TypeError, ValueError: integer features, differing widths, empty batch, wrong shapes,
+            non-positive scale.
+
+    Memory: O((N + M) D); the logits are never stored. 3 products of N x M x D in all; with
+        reduction="none" 4, since the gradient then waits for the upstream one.
+
+    Notes: sums accumulate in float32, and the gradient made in the forward is kept in float32 so
+        that a loss scale reaches it before it is rounded. Deterministic.
+
+    Example:
+        >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
+        >>> siglip(image, text, logit_scale=10.0, logit_bias=-10.0, normalize=True).shape
+        torch.Size([])
+
+    Paper: SigLIP, arXiv:2303.15343.
+    """
+    name = "siglip"
+    check_features(name, q=q, k=k)
+    if q.dim() != 2:
+        raise ValueError(f"{name}: q must be (N, D), got {tuple(q.shape)}.")
+    check_reduction(name, reduction)
+    scale = scale_of(name, temperature, logit_scale, q)
+    bias = scale_tensor(name, "logit_bias", 0.0 if logit_bias is None else logit_bias, q)
+    if normalize:
+        q, k = unit_rows(q), unit_rows(k)
+    if k is q:
+        k = q.view_as(q)
+    dtype, (N, M) = common_dtype(q, k), (q.shape[0], k.shape[0])
+    if target is None:
+        target = torch.arange(N, device=q.device, dtype=torch.int32)
+    target = int_vector(name, "target", target, (N,), q.device)
+    if k_ids is None and N == M:
+        k_ids = q_ids
+    if (q_ids is None) != (k_ids is None):
+        raise ValueError(f"{name}: q_ids and k_ids go together, got only one of them.")
+    q_ids = int_vector(name, "q_ids", q_ids, (N,), q.device)
+    k_ids = int_vector(name, "k_ids", k_ids, (M,), q.device)
+    if k_ids is q_ids and q_ids is not None:
+        k_ids = q_ids.clone()
+    weight = float_vector(name, "sample_weight", sample_weight, (N,), scale)
+    if weight is None:
+        weight = scale.new_ones(N)
+    grad = torch.is_grad_enabled()
+    needs = tuple(
+        grad and (x.requires_grad if isinstance(x, Tensor) else any(t.requires_grad for t in x))
+        for x in (q, k, (scale, bias))
+    )
+    return SigLIP.apply(
+        flat(q, dtype), flat(k, dtype), scale, bias, q_ids, k_ids, target, weight, reduction, needs
+    )
