@@ -68,6 +68,8 @@ class LibraryProducts {
     w.rows = rows;
     load(q, row0, rows, w.q.data());
   }
+  // The tile that scores() fills, for whoever knows its values already.
+  Tile tile(Scratch& w) const { return {w.s.data(), kStrip, ld_}; }
   Tile scores(int64_t begin, int64_t cols, Scratch& w) const {
     // Columns past the end of a strip are read by the epilogue: they must hold a finite number.
     if (cols % kStrip)
@@ -75,7 +77,7 @@ class LibraryProducts {
         std::fill(w.s.begin() + i * ld_ + cols, w.s.begin() + i * ld_ + round_up(cols, kStrip), 0.f);
     gemm(false, true, w.rows, cols, D_, w.q.data(), D_, k_.data() + begin * D_, D_, 0.f, w.s.data(),
          ld_);
-    return {w.s.data(), kStrip, ld_};
+    return tile(w);
   }
   void round_gradient(const Tile& g, int64_t cols, Scratch& w) const {
     if constexpr (kBf16)
@@ -272,6 +274,7 @@ class MicroProducts {
         pair_rows(w.q.data() + 2 * p * units_ * 2, D_, w.qt.data() + p * D_);
     }
   }
+  Tile tile(Scratch& w) const { return {w.s.data(), w.rows * kStrip, kStrip}; }
   Tile scores(int64_t begin, int64_t cols, Scratch& w) const {
     const int64_t strip = w.rows * kStrip;
     const auto* q = reinterpret_cast<const uint32_t*>(w.q.data());
@@ -282,7 +285,7 @@ class MicroProducts {
         product(w.rows, {q + p, units_, 1, std::min(run, units_ - p), 1, 0,
                          kt_.data() + (begin + s * kStrip) * units_ + p * kStrip,
                          w.s.data() + s * strip, kStrip, p > 0});
-    return {w.s.data(), strip, kStrip};
+    return tile(w);
   }
   void round_gradient(const Tile& g, int64_t cols, Scratch& w) const {
     if constexpr (kBf16)
