@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+import fastssl
+
 # A CPU-only torch cannot run PyPI's torchvision, but can import it once its two missing operator
 # schemas exist; timm, open_clip and lightly import it wherever it is installed.
 if not torch.backends.cuda.is_built():
@@ -26,3 +28,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# Which products the CPU kernels run on: as found, all of the library's, everything in fp32.
+CPU_PATHS = {"found": -1, "library": 8, "fp32": 0}
+
+
+@pytest.fixture(params=CPU_PATHS)
+def cpu_path(request):
+    if fastssl.extension.why_missing:
+        if request.param != "found":
+            pytest.skip("the extension is not built: only the reference runs")
+        yield
+        return
+    torch.ops.fastssl.override_cpu_features(CPU_PATHS[request.param])
+    yield
+    torch.ops.fastssl.override_cpu_features(-1)

@@ -1,5 +1,6 @@
 """The contrastive op against its fp64 reference, on the CPU and, where there is one, the GPU."""
 
+import itertools
 import math
 
 import pytest
@@ -9,122 +10,247 @@ from torch.nn.functional import cross_entropy, normalize
 
 import fastssl
 from fastssl.ops import contrastive_lse, info_nce
-from fastssl.ops.contrastive import contrastive_bwd_ref, contrastive_fwd_ref
+from fastssl.ops.contrastive import contrastive_bwd_ref, contrastive_fwd_ref, logits_ref
 
-# Which products the CPU kernel runs on: as found, all of the library's, everything in fp32.
-CPU_PATHS = {"found": -1, "library": 8, "fp32": 0}
-HAS_EXTENSION = not fastssl.extension.why_missing
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+fwd, bwd = torch.ops.fastssl.contrastive_fwd, torch.ops.fastssl.contrastive_bwd
 
 
-@pytest.fixture(params=CPU_PATHS)
-def cpu_path(request):
-    if not HAS_EXTENSION:
-        if request.param != "found":
-            pytest.skip("the extension is not built: only the reference runs")
-        yield
-        return
-    torch.ops.fastssl.override_cpu_features(CPU_PATHS[request.param])
-    yield
-    torch.ops.fastssl.override_cpu_features(-1)
+def limit_in_a_gap(q, k, groups):
+    """Each row's limit in the widest gap of its upper products: rounding flips no pair."""
+    q, k = (x.double().unflatten(0, (groups, -1)) for x in (q, k))
+    products = (q @ k.mT).flatten(0, 1).sort(1).values  # (G N, M)
+    if products.shape[1] == 1:
+        return products[:, 0].float() + 1
+    upper = products[:, (products.shape[1] - 1) // 2 :]
+    at = upper.diff(dim=1).argmax(1, keepdim=True)
+    limit = (upper.gather(1, at) + upper.gather(1, at + 1))[:, 0] / 2
+    limit[: len(limit) // 8] = -math.inf  # rows without any pair
+    return limit.float()
 
 
-def problem(N, M, D, dtype, *, scale=20.0, ids=False, bias=False, unit=True, device="cpu"):
-    """Features with duplicates, aligned pairs and zero rows, in fp64 rounded to dtype."""
-    q, k = torch.randn(N, D, dtype=torch.float64), torch.randn(M, D, dtype=torch.float64)
+def problem(
+    N, M, D, dtype, *, G=1, scale=20.0, ids=False, keep_equal=False, bias=False, limit=False,
+    itself=False, unit=True, device="cpu",
+):  # fmt: skip
+    """Arguments up to `target`, in the op's order. Features with duplicates, aligned pairs and
+    zero rows, in fp64 rounded to dtype; G problems of N x M."""
+    q = torch.randn(G, N, D, dtype=torch.float64)
+    k = torch.randn(G, M, D, dtype=torch.float64)
     if unit:
-        q, k = normalize(q), normalize(k)
+        q, k = normalize(q, dim=-1), normalize(k, dim=-1)
     same = min(N, M) // 2
-    k[:same] = q[:same]
+    k[:, :same] = q[:, :same]
     if N > 4 and M > 4:
-        q[-1], k[-2], k[-1] = 0, 0, k[0]
-    return {
-        "q": q.to(device, dtype),
-        "k": k.to(device, dtype),
-        "scale": torch.tensor(scale, device=device),
-        "q_ids": torch.randint(0, 4, (N,), dtype=torch.int32).to(device) if ids else None,
-        "k_ids": torch.randint(0, 4, (M,), dtype=torch.int32).to(device) if ids else None,
-        "bias": torch.randn(M).to(device) if bias else None,
-        "target": torch.randint(0, M, (N,), dtype=torch.int32).to(device),
+        q[:, -1], k[:, -2], k[:, -1] = 0, 0, k[:, 0]
+    q, k = q.flatten(0, 1).to(dtype), k.flatten(0, 1).to(dtype)
+    p = {
+        "q": q,
+        "k": k,
+        "scale": torch.tensor(scale),
+        "q_ids": torch.randint(0, 4, (G * N,), dtype=torch.int32) if ids else None,
+        "k_ids": torch.randint(0, 4, (G * M,), dtype=torch.int32) if ids else None,
+        "keep_equal": keep_equal,
+        "bias": torch.randn(G * M) if bias else None,
+        "limit": limit_in_a_gap(q, k, G) if limit else None,
+        "target": torch.randint(0, M, (G * N,), dtype=torch.int32),
     }
+    p = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in p.items()}
+    if itself:
+        p["k"], p["k_ids"] = p["q"], p["q_ids"]
+    return p
 
 
-def check(p, rows=True, cols=True):
+def check(p, rows=True, cols=True, symmetric=False, groups=1, store=False):
     """Forward and backward of the raw op against fp64, no worse than plain torch in p's dtype."""
     dtype, device = p["q"].dtype, p["q"].device
-    p64 = {name: None if x is None else x.cpu() for name, x in p.items()}
-    plain = dict(p64)
-    for name in ("q", "k", "scale", "bias"):
-        if p64[name] is not None:
-            p64[name] = p64[name].double()
-            plain[name] = plain[name].to(dtype)
-    got = torch.ops.fastssl.contrastive_fwd(*p.values(), rows, cols, False)
-    true = contrastive_fwd_ref(*p64.values(), rows, cols, False)
+    cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in p.items()}
+    features = [n for n in ("q", "k", "scale", "bias") if cpu[n] is not None]
+    p64 = cpu | {n: cpu[n].double() for n in features}
+    flags = rows, cols, symmetric, groups, store
+    got = fwd(*p.values(), *flags)
+    true = contrastive_fwd_ref(*p64.values(), *flags)
 
-    leaves = [plain[n].clone().requires_grad_() if plain[n] is not None else None
-              for n in ("q", "k", "scale", "bias")]  # fmt: skip
-    logits = leaves[2] * (leaves[0] @ leaves[1].T)
-    if leaves[3] is not None:
-        logits = logits + leaves[3]
-    pos = logits.gather(1, p64["target"].long()[:, None])[:, 0]
-    if p64["q_ids"] is not None:
-        out = p64["q_ids"][:, None] == p64["k_ids"][None]
+    leaves = {n: cpu[n].to(dtype, copy=True).requires_grad_() for n in features}
+    if symmetric:
+        leaves["k"] = leaves["q"]
+    q, k = (leaves[n].unflatten(0, (groups, -1)) for n in ("q", "k"))
+    logits = leaves["scale"] * (q @ k.mT)
+    if "bias" in leaves:
+        logits = logits + leaves["bias"].view(groups, 1, -1)
+    pos = logits.gather(2, cpu["target"].long().view(groups, -1, 1)).flatten()
+    _, out = logits_ref(*list(p64.values())[:-1], symmetric, groups)
+    if out is not None:  # from fp64: a product rounded in dtype may lie on the limit's other side
         logits = logits.masked_fill(out, -torch.inf)
     empty = logits.new_empty(0)
-    peer = (logits.logsumexp(1) if rows else empty, logits.logsumexp(0) if cols else empty, pos)
+    row, col = (logits.logsumexp(2) if rows else empty, logits.logsumexp(1) if cols else empty)
+    peer = row.flatten(), col.flatten(), pos, logits.flatten(0, 1) if store else empty.view(0, 0)
     # Every logit is a product of this magnitude at most; rounding it costs an eps of that.
-    largest = (p64["scale"] * p64["q"].norm(dim=1).max() * p64["k"].norm(dim=1).max()).item()
-    for name, *xs in zip(("row_lse", "col_lse", "pos"), got, true, peer, strict=True):
+    norm_q, norm_k = (p64[n].norm(dim=1).max().item() for n in ("q", "k"))
+    largest = p64["scale"].item() * norm_q * norm_k
+    for name, *xs in zip(("row_lse", "col_lse", "pos", "logits"), got, true, peer, strict=True):
         print(name)
         assert_no_worse(xs[0].cpu(), xs[1], xs[2].detach(), magnitude=largest)
 
-    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in true]
-    upstream = [torch.where(x.isfinite(), u, 0.0) for x, u in zip(true, upstream, strict=True)]
-    got = torch.ops.fastssl.contrastive_bwd(
-        *p.values(), got[0], got[1], *(u.float().to(device) for u in upstream), False, True, True
-    )
-    true = contrastive_bwd_ref(*p64.values(), true[0], true[1], *upstream, False, True, True)
+    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in true[:3]]
+    upstream = [torch.where(x.isfinite(), u, 0.0) for x, u in zip(true, upstream, strict=False)]
+    needs = symmetric, groups, True, not symmetric, p["bias"] is not None
+    given = [u.float().to(device) for u in upstream]
+    got = bwd(*p.values(), got[3], *got[:2], *given, *needs)
+    true = contrastive_bwd_ref(*p64.values(), true[3], *true[:2], *upstream, *needs)
     total = sum(
         (torch.where(x.isfinite(), x, 0.0) * u.to(dtype)).sum()
-        for x, u in zip(peer, upstream, strict=True)
+        for x, u in zip(peer, upstream, strict=False)
     )
-    grads = torch.autograd.grad(total, [x for x in leaves if x is not None])
-    if leaves[3] is None:
-        grads = (*grads, empty)
+    names = ["q", *([] if symmetric else ["k"]), *features[2:]]
+    grads = torch.autograd.grad(total, [leaves[n] for n in names])
+    grads = dict(zip(names, grads, strict=True))
     # dq adds scale * upstream * k over columns; dscale adds upstream * <q, k> over all pairs.
-    largest_u = max(u.abs().max().item() for u in upstream if u.numel()) * p64["scale"].item()
+    largest_u = max(u.abs().max().item() for u in upstream if u.numel())
     magnitude = {
-        "dq": largest_u * p64["k"].norm(dim=1).max().item(),
-        "dk": largest_u * p64["q"].norm(dim=1).max().item(),
-        "dscale": torch.cat(upstream).norm().item() * largest / p64["scale"].item(),
-        "dbias": largest_u,
+        "q": largest_u * p64["scale"].item() * norm_k,
+        "k": largest_u * p64["scale"].item() * norm_q,
+        "scale": torch.cat(upstream).norm().item() * norm_q * norm_k,
+        "bias": largest_u,
     }
-    for name, *xs in zip(magnitude, got, true, grads, strict=True):
-        print(name)
-        assert_no_worse(xs[0].cpu(), xs[1], xs[2].nan_to_num(0.0), 3, magnitude[name])
+    for name, *xs in zip(magnitude, got, true, strict=True):
+        print("gradient of", name)
+        if name in grads:
+            assert_no_worse(xs[0].cpu(), xs[1], grads[name].nan_to_num(0.0), 3, magnitude[name])
+        else:
+            assert xs[0].numel() == 0, "a gradient that was not asked for"
 
 
-SIZES = [1, 2, 127, 1000, 4097]
-WIDTHS = [64, 96, 100, 128, 384]
+SIZES = itertools.product([1, 2, 127, 1000], [1, 2, 127, 1000], [64, 96, 100, 128, 384])
+LARGE = [(1, 4097, 64), (4097, 2, 96), (1000, 4097, 128), (4097, 127, 384), (4097, 4097, 100)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("D", WIDTHS)
-@pytest.mark.parametrize("M", SIZES)
-@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N,M,D", [*SIZES, *LARGE])
 @pytest.mark.parametrize("device", DEVICES)
 def test_oracle_sizes(N, M, D, dtype, device):
-    if dtype == torch.float16 and N * M > 1_000_000:
+    if dtype == torch.float16 and N * M >= 1_000_000:
         pytest.skip("plain torch multiplies fp16 on CPUs too slowly to compare with")
     variant = (N + M + D) % 4
     check(problem(N, M, D, dtype, ids=variant == 1, bias=variant >= 2, device=device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N,M,D", [(1, 1, 1), (2, 3, 7), (7, 5, 33), (33, 17, 100), (257, 96, 65)])
 @pytest.mark.parametrize("rows,cols", [(True, True), (True, False), (False, True)])
 def test_oracle_every_product_path(N, M, D, dtype, rows, cols, cpu_path):
     check(problem(N, M, D, dtype, ids=N % 2 == 1, bias=M % 2 == 1), rows, cols)
+
+
+OPTIONS = {
+    "keep equal": {"ids": True, "keep_equal": True, "bias": True},
+    "limit": {"limit": True},
+    "limit, ids and bias": {"limit": True, "ids": True, "bias": True},
+    "itself": {"itself": True},
+    "itself and ids": {"itself": True, "ids": True},
+    "itself, equal ids kept": {"itself": True, "ids": True, "keep_equal": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N,M,D", [(1, 1, 3), (2, 3, 7), (33, 17, 100), (257, 500, 64)])
+@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_oracle_options(options, G, N, M, D, dtype, cpu_path):
+    options = OPTIONS[options]
+    itself = "itself" in options
+    p = problem(N, N if itself else M, D, dtype, G=G, **options)
+    check(p, cols="limit" not in options and not itself, symmetric=itself, groups=G)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_oracle_options_on_devices(options, device):
+    options = OPTIONS[options]
+    itself = "itself" in options
+    p = problem(600, 600 if itself else 333, 96, torch.float32, device=device, **options)
+    check(p, cols="limit" not in options and not itself, symmetric=itself)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G,N,M,D", [(3, 70, 41, 100), (40, 5, 6, 16), (40, 1, 1, 8)])
+def test_groups_are_problems_of_their_own(G, N, M, D, dtype, device):
+    p = problem(N, M, D, dtype, G=G, ids=True, bias=True, device=device)
+    check(p, groups=G)
+    rows, cols, pos, _ = fwd(*p.values(), True, True, False, G, False)
+    for g in range(G):
+        alone = {
+            name: x.view(G, -1, *x.shape[1:])[g] if isinstance(x, torch.Tensor) and x.dim() else x
+            for name, x in p.items()
+        }
+        alone = fwd(*alone.values(), True, True, False, 1, False)
+        for x, y in zip((rows, cols, pos), alone, strict=False):
+            torch.testing.assert_close(x.view(G, -1)[g], y, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N,M,D", [(1, 1, 1), (33, 17, 100), (257, 96, 65), (300, 700, 128)])
+def test_stored_logits_change_no_statistic(N, M, D, dtype, device):
+    p = problem(N, M, D, dtype, ids=N % 2 == 1, bias=M % 2 == 0, device=device)
+    check(p, store=True)
+    plain = fwd(*p.values(), True, True, False, 1, False)
+    stored = fwd(*p.values(), True, True, False, 1, True)
+    for x, y in zip(plain[:3], stored[:3], strict=True):
+        assert torch.equal(x, y)
+    assert stored[3].shape == (N, M) and plain[3].numel() == 0
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_only_the_asked_gradients(store, cpu_path):
+    p = problem(40, 30, 24, torch.float32, bias=True)
+    *statistics, logits = fwd(*p.values(), True, True, False, 1, store)
+    upstream = [x.sin() for x in statistics]
+
+    def run(*needs):
+        return bwd(*p.values(), logits, *statistics[:2], *upstream, False, 1, *needs)
+
+    full = run(True, True, True)
+    for needs in itertools.product([True, False], repeat=3):
+        dq, dk, dscale, dbias = run(*needs)
+        for x, y, need in zip((dq, dk, dbias), (full[0], full[1], full[3]), needs, strict=True):
+            if need:
+                torch.testing.assert_close(x, y)
+            else:
+                assert x.numel() == 0
+        if needs[0] or needs[1]:
+            torch.testing.assert_close(dscale, full[2])
+
+
+@pytest.mark.parametrize("options", [{"ids": True}, *OPTIONS.values()])
+def test_which_pairs_are_left_out(options):
+    """Against the rules written out pair by pair."""
+    itself = "itself" in options
+    N, M = 9, 9 if itself else 7
+    p = problem(N, M, 3, torch.float32, scale=1.3, **options)
+    options = {name: p[name] for name in ("q_ids", "bias", "limit")}
+    k, bias = p["k"], torch.zeros(M) if p["bias"] is None else p["bias"]
+    if not itself:
+        options["k_ids"] = p["k_ids"]
+    row, _, _ = contrastive_lse(
+        p["q"], None if itself else k, 1.3, keep_equal=p["keep_equal"], **options
+    )
+    for i in range(N):
+        total = 0.0
+        for j in range(M):
+            product = float(p["q"][i] @ k[j])
+            equal = p["q_ids"] is not None and bool(p["q_ids"][i] == p["k_ids"][j])
+            if p["q_ids"] is not None and equal != p["keep_equal"]:
+                continue
+            if p["limit"] is not None and product > p["limit"][i]:
+                continue
+            if itself and i == j:
+                continue
+            total += math.exp(1.3 * product + bias[j])
+        expected = math.log(total) if total else -math.inf
+        assert row[i].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -217,15 +343,64 @@ def test_gradcheck(mode):
     torch.autograd.gradcheck(loss, (q, k, scale, bias))
 
 
+@pytest.mark.parametrize(
+    "options", ["plain", "store", "ids", "keep equal", "limit", "itself", "itself, equal ids kept"]
+)
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3)])
+def test_gradcheck_of_the_sums(options, shape):
+    q, k = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(shape[:-1], dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 0, 1, 1])[: shape[-2]].expand(shape[:-1])
+    target = ids.roll(1)
+    extra = {
+        "plain": {"bias": bias, "cols": True},
+        "store": {"bias": bias, "cols": True, "store_logits": True, "q_ids": ids},
+        "ids": {"q_ids": ids, "bias": bias, "rows": False, "cols": True},
+        "keep equal": {"q_ids": ids, "k_ids": ids.flip(-1), "keep_equal": True, "cols": True},
+        "limit": {"limit": torch.full(shape[:-1], 0.5), "bias": bias},
+        "itself": {"q_ids": ids},
+        "itself, equal ids kept": {"q_ids": ids, "keep_equal": True},
+    }[options]
+
+    def sums(q, k, scale, bias):
+        keys = None if "itself" in options else k
+        out = contrastive_lse(q, keys, scale, target=target, **extra)
+        return [x for x in out if x.numel()]
+
+    torch.autograd.gradcheck(sums, (q, k, scale, bias))
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{}, {"ids": True, "bias": True}])
-def test_opcheck(options, device):
-    p = problem(9, 7, 16, torch.float32, device=device, **options)
-    args = (*p.values(), True, True, False)
-    torch.library.opcheck(torch.ops.fastssl.contrastive_fwd.default, args)
-    row, col, pos = torch.ops.fastssl.contrastive_fwd(*args)
-    args = (*p.values(), row, col, row.sin(), col.sin(), pos.sin(), False, True, True)
-    torch.library.opcheck(torch.ops.fastssl.contrastive_bwd.default, args)
+def test_three_dimensions_are_groups(device):
+    q, k = torch.randn(3, 9, 8, device=device), torch.randn(3, 7, 8, device=device)
+    ids = torch.randint(0, 3, (3, 9)), torch.randint(0, 3, (3, 7))
+    target, bias = torch.randint(0, 7, (3, 9)), torch.randn(3, 7)
+    got = contrastive_lse(
+        q, k, 2.0, q_ids=ids[0], k_ids=ids[1], bias=bias, target=target, cols=True
+    )
+    for g in range(3):
+        alone = contrastive_lse(
+            q[g], k[g], 2.0, q_ids=ids[0][g], k_ids=ids[1][g], bias=bias[g], target=target[g],
+            cols=True,
+        )  # fmt: skip
+        for x, y in zip(got, alone, strict=True):
+            torch.testing.assert_close(x[g], y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ids": True, "bias": True}, {"itself": True}])
+def test_opcheck(options, store, device):
+    itself = "itself" in options
+    p = problem(9, 9 if itself else 7, 16, torch.float32, device=device, **options)
+    needs = True, not itself, p["bias"] is not None
+    args = (*p.values(), True, not itself, itself, 1, store)
+    torch.library.opcheck(fwd.default, args)
+    *statistics, logits = fwd(*args)
+    upstream = [x.sin() for x in statistics]
+    args = (*p.values(), logits, *statistics[:2], *upstream, itself, 1, *needs)
+    torch.library.opcheck(bwd.default, args)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -364,6 +539,23 @@ good = torch.randn(4, 8)
         (lambda: info_nce(good, good, temperature=1, reduction="avg"), ValueError, "got 'avg'"),
         (lambda: contrastive_lse(good, good, torch.ones(2)), ValueError, "must hold one number"),
         (lambda: contrastive_lse(good, cols=True), ValueError, "gives rows only"),
+        (lambda: contrastive_lse(good, store_logits=True), ValueError, "stores nothing"),
+        (lambda: contrastive_lse(good, good, keep_equal=True), ValueError, "needs q_ids"),
+        (
+            lambda: contrastive_lse(good, good, limit=torch.ones(4), cols=True),
+            ValueError,
+            "limit is a rule of rows",
+        ),
+        (
+            lambda: contrastive_lse(good, good, limit=torch.ones(3)),
+            ValueError,
+            r"limit must be a tensor of shape \(4,\), got \(3,\)",
+        ),
+        (
+            lambda: contrastive_lse(good[None], good),
+            ValueError,
+            r"k must have q's groups \(1,\), got \(4, 8\)",
+        ),
         (
             lambda: contrastive_lse(good, k_ids=torch.arange(4)),
             ValueError,
@@ -386,7 +578,9 @@ def test_error_messages(call, error, message):
         call()
 
 
-@pytest.mark.skipif(not HAS_EXTENSION, reason="the reference raises torch's own message")
+@pytest.mark.skipif(
+    bool(fastssl.extension.why_missing), reason="the reference raises torch's own message"
+)
 def test_target_out_of_range_on_cpu():
     with pytest.raises(RuntimeError, match=r"target must lie in \[0, 4\), got 9 at row 2"):
         info_nce(good, good, temperature=1.0, target=torch.tensor([0, 1, 9, 3]))

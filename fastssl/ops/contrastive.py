@@ -69,18 +69,16 @@ def contrastive_fwd_ref(
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward as the papers write it, holding all logits; fp64 in gives fp64 out."""
-    logits, out = logits_ref(
-        q, k, scale, q_ids, k_ids, keep_equal, bias, limit, symmetric, groups
-    )
-    empty = logits.new_empty(0)
-    pos = empty
+    logits, out = logits_ref(q, k, scale, q_ids, k_ids, keep_equal, bias, limit, symmetric, groups)
+    pos = logits.new_empty(0)
     if target is not None:
         pos = logits.gather(2, target.long().view(groups, -1, 1)).flatten()
     if out is not None:
         logits = logits.masked_fill(out, -torch.inf)
-    row_lse = logits.logsumexp(2).flatten() if rows else empty
-    col_lse = logits.logsumexp(1).flatten() if cols else empty
-    return row_lse, col_lse, pos, logits.flatten(0, 1) if store else empty.view(0, 0)
+    # An empty tensor each: outputs of an op must not alias.
+    row_lse = logits.logsumexp(2).flatten() if rows else logits.new_empty(0)
+    col_lse = logits.logsumexp(1).flatten() if cols else logits.new_empty(0)
+    return row_lse, col_lse, pos, logits.flatten(0, 1) if store else logits.new_empty(0, 0)
 
 
 @without_autocast
@@ -130,9 +128,7 @@ def contrastive_bwd_ref(
     if out is not None:
         g.masked_fill_(out, 0)
     if dpos.numel():
-        g.scatter_add_(
-            2, target.long().view(groups, -1, 1), dpos.to(g.dtype).view(groups, -1, 1)
-        )
+        g.scatter_add_(2, target.long().view(groups, -1, 1), dpos.to(g.dtype).view(groups, -1, 1))
     q_, k_ = (x.to(g.dtype).unflatten(0, (groups, -1)) for x in (q, k))
     dq, dk = (g @ k_).flatten(0, 1), (g.mT @ q_).flatten(0, 1)  # both without the factor scale
     dscale = (q_.flatten(0, 1) * dq).sum()
