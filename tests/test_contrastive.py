@@ -111,7 +111,8 @@ def check(p, rows=True, cols=True, symmetric=False, groups=1, store=False):
         "q": largest_u * p64["scale"].item() * norm_k,
         "k": largest_u * p64["scale"].item() * norm_q,
         "scale": torch.cat(upstream).norm().item() * norm_q * norm_k,
-        "bias": largest_u,
+        # Each coefficient carries the rounding of a logit, an eps of its size.
+        "bias": largest_u * largest,
     }
     for name, *xs in zip(magnitude, got, true, strict=True):
         print("gradient of", name)
