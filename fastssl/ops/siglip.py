@@ -96,7 +96,8 @@ class SigLIP(torch.autograd.Function):
         need_q, need_k, need_scalars = needs
         by_row = reduction == "none"
         fwd = siglip_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
-        total = weight / len(q) if reduction == "mean" else weight
+        each = 1 / len(q) if reduction == "mean" else 1.0
+        total = scale.new_full((len(q),), each) if weight is None else weight * each
         loss, dq, dk, dscale, dbias = fwd(
             q, k, scale, bias, q_ids, k_ids, target, total,
             not by_row and (need_q or (need_scalars and not need_k)), not by_row and need_k,
@@ -106,7 +107,9 @@ class SigLIP(torch.autograd.Function):
         else:
             ctx.save_for_backward(dq, dk, dscale, dbias)
         ctx.by_row, ctx.dtype = by_row, q.dtype
-        return loss * weight if by_row else (loss * total).sum()
+        if weight is not None:
+            loss = loss * weight
+        return loss if by_row else loss.sum() if reduction == "sum" else loss.mean()
 
     @staticmethod
     @once_differentiable
@@ -115,7 +118,8 @@ class SigLIP(torch.autograd.Function):
         if ctx.by_row:
             *problem, weight = ctx.saved_tensors
             fwd = siglip_fwd_ref if ctx.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
-            _, *grads = fwd(*problem, weight * dloss, need_q or not need_k, need_k)
+            total = dloss.contiguous() if weight is None else weight * dloss
+            _, *grads = fwd(*problem, total, need_q or not need_k, need_k)
         else:
             grads = [dloss * grad for grad in ctx.saved_tensors]
         dq, dk, dscale, dbias = grads
@@ -201,8 +205,6 @@ def siglip(
     if k_ids is q_ids and q_ids is not None:
         k_ids = q_ids.clone()
     weight = float_vector(name, "sample_weight", sample_weight, (N,), scale)
-    if weight is None:
-        weight = scale.new_ones(N)
     grad = torch.is_grad_enabled()
     needs = tuple(
         grad and (x.requires_grad if isinstance(x, Tensor) else any(t.requires_grad for t in x))
