@@ -97,12 +97,20 @@ def float_vector(name: str, label: str, x: Tensor | None, shape, like: Tensor) -
     return x.to(device=like.device, dtype=like.dtype).reshape(-1).contiguous()
 
 
+def check_number(name: str, label: str, value) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}: {label} must be a number or a tensor, got {type(value).__name__}."
+        )
+
+
 def scale_tensor(name: str, label: str, value: float | Tensor, q: Tensor) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: {label} must hold one number, got {tuple(value.shape)}.")
         return value.reshape(()).to(device=q.device, dtype=dtype)
+    check_number(name, label, value)
     return torch.full((), value, device=q.device, dtype=dtype)
 
 
@@ -114,10 +122,7 @@ def scale_of(name: str, temperature, logit_scale, q: Tensor) -> Tensor:
     label = "temperature" if by_temperature else "logit_scale"
     value = temperature if by_temperature else logit_scale
     if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{name}: {label} must be a number or a tensor, got {type(value).__name__}."
-            )
+        check_number(name, label, value)
         highest = torch.finfo(torch.float32).max
         scale = 1 / value if by_temperature and value else value
         if not value > 0 or not scale < highest:
