@@ -87,6 +87,17 @@ def int_vector(name: str, label: str, x: Tensor | None, shape, device) -> Tensor
     return x.to(device=device, dtype=torch.int32).reshape(-1).contiguous()
 
 
+def check_target(name: str, target: Tensor, M: int) -> None:
+    """On the CPU only, since looking at it would stall a GPU. Python would count -1 from behind."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in target.aminmax())
+        if low < 0 or high >= M:
+            raise ValueError(
+                f"{name}: target must lie in [0, {M}), got {low if low < 0 else high}. "
+                "It is the position of a key."
+            )
+
+
 def float_vector(name: str, label: str, x: Tensor | None, shape, like: Tensor) -> Tensor | None:
     """Flat, of the given shape's length, in like's dtype and on its device; or None."""
     if x is None:

@@ -10,6 +10,7 @@ from fastssl.ops.checks import (
     Problem,
     check_features,
     check_reduction,
+    check_target,
     float_vector,
     int_vector,
     prepare,
@@ -186,6 +187,7 @@ def info_nce(
     N, M = rows[-1], keys[-1]
     if k is None and (target is None or symmetric):
         raise ValueError(f"{name}: q against itself (k=None) needs a target and symmetric=False.")
+    given = target is not None
     if soft_target is not None:
         if target is not None or symmetric or k is None or margin is not None or decoupled:
             raise ValueError(
@@ -193,8 +195,7 @@ def info_nce(
             )
         if soft_target.shape != (*rows, M):
             raise ValueError(
-                f"{name}: soft_target must have shape {(*rows, M)}, "
-                f"got {tuple(soft_target.shape)}."
+                f"{name}: soft_target must have shape {(*rows, M)}, got {tuple(soft_target.shape)}."
             )
     elif target is None:
         if M < N or (symmetric and M != N):
@@ -223,6 +224,8 @@ def info_nce(
     if normalize:
         q, k = unit_rows(q), k if k is None else unit_rows(k)
     target = int_vector(name, "target", target, rows, q.device)
+    if given:
+        check_target(name, target, M)
     if decoupled and q_ids is None:
         if k is None or target is None:
             raise ValueError(f"{name}: decoupled needs a target and, with k=None, q_ids.")
