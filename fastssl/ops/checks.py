@@ -136,7 +136,7 @@ def scale_of(name: str, temperature, logit_scale, q: Tensor) -> Tensor:
         check_number(name, label, value)
         highest = torch.finfo(torch.float32).max
         scale = 1 / value if by_temperature and value else value
-        if not value > 0 or not scale < highest:
+        if not 0 < value < float("inf") or not scale < highest:
             raise ValueError(
                 f"{name}: {label} must be positive and finite, got {value}. Typical: "
                 f"{'0.07 to 0.5' if by_temperature else '1 to 100'}."
