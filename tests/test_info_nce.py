@@ -238,7 +238,19 @@ def test_kernels_equal_the_formula(case, groups, device):
         torch.testing.assert_close(x.double().cpu(), y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain",
+        "margin",
+        "decoupled",
+        "itself, ids",
+        "symmetric, store",
+        "soft target, bias, ids",
+        "smoothing, bias, weight",
+        "hard negatives, ids, normalize",
+    ],
+)
 def test_compiles_without_a_graph_break(case):
     q, k, options = inputs(case)
     scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
