@@ -87,6 +87,17 @@ def int_vector(name: str, label: str, x: Tensor | None, shape, device) -> Tensor
     return x.to(device=device, dtype=torch.int32).reshape(-1).contiguous()
 
 
+def check_target(name: str, target: Tensor, M: int) -> None:
+    """On the CPU only, since looking at it would stall a GPU. Python would count -1 from behind."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in target.aminmax())
+        if low < 0 or high >= M:
+            raise ValueError(
+                f"{name}: target must lie in [0, {M}), got {low if low < 0 else high}. "
+                "It is the position of a key."
+            )
+
+
 def float_vector(name: str, label: str, x: Tensor | None, shape, like: Tensor) -> Tensor | None:
     """Flat, of the given shape's length, in like's dtype and on its device; or None."""
     if x is None:
@@ -97,12 +108,20 @@ def float_vector(name: str, label: str, x: Tensor | None, shape, like: Tensor) -
     return x.to(device=like.device, dtype=like.dtype).reshape(-1).contiguous()
 
 
+def check_number(name: str, label: str, value) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}: {label} must be a number or a tensor, got {type(value).__name__}."
+        )
+
+
 def scale_tensor(name: str, label: str, value: float | Tensor, q: Tensor) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: {label} must hold one number, got {tuple(value.shape)}.")
         return value.reshape(()).to(device=q.device, dtype=dtype)
+    check_number(name, label, value)
     return torch.full((), value, device=q.device, dtype=dtype)
 
 
@@ -114,13 +133,10 @@ def scale_of(name: str, temperature, logit_scale, q: Tensor) -> Tensor:
     label = "temperature" if by_temperature else "logit_scale"
     value = temperature if by_temperature else logit_scale
     if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{name}: {label} must be a number or a tensor, got {type(value).__name__}."
-            )
+        check_number(name, label, value)
         highest = torch.finfo(torch.float32).max
         scale = 1 / value if by_temperature and value else value
-        if not value > 0 or not scale < highest:
+        if not 0 < value < float("inf") or not scale < highest:
             raise ValueError(
                 f"{name}: {label} must be positive and finite, got {value}. Typical: "
                 f"{'0.07 to 0.5' if by_temperature else '1 to 100'}."

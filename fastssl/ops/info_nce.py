@@ -10,6 +10,7 @@ from fastssl.ops.checks import (
     Problem,
     check_features,
     check_reduction,
+    check_target,
     float_vector,
     int_vector,
     prepare,
@@ -137,12 +138,13 @@ def info_nce(
             A row's own positive always counts. With k=None only q_ids is given.
         bias: (M,) added to every logit of that key.
         margin: keys with <q_i, k_j> > <q_i, k_target> + margin are taken for false negatives and
-            left out, in units of the product (cosine of normalised rows). Needs k.
-        decoupled: the positive leaves the denominator (DCL). With k=None, give q_ids shared by a
-            row and its positive.
+            left out, in units of the product (cosine of normalised rows). May be negative: the
+            positive itself always counts. Needs k.
+        decoupled: the positive leaves the denominator (DCL). A row and its positive must share
+            their id where q_ids are given, as they must be with k=None.
         hard_negatives: (N, H, D) further negatives of each row alone, in the row direction.
-        soft_target: (N, M) weights t_ij in place of the target: sum_j t_ij (lse_i - l_ij). Not
-            symmetric; needs k.
+        soft_target: (N, M) weights t_ij in place of the target: sum_j t_ij (lse_i - l_ij). Needs
+            k; not symmetric, not with margin or decoupled.
         label_smoothing: share in [0, 1) of the target spread evenly over all keys; not with ids,
             margin, decoupled or hard_negatives.
         sample_weight: (N,) factor of each row's loss (of each pair's, if symmetric).
@@ -185,13 +187,15 @@ def info_nce(
     N, M = rows[-1], keys[-1]
     if k is None and (target is None or symmetric):
         raise ValueError(f"{name}: q against itself (k=None) needs a target and symmetric=False.")
+    given = target is not None
     if soft_target is not None:
-        if target is not None or symmetric or k is None:
-            raise ValueError(f"{name}: soft_target takes k, no target, and symmetric=False.")
+        if target is not None or symmetric or k is None or margin is not None or decoupled:
+            raise ValueError(
+                f"{name}: soft_target needs k and excludes target, symmetric, margin and decoupled."
+            )
         if soft_target.shape != (*rows, M):
             raise ValueError(
-                f"{name}: soft_target must have shape {(*rows, M)}, "
-                f"got {tuple(soft_target.shape)}."
+                f"{name}: soft_target must have shape {(*rows, M)}, got {tuple(soft_target.shape)}."
             )
     elif target is None:
         if M < N or (symmetric and M != N):
@@ -220,6 +224,8 @@ def info_nce(
     if normalize:
         q, k = unit_rows(q), k if k is None else unit_rows(k)
     target = int_vector(name, "target", target, rows, q.device)
+    if given:
+        check_target(name, target, M)
     if decoupled and q_ids is None:
         if k is None or target is None:
             raise ValueError(f"{name}: decoupled needs a target and, with k=None, q_ids.")
@@ -240,6 +246,7 @@ def info_nce(
         return _reduce(row_weight * by_row + (1 - row_weight) * by_col, reduction)
 
     problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias)
+    own = None
     if margin is not None:
         with torch.no_grad():
             y = _picked(problem.k, target, groups).to(scale.dtype)
@@ -247,10 +254,11 @@ def info_nce(
             # A copy of the positive is no false negative, however the two products rounded.
             slack = 1e-5 * product.abs().clamp(min=1)
             problem = problem._replace(limit=product + margin + slack)
-    own = None
+            own = product > problem.limit  # only where the margin is negative
     if problem.q_ids is not None and target is not None:
         k_ids = problem.q_ids if problem.k_ids is None else problem.k_ids
-        own = _picked(k_ids, target, groups) == problem.q_ids
+        same = _picked(k_ids, target, groups) == problem.q_ids
+        own = same if own is None else own | same
     weight = float_vector(name, "sample_weight", sample_weight, rows, scale)
     frozen = not (symmetric or k is None or store_logits or _learns(k) or _learns(bias))
     plain = not (varied or label_smoothing or return_lse) and soft_target is None
@@ -274,7 +282,7 @@ def info_nce(
             )
         extra = unit_rows(hard_negatives) if normalize else hard_negatives
         extra = extra.to(q.dtype).flatten(0, -3)  # (N, H, D)
-        extra = scale * (extra.to(wide) @ q.to(wide).unsqueeze(2)).squeeze(2)  # (N, H)
+        extra = scale * (extra.to(wide) * q.to(wide).unsqueeze(1)).sum(2)  # (N, H)
         row_lse = torch.logaddexp(row_lse, extra.logsumexp(1))
 
     def finish(lse, x, y, y_bias, own_bias):
@@ -282,9 +290,10 @@ def info_nce(
             t = soft_target.to(y.dtype).view(groups, N, M)
             pos_ = scale * (x.to(wide) * (t @ y.unflatten(0, (groups, -1))).flatten(0, 1)).sum(1)
             if y_bias is not None:
-                pos_ = pos_ + (t.to(wide) @ y_bias.view(groups, M, 1)).flatten()
-            return t.sum(2).flatten().to(wide) * lse - pos_
-        gap = lse - pos
+                pos_ = pos_ + (t.to(wide) * y_bias.view(groups, 1, M)).sum(2).flatten()
+            gap = t.sum(2, dtype=wide).flatten() * lse - pos_
+        else:
+            gap = lse - pos
         if own is not None and not decoupled:
             gap = torch.where(own, softplus(gap), gap)
         if label_smoothing:
@@ -311,8 +320,10 @@ def info_nce(
     loss = _reduce(loss.view(rows), reduction)
     if not return_lse:
         return loss
-    lse = torch.stack([row_lse, col_lse]).view(2, *rows) if symmetric else row_lse.view(rows)
-    return loss, lse
+    lse = torch.stack([row_lse, col_lse] if symmetric else [row_lse])
+    if own is not None and not decoupled:  # the positive counts
+        lse = torch.where(own, torch.logaddexp(lse, pos), lse)
+    return loss, lse.view(2, *rows) if symmetric else lse.view(rows)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

@@ -42,7 +42,8 @@ def queue_fwd_ref(
     if left_out is not None:
         logits = logits.masked_fill(left_out, -torch.inf)
     row_lse = logits.logsumexp(2)  # (G, N)
-    p = (logits - row_lse.masked_fill(row_lse.isneginf(), 0).unsqueeze(2)).exp()
+    # Not exp(logits - lse): the rounding of an lse of thousands would scale the whole row.
+    p = logits.softmax(2).masked_fill(row_lse.isneginf().unsqueeze(2), 0)
     out = p @ k.to(p.dtype).unflatten(0, (groups, -1))
     return row_lse.flatten(), out.flatten(0, 1)
 
@@ -166,6 +167,8 @@ def queue_nce(
                 f"{name}: {label} must not require a gradient: it is frozen here. "
                 "Use info_nce for keys that learn, or .detach()."
             )
+    if (q_ids is None) != (queue_ids is None):
+        raise ValueError(f"{name}: q_ids and queue_ids go together, got only one of them.")
     check_reduction(name, reduction)
     scale = scale_of(name, temperature, logit_scale, q)
     if normalize:
