@@ -4,5 +4,6 @@ from fastssl.ops.contrastive import contrastive_lse
 from fastssl.ops.info_nce import info_nce
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
+from fastssl.ops.supcon import sup_con
 
-__all__ = ["contrastive_lse", "info_nce", "queue_nce", "siglip"]
+__all__ = ["contrastive_lse", "info_nce", "queue_nce", "siglip", "sup_con"]
