@@ -13,6 +13,8 @@ if importlib.util.find_spec("fastssl.kernels") is None:
     )
 
 from fastssl import extension, losses, ops
+from fastssl.dist import LOCAL
+from fastssl.queue import FeatureQueue
 
 if extension.why_missing:
     warnings.warn(
@@ -33,4 +35,4 @@ else:
         stacklevel=2,
     )
 
-__all__ = ["extension", "losses", "ops"]
+__all__ = ["LOCAL", "FeatureQueue", "extension", "losses", "ops"]
