@@ -13,6 +13,9 @@ if importlib.util.find_spec("fastssl.kernels") is None:
     )
 
 from fastssl import extension, losses, ops
+from fastssl.dist import LOCAL
+from fastssl.gradcache import GradCache
+from fastssl.queue import FeatureQueue
 
 if extension.why_missing:
     warnings.warn(
@@ -33,4 +36,4 @@ else:
         stacklevel=2,
     )
 
-__all__ = ["extension", "losses", "ops"]
+__all__ = ["LOCAL", "FeatureQueue", "GradCache", "extension", "losses", "ops"]

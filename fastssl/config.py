@@ -160,10 +160,16 @@ def _type_names(kind: Any) -> list[str]:
     return [names.get(origin or kind, str(kind))]
 
 
+_NO_ACCUMULATION = (
+    "Summed losses of small batches are not the contrastive loss of a large one, as each row meets "
+    "only its own batch's negatives. In a loop of your own, fastssl.GradCache fits a large batch."
+)
+
+
 def _checked(values: dict[str, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
     for name in values:
         if name not in hints:
-            hint = nearest(str(name), hints)
+            hint = _NO_ACCUMULATION if "accum" in str(name) else nearest(str(name), hints)
             raise ValueError(f"{where}: unknown setting {name!r}. {hint}".rstrip())
     return {name: _convert(value, hints[name], name, where) for name, value in values.items()}
 

@@ -20,6 +20,7 @@ yaml = pytest.importorskip("yaml")
     ("values", "message"),
     [
         ({"epoch": 3}, "config: unknown setting 'epoch'. Did you mean 'epochs'?"),
+        ({"accumulate": 4}, "config: unknown setting 'accumulate'. Summed losses of small batches"),
         ({"epochs": "three"}, "config: epochs must be a whole number or none, got 'three'."),
         ({"epochs": 2.5}, "epochs must be a whole number or none, got 2.5 (float)."),
         ({"epochs": True}, "epochs must be a whole number or none, got True (bool)."),
