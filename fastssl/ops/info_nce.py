@@ -264,6 +264,12 @@ def info_nce(
     plain = not (varied or label_smoothing or return_lse) and soft_target is None
     if plain and weight is None and (row_weight == 0.5 or not symmetric):
         frozen = frozen and _learns(problem.q)
+        if frozen and problem.q_ids is None:
+            # Without the positive in the sum its softmax weight, near 1 at convergence, is never
+            # rounded and then subtracted from 1.
+            every_key = torch.arange(M, device=q.device, dtype=torch.int32).repeat(groups)
+            problem = problem._replace(q_ids=target, k_ids=every_key)
+            own = torch.ones_like(target, dtype=torch.bool)
         loss = InfoNCE.apply(
             *problem, target, own, symmetric, groups, frozen, store_logits, reduction
         )
