@@ -15,6 +15,8 @@
 
 #if FASTSSL_X86
 #include <immintrin.h>
+
+#include <algorithm>
 #define FASTSSL_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define FASTSSL_AVX512_BF16 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
@@ -188,11 +190,63 @@ struct MicroArgs {
 FASTSSL_MICRO(micro_f32, FASTSSL_AVX512, FASTSSL_DOT_F32)
 FASTSSL_MICRO(micro_bf16, FASTSSL_AVX512_BF16, FASTSSL_DOT_BF16)
 
-// out[p][c] = in[c][p]: c < count rows of `units` units into rows of 32, zero-padded.
-FASTSSL_CLONES inline void transpose_units(const uint32_t* in, int64_t ld, int64_t count,
-                                           int64_t units, uint32_t* out) {
-  for (int64_t p = 0; p < units; ++p)
-    for (int64_t c = 0; c < kStrip; ++c) out[p * kStrip + c] = c < count ? in[c * ld + p] : 0u;
+// r[i][j] and r[j][i] change places.
+FASTSSL_AVX512 inline void transpose_16x16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
+      r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
+    }
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 2; ++i) {
+      t[8 * i + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + j + 4], 0x88);
+      t[8 * i + j + 4] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+
+// The lanes of the 16 from `at` on that lie below `end`.
+inline __mmask16 lanes_below(int64_t at, int64_t end) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(end - at, 0, 16)) - 1);
+}
+
+// out[p][c] = in[c][p] of 32 rows of `units` units.
+FASTSSL_AVX512 inline void transpose_units(const uint32_t* in, int64_t ld, int64_t units,
+                                           uint32_t* out) {
+  for (int64_t p = 0; p < units; p += 16)
+    for (int64_t c = 0; c < kStrip; c += 16) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i)
+        r[i] = _mm512_maskz_loadu_epi32(lanes_below(p, units), in + (c + i) * ld + p);
+      transpose_16x16(r);
+      for (int64_t i = 0; i < std::min<int64_t>(16, units - p); ++i)
+        _mm512_storeu_si512(out + (p + i) * kStrip + c, r[i]);
+    }
+}
+
+// out[c][d] += in[d][c] for c < count and d < D, rows of 32 in.
+FASTSSL_AVX512 inline void add_transposed(const float* in, int64_t D, int64_t count, float* out) {
+  for (int64_t d = 0; d < D; d += 16)
+    for (int64_t c = 0; c < count; c += 16) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i)
+        r[i] = d + i < D ? _mm512_loadu_si512(in + (d + i) * kStrip + c) : _mm512_setzero_si512();
+      transpose_16x16(r);
+      const __mmask16 inside = lanes_below(d, D);
+      for (int64_t i = 0; i < std::min<int64_t>(16, count - c); ++i) {
+        float* row = out + (c + i) * D + d;
+        const __m512 sum = _mm512_maskz_loadu_ps(inside, row) + _mm512_castsi512_ps(r[i]);
+        _mm512_mask_storeu_ps(row, inside, sum);
+      }
+    }
 }
 
 // G of one strip as the two bf16 operands: `a` [rows][16 units] pairs along columns, `b`
@@ -251,7 +305,7 @@ class MicroProducts {
       if (count < kStrip) std::fill(rows.begin(), rows.end(), T(0));
       load(k, col0 + j, count, rows.data());
       const auto* in = reinterpret_cast<const uint32_t*>(rows.data());
-      transpose_units(in, units_, count, units_, kt_.data() + j * units_);
+      transpose_units(in, units_, units_, kt_.data() + j * units_);
       if (!for_dq) continue;
       for (int64_t s = 0; s < strips_; ++s) {
         uint32_t* out = k_.data() + (s * (chunk_ / kPair) + j / kPair) * kStrip;
@@ -319,8 +373,7 @@ class MicroProducts {
     }
   }
   void gather_dk(const float* dk, int64_t j, int64_t count, float* rows) const {
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t d = 0; d < D_; ++d) rows[c * D_ + d] += dk[j * D_ + d * kStrip + c];
+    add_transposed(dk + j * D_, D_, count, rows);
   }
 
  private:

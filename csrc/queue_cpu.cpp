@@ -29,9 +29,6 @@ FASTSSL_CLONES void exp_strip(float* x, int64_t ld, int64_t rows, const float* m
     }
 }
 
-FASTSSL_CLONES void scale_row(float* x, int64_t n, float factor) {
-  for (int64_t d = 0; d < n; ++d) x[d] *= factor;
-}
 FASTSSL_CLONES void add_row(float* x, int64_t n, float factor, const float* y) {
   for (int64_t d = 0; d < n; ++d) x[d] += factor * y[d];
 }

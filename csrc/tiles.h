@@ -199,20 +199,31 @@ inline void reduce_lanes(const std::vector<float>& lanes, int64_t rows, float* o
 
 // --------------------------------------------------------------------------- gradients of q and k
 
+FASTSSL_CLONES static float dot(const float* x, const float* y, int64_t n) {
+  float lanes[kStrip] = {}, sum = 0.f;
+  int64_t d = 0;
+  for (; d + kStrip <= n; d += kStrip)
+    for (int64_t c = 0; c < kStrip; ++c) lanes[c] += x[d + c] * y[d + c];
+  for (; d < n; ++d) sum += x[d] * y[d];
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+FASTSSL_CLONES static void scale_row(float* x, int64_t n, float factor) {
+  for (int64_t d = 0; d < n; ++d) x[d] *= factor;
+}
+
 // Row i of dx = scale * sum, rounded once; returns <x_i, sum>, its share of the scale's gradient.
 inline double finish_row(const Tensor& dx, const Tensor& x, int64_t i, float* sum, float scale,
                          bool need_dscale, std::vector<float>& scratch) {
   const int64_t D = x.size(1);
-  double dot = 0.0;
+  double share = 0.0;
   if (need_dscale) {
     load_float_rows(x, i, 1, scratch.data(), D);
-    float lanes[kStrip] = {};
-    for (int64_t d = 0; d < D; ++d) lanes[d % kStrip] += scratch[d] * sum[d];
-    for (float lane : lanes) dot += lane;
+    share = dot(scratch.data(), sum, D);
   }
-  for (int64_t d = 0; d < D; ++d) sum[d] *= scale;
+  scale_row(sum, D, scale);
   store_row(dx, i, sum);
-  return dot;
+  return share;
 }
 
 // dq = scale G k and dk = scale G^T q where they are needed; returns sum_ij G_ij <q_i, k_j>, the

@@ -52,14 +52,12 @@ class InfoNCE(torch.autograd.Function):
             row_lse, col_lse, pos, logits = contrastive.forward(
                 problem, target, True, both, k is None, groups, store
             )
-        loss = row_lse - pos
-        if own is not None:
-            loss = torch.where(own, softplus(loss), loss)
-        if both:
-            cols = col_lse - pos
-            if own is not None:
-                cols = torch.where(own, softplus(cols), cols)
-            loss = 0.5 * (loss + cols)
+        if own is None:
+            loss = (torch.lerp(row_lse, col_lse, 0.5) if both else row_lse) - pos
+        else:
+            gaps = [lse - pos for lse in ((row_lse, col_lse) if both else (row_lse,))]
+            losses = [torch.where(own, softplus(gap), gap) for gap in gaps]
+            loss = torch.lerp(*losses, 0.5) if both else losses[0]
         ctx.save_for_backward(
             q, k, scale, q_ids, k_ids, bias, limit, target, own,
             logits, row_lse, col_lse, pos, out,
@@ -87,8 +85,10 @@ class InfoNCE(torch.autograd.Function):
             dq = (scale * by_row).to(q.dtype) if ctx.needs_input_grad[0] else None
             return dq, None, dscale, *[None] * 12
         if not ctx.both:
-            dcol = col_lse
-        upstream = drow, dcol, -(drow + dcol) if ctx.both else -drow
+            dcol, dpos = col_lse, -drow
+        else:
+            dpos = -2 * drow if own is None else -(drow + dcol)
+        upstream = drow, dcol, dpos
         problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
         grads = contrastive.backward(
             problem, target, statistics, upstream, ctx.groups, contrastive.needed(ctx)
