@@ -24,14 +24,14 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 
 test-cpu: .venv/installed-dev
-	$(BIN)/pytest --ignore tests/test_contrastive_triton.py --ignore tests/test_contrastive_cubin.py
+	$(BIN)/pytest --ignore-glob "tests/*_triton.py" --ignore-glob "tests/*_cubin.py"
 
 # The interpreter must be chosen before the kernels are imported, hence a process of its own.
 test-triton: .venv/installed-dev
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_contrastive_triton.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/*_triton.py
 
 test-cubin: .venv/installed-dev
-	$(BIN)/pytest tests/test_contrastive_cubin.py
+	$(BIN)/pytest tests/*_cubin.py
 
 bench: .venv/installed-dev
 	$(BIN)/pytest benchmarks -s -q

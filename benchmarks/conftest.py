@@ -2,5 +2,5 @@ import harness
 
 
 def pytest_sessionfinish():
-    if harness.rows:
-        print(f"\nresults: {harness.write('contrastive')}")
+    for module, rows in harness.results.items():
+        print(f"\nresults: {harness.write(module.removeprefix('bench_'), rows)}")

@@ -17,12 +17,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", ".."]
 TEST = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", "-rf"]
+
+
+def names(pattern: str, word: str = "") -> list[str]:
+    """Files of the pattern that contain the word."""
+    return sorted(path.name for path in ROOT.glob(pattern) if word in path.read_text())
+
+
 # Run from tests/ and benchmarks/, never the root, where the checkout would shadow the installation.
 PARTS = [  # name, folder, command, limit in seconds
     ("build", "tests", BUILD, 120),
-    ("kernel tests", "tests", [*TEST, "test_contrastive_triton.py"], 150),
-    ("op tests", "tests", [*TEST, "-m", "gpu", "test_contrastive.py", "test_losses.py"], 150),
-    ("benchmarks", "benchmarks", [*TEST, "-s", "bench_contrastive.py"], 220),
+    ("kernel tests", "tests", [*TEST, *names("tests/test_*_triton.py")], 130),
+    ("op tests", "tests", [*TEST, "-m", "gpu", *names("tests/test_*.py", "mark.gpu")], 130),
+    ("benchmarks", "benchmarks", [*TEST, "-s", *names("benchmarks/bench_*.py")], 260),
 ]
 TOTAL_S = 530
 

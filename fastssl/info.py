@@ -28,8 +28,9 @@ def info() -> str:
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
     rows = [["op", "on", "runs", "because"]]
-    for row in contrastive.implementations():
-        rows.append([row[key] for key in ("op", "device", "implementation", "reason")])
+    for op in ("contrastive", "queue", "siglip"):
+        for row in contrastive.implementations(op):
+            rows.append([row[key] for key in ("op", "device", "implementation", "reason")])
     return "\n".join([*lines, "", align(rows, left=4)])
 
 
