@@ -200,6 +200,12 @@ def test_memory_bank_may_change_before_the_backward():
         torch.testing.assert_close(got, value)
 
 
+@pytest.mark.gpu
+def test_memory_bank_follows_the_features():
+    loss = NTXentLoss(memory_bank_size=(8, 4))
+    assert loss(*two_views(3, 4, "cuda")).device == loss.bank.device
+
+
 def squared_distance(z0, z1):
     return ((z0 - z1) ** 2).sum(1)
 

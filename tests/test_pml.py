@@ -169,7 +169,7 @@ def test_cross_batch_memory(peer, name, variant, B, size, device):
         if variant in ("indices", "mixed"):
             # Pairs besides those of the labels or the miner must agree with the labels to be of
             # one kind, so they are taken among the rows stored first: slots 0 to 3, if not new.
-            memory_labels = banks[1].label_memory.clone()
+            memory_labels = banks[1].label_memory.clone().cpu()
             new = (torch.arange(B) + banks[1].queue_idx) % size
             memory_labels[new] = labels
             same = labels[:, None] == memory_labels[:4]

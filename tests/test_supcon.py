@@ -175,6 +175,19 @@ def test_compiles_without_a_graph_break_and_repeats_bitwise(device):
         torch.testing.assert_close(third, first)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_compiles_with_one_tensor_in_both_roles(dtype):
+    z, labels = torch.randn(12, 16, requires_grad=True), (torch.arange(12) % 5).to(dtype)
+
+    def loss(z):
+        return sup_con(z, z, labels=labels, k_labels=labels, temperature=0.3)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), loss(z))
+    got, expected = (torch.autograd.grad(f(z), z)[0] for f in (compiled, loss))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.gpu
 def test_no_host_sync():
     q, k, labels, k_labels, own_key = problem(40, 60, 16, "cuda")

@@ -138,6 +138,8 @@ def sup_con(
     if normalize:
         q, k = unit_rows(q), k if k is None else unit_rows(k)
     dtype = common_dtype(q, k)
+    if k is q:  # one tensor in both roles: as two, for the autograd Function
+        k = q.view_as(q)
     q, k = q.to(dtype), k if k is None else k.to(dtype)
     labels = int_vector(name, "labels", labels, q.shape[:1], q.device)
     if k is None:
