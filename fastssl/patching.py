@@ -10,8 +10,8 @@ from fastssl.extras import nearest
 
 # Library: its distribution, the module that names its losses, and those that are replaced.
 LIBRARIES = {
-    "lightly": ("lightly", "lightly.loss", ("NTXentLoss",)),
-    "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss",)),
+    "lightly": ("lightly", "lightly.loss", ("NTXentLoss", "DCLLoss", "DCLWLoss")),
+    "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss", "SigLipLoss")),
 }
 
 _replaced: dict[str, dict[type, type]] = {}
@@ -27,7 +27,7 @@ def patch(library: str) -> list[str]:
     are. A second call changes nothing.
 
     Args:
-        library: "open_clip" (ClipLoss) or "lightly" (NTXentLoss).
+        library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss).
 
     Returns:
         The names now bound to our classes, such as "open_clip.factory.ClipLoss".

@@ -68,6 +68,8 @@ def create_loss_args(**changes):
     [
         ({}, "ClipLoss"),
         ({"local_loss": True}, "ClipLoss"),
+        ({"siglip": True}, "SigLipLoss"),
+        ({"siglip": True, "loss_dist_impl": "gather"}, "SigLipLoss"),
     ],
 )
 def test_open_clip_makes_ours(changes, name):
@@ -162,6 +164,13 @@ def test_unpatch_by_name_leaves_the_other():
     unpatch("lightly")
     assert home_of("open_clip").ClipLoss is losses.ClipLoss
     assert home_of("lightly").NTXentLoss is not losses.NTXentLoss
+
+
+def test_a_release_without_one_of_the_losses(monkeypatch):
+    home = home_of("open_clip")
+    monkeypatch.delattr(home, "SigLipLoss")
+    assert "open_clip.loss.ClipLoss" in patch("open_clip")
+    assert not hasattr(home, "SigLipLoss")
 
 
 @pytest.mark.parametrize("function", [patch, unpatch])
