@@ -15,6 +15,7 @@ if importlib.util.find_spec("fastssl.kernels") is None:
 from fastssl import extension, losses, ops
 from fastssl.dist import LOCAL
 from fastssl.gradcache import GradCache
+from fastssl.patching import patch, unpatch
 from fastssl.queue import FeatureQueue
 
 if extension.why_missing:
@@ -36,4 +37,13 @@ else:
         stacklevel=2,
     )
 
-__all__ = ["LOCAL", "FeatureQueue", "GradCache", "extension", "losses", "ops"]
+__all__ = [
+    "LOCAL",
+    "FeatureQueue",
+    "GradCache",
+    "extension",
+    "losses",
+    "ops",
+    "patch",
+    "unpatch",
+]

@@ -42,9 +42,9 @@ class GradCache(nn.Module):
     Notes: exact for encoders whose rows do not depend on each other. BatchNorm in training mode
         takes its statistics from the chunk; buffers change as in the forward and no second time.
         The second encoding draws the same random numbers from torch's generators (not Python's or
-        NumPy's) under the same autocast. Parameters get their gradient once, after all chunks, so
-        DDP(GradCache(encoder, chunk)) reduces once a step and needs no `no_sync`. The backward
-        can be differentiated no further.
+        NumPy's) under the same autocast. Checkpoints in the encoder must have use_reentrant=False.
+        Parameters get their gradient once, after all chunks, so DDP(GradCache(encoder, chunk))
+        reduces once a step and needs no `no_sync`. The backward can be differentiated no further.
 
         Summing the losses of chunks instead gives another loss: each row would meet only its own
         chunk's negatives.
@@ -88,7 +88,8 @@ class GradCache(nn.Module):
         N = _rows(tensors)
         if N <= self.chunk:
             return self.encoder(*args, **kwargs)
-        parameters = [p for p in self.encoder.parameters() if p.requires_grad]
+        learns = torch.is_grad_enabled()
+        parameters = [p for p in self.encoder.parameters() if learns and p.requires_grad]
         call = _Call(self.encoder, self.chunk, leaves, spec, N, parameters)
         # Parameters are arguments of the node: they get their gradient from it in one piece, and
         # what waits for that (DDP, hooks on gradients) sees one ordinary backward.

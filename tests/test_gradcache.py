@@ -228,11 +228,13 @@ def test_encodes_twice_only_where_something_learns():
     rows = []
     encoder.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     cache = GradCache(encoder, 4)
-    with torch.no_grad():
-        z = cache(x)
-    assert rows == [4, 4, 2] and not z.requires_grad
-    torch.testing.assert_close(z, encoder(x), **EXACT)
-    rows.clear()
+    for without_grad in (torch.no_grad, torch.inference_mode):
+        with without_grad():
+            z = cache(x)
+            GradCache(tower(), 4)(x.clone())  # its weights are inference tensors in the second
+        assert rows == [4, 4, 2] and not z.requires_grad
+        torch.testing.assert_close(z, encoder(x), **EXACT)
+        rows.clear()
     cache(x).sum().backward()
     assert rows == [4, 4, 2] * 2
     rows.clear()

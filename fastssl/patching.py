@@ -1,0 +1,124 @@
+"""This library's losses inside libraries that one cannot edit."""
+
+import importlib
+import sys
+import warnings
+from types import ModuleType
+
+from fastssl import losses
+from fastssl.extras import nearest
+
+# Library: its distribution, the module that names its losses, and those that are replaced.
+LIBRARIES = {
+    "lightly": ("lightly", "lightly.loss", ("NTXentLoss", "DCLLoss", "DCLWLoss")),
+    "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss", "SigLipLoss")),
+}
+
+_replaced: dict[str, dict[type, type]] = {}
+"""Of each library: its class under each of ours that is in place."""
+
+
+def patch(library: str) -> list[str]:
+    """Put this library's losses in the place of another's, in all of its loaded modules.
+
+    What the library makes from then on is ours, for instance by `open_clip.create_loss(args)` or
+    lightly's training command, and so is what is imported from it. Subclasses the library has made
+    of its own class (open_clip's CoCaLoss and DistillClipLoss) and existing instances stay as they
+    are. A second call changes nothing.
+
+    Args:
+        library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss).
+
+    Returns:
+        The names now bound to our classes, such as "open_clip.factory.ClipLoss".
+
+    Raises:
+        ValueError: another library. ImportError: it is not installed.
+
+    Notes: warns of modules outside the library that hold the old class by an earlier
+        `from open_clip import ClipLoss`; names inside functions or objects are not seen. While
+        patched, `isinstance(x, open_clip.ClipLoss)` asks for our class, and a subclass made of
+        that name derives from it and has its methods only: `forward`, no `get_logits`.
+
+    Example:
+        >>> fastssl.patch("open_clip")[0]  # doctest: +SKIP
+        'open_clip.loss.ClipLoss'
+        >>> loss = open_clip.create_loss(args)  # doctest: +SKIP
+    """
+    distribution, home, names = _known("patch", library)
+    try:
+        home = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise ImportError(
+            f"patch: {library} is not installed. Install it with: pip install {distribution}"
+        ) from error
+    swapped, elsewhere = [], []
+    for name in names:
+        ours, original = getattr(losses, name), getattr(home, name, None)
+        if original is None or original is ours:  # an older release, or patched already
+            continue
+        _replaced.setdefault(library, {})[ours] = original
+        swapped += _swap(library, original, ours)
+        elsewhere += [f"{module.__name__}.{key}" for module, key in _holders(original)]
+    if elsewhere:
+        warnings.warn(
+            f"patch: {', '.join(elsewhere)} still refer to {library}'s own classes, as they were "
+            f'imported before. Call fastssl.patch("{library}") above those imports.',
+            stacklevel=2,
+        )
+    return swapped
+
+
+def unpatch(library: str | None = None) -> list[str]:
+    """Undo `patch`, for one library or for all.
+
+    Args:
+        library: as for `patch`; None for all of them.
+
+    Returns:
+        The names now bound to the library's own classes again; what other modules imported while
+        patched stays ours.
+
+    Raises:
+        ValueError: a library that `patch` does not know.
+
+    Example:
+        >>> from fastssl import unpatch
+        >>> unpatch()
+        []
+    """
+    if library is None:
+        return [name for known in LIBRARIES for name in unpatch(known)]
+    _known("unpatch", library)
+    pairs = _replaced.pop(library, {}).items()
+    return [name for ours, original in pairs for name in _swap(library, ours, original)]
+
+
+def _known(function: str, library: str) -> tuple[str, str, tuple[str, ...]]:
+    if library not in LIBRARIES:
+        hint = nearest(str(library), LIBRARIES)
+        raise ValueError(f"{function}: library must be a known one, got {library!r}. {hint}")
+    return LIBRARIES[library]
+
+
+def _holders(value: type) -> list[tuple[ModuleType, str]]:
+    """Module and name of every loaded module's global that is `value`."""
+    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
+    return [
+        (module, name)
+        for module in modules
+        for name, held in list(vars(module).items())
+        if held is value
+    ]
+
+
+def _swap(library: str, old: type, new: type) -> list[str]:
+    """Rebind the library's own names for `old`."""
+    swapped = []
+    for module, name in _holders(old):
+        if module.__name__.partition(".")[0] == library:
+            setattr(module, name, new)
+            swapped.append(f"{module.__name__}.{name}")
+    return swapped

@@ -1,0 +1,18 @@
+"""The examples of docs/: each page's, one after the other as a reader would run them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted(Path(__file__).parents[1].glob("docs/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page):
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
+    assert code
+    for library in ("open_clip", "lightly"):
+        if library in code:
+            pytest.importorskip(library)
+    exec(compile(code, str(page), "exec"), {"__name__": page.stem})
