@@ -1,6 +1,6 @@
 // Streaming log-sum-exp of x_ij = scale <q_i, k_j> + bias_j over rows and columns, and its gradient.
 //
-// Forward: per tile of at most 96 x 512 scores, one exponential per element serves both directions:
+// Forward: per tile of at most 96 x 256 scores, one exponential per element serves both directions:
 // E = 2^80 e^(x - tile maximum), so sums neither overflow nor lose anything that matters while they
 // stay above 2^-86; a tile with a smaller sum is redone with each row's and column's own maximum.
 // Backward: G_ij = drow_i e^(x_ij - row_lse_i) + dcol_j e^(x_ij - col_lse_j) from one exponential
@@ -203,15 +203,18 @@ void forward(const Problem& p, bool rows, bool cols, float* row_lse, float* col_
           b.cols = std::min(plan.tile, chunk_cols - begin), b.col0 = chunk + begin;
           if (p.symmetric && b.col0 + b.cols <= b.row0) continue;
           const Tile x = products.scores(begin, b.cols, scratch);
-          if (pos) gather_positives(p, b, x, pos);
-          if (!want.rows && !want.cols && !logits) continue;
-          sums(p, b, x, want, logits);
-          if (want.rows)
-            merge(&row_max[b.row0], &row_sum[b.row0], sums.row_max.data(), sums.row_sum.data(),
-                  b.rows);
-          if (want.cols)
-            merge(&col_max[task * p.M + b.col0], &col_sum[task * p.M + b.col0],
-                  sums.col_max.data(), sums.col_sum.data(), b.cols);
+          each_part(x, b, [&](const Tile& x, const Block& b) {
+            if (p.symmetric && b.col0 + b.cols <= b.row0) return;
+            if (pos) gather_positives(p, b, x, pos);
+            if (!want.rows && !want.cols && !logits) return;
+            sums(p, b, x, want, logits);
+            if (want.rows)
+              merge(&row_max[b.row0], &row_sum[b.row0], sums.row_max.data(), sums.row_sum.data(),
+                    b.rows);
+            if (want.cols)
+              merge(&col_max[task * p.M + b.col0], &col_sum[task * p.M + b.col0],
+                    sums.col_max.data(), sums.col_sum.data(), b.cols);
+          });
         }
       }
     });

@@ -10,7 +10,10 @@
 
 namespace fastssl {
 
-constexpr int64_t kMaxRows = 96, kMaxCols = 512;
+// Products run on panels of kPanelRows x kPanelCols, whose operands and results fit the second-level
+// cache and are read from beyond it seldom; loops over logits on kMaxRows at a time, whose sums stay in
+// the first. kMaxCols is the widest tile of any kernel.
+constexpr int64_t kPanelRows = 384, kPanelCols = 256, kMaxRows = 96, kMaxCols = 512;
 constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum of nothing
 
 using OptTensor = std::optional<Tensor>;
@@ -107,12 +110,12 @@ struct Plan {
     const int64_t budget = int64_t{4} << 20;  // elements, 16 MiB: all tasks' dk of one chunk
     tasks = std::max<int64_t>(1, std::min(threads, (N * M * D + (1 << 20) - 1) >> 20));
     tasks = std::min({tasks, (N + 11) / 12, std::max<int64_t>(1, budget / (kStrip * D))});
-    panels = round_up((N + kMaxRows - 1) / kMaxRows, tasks);
+    panels = round_up((N + kPanelRows - 1) / kPanelRows, tasks);
     panel = (N + panels - 1) / panels;
-    if (panel > 12) panel = std::min(kMaxRows, round_up(panel, 12));
+    if (panel > 12) panel = std::min(kPanelRows, round_up(panel, 12));
     panels = (N + panel - 1) / panel;
     const int64_t fit = std::max<int64_t>(1, budget / (D * tasks * kStrip)) * kStrip;
-    tile = std::min({kMaxCols, round_up(M, kStrip), fit});
+    tile = std::min({kPanelCols, round_up(M, kStrip), fit});
     chunk = std::min(round_up(M, kStrip), fit / tile * tile);
   }
 };
@@ -122,6 +125,14 @@ struct Block {
   int64_t row0, rows, col0, cols;
   int64_t strips() const { return (cols + kStrip - 1) / kStrip; }
 };
+
+// f(part of the tile, its block) for kMaxRows rows at a time.
+template <class F>
+void each_part(const Tile& x, const Block& b, const F& f) {
+  for (int64_t i = 0; i < b.rows; i += kMaxRows)
+    f(Tile{x.data + i * x.row, x.strip, x.row},
+      Block{b.row0 + i, std::min(kMaxRows, b.rows - i), b.col0, b.cols});
+}
 
 // ------------------------------------------------------------------------------ logits of a strip
 
@@ -256,7 +267,8 @@ double gradients(const Problem& p, const Plan& plan, bool need_dq, const Tensor&
           const int64_t cols = std::min(plan.tile, chunk_cols - begin);
           const Tile g = products_known ? products.tile(scratch)
                                         : products.scores(begin, cols, scratch);
-          to_gradient(task, g, Block{row0, rows, chunk + begin, cols});
+          each_part(g, Block{row0, rows, chunk + begin, cols},
+                    [&](const Tile& part, const Block& b) { to_gradient(task, part, b); });
           if (need_dq || need_dk) products.round_gradient(g, cols, scratch);
           if (need_dq) products.add_dq(begin, cols, scratch, &dq_sums[row0 * p.D], p.D);
           if (need_dk) products.add_dk(begin, cols, scratch, dk_part);
