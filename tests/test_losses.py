@@ -29,12 +29,15 @@ def grads(loss, leaves):
 
 
 def assert_same(ours, peer, leaves):
-    """Loss and gradients to 1e-5 of their largest element."""
+    """Loss and gradients to 1e-5 of their largest element, and the rounding of logits near 14,
+    which is what remains of a loss near 0."""
     with warnings.catch_warnings():  # lightly's own
         warnings.filterwarnings("ignore", "To copy construct from a tensor")
         expected = grads(peer(*leaves), leaves)
     for got, value in zip(grads(ours(*leaves), leaves), expected, strict=True):
-        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
+        torch.testing.assert_close(
+            got, value, rtol=1e-5, atol=1e-5 * value.abs().max().item() + 2e-6
+        )
 
 
 def assert_oracle(ours, peer, tensors, dtype, magnitude):

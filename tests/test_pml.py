@@ -191,6 +191,12 @@ def test_cross_batch_memory_with_an_enqueue_mask(peer, name):
         mask = torch.arange(10) % 2 == 0
         losses = [bank(z, labels, enqueue_mask=mask) for bank in banks]
         assert_same(*losses, [z])
+    # One query and two rows stored, one of its label: too few pairs of each kind for the library.
+    banks = [m.CrossBatchMemory(getattr(m, name)(), 8, 12) for m in (ours, peer)]
+    z, labels, mask = rows(3), torch.tensor([0, 1, 0]), torch.tensor([True, True, False])
+    losses = [bank(z, labels, enqueue_mask=mask) for bank in banks]
+    assert losses[0] == 0
+    assert_same(*losses, [z])
     before = banks[0].embedding_memory.clone()
     z = rows(4)
     loss = banks[0](z, torch.zeros(4).long(), enqueue_mask=torch.ones(4, dtype=torch.bool))

@@ -196,7 +196,7 @@ class SupConLoss(_PairLoss):
     """Supervised contrastive loss; drop-in for pytorch-metric-learning's SupConLoss.
 
     loss_i = log sum_{j != i} e^l_ij - mean over positives p of l_ip, l_ij = <z_i, z_j> / tau of
-    normalised rows; the mean over rows of loss_i > 0.
+    normalised rows; the mean over rows of loss_i > 0, which are those that have a positive.
 
     Args:
         temperature: tau, positive.
@@ -213,8 +213,9 @@ class SupConLoss(_PairLoss):
 
     Memory: O((N + M) D); with an indices_tuple the N x M similarities.
 
-    Notes: ref_labels that is the very tensor given as labels leaves out the pairs (i, i), as in
-        the library.
+    Notes: a loss_i too small for float32 counts in the mean, where the library, rounding it to 0,
+        leaves it out. ref_labels that is the very tensor given as labels leaves out the pairs
+        (i, i), as in the library.
 
     Example:
         >>> z, labels = torch.randn(8, 16), torch.arange(8) // 4
@@ -232,10 +233,11 @@ class SupConLoss(_PairLoss):
             embeddings, ref_emb, labels=labels, k_labels=ref_labels, own_key=own_key,
             temperature=self.temperature, normalize=True, reduction="none",
         )  # fmt: skip
-        negatives = (labels != labels[0]).any()
-        if ref_labels is not None:
-            negatives = negatives | (ref_labels != labels[0]).any()
-        return self._reduce(rows, negatives)
+        own = 1 if ref_labels is None or own_key is not None else 0  # a key of the row's label
+        ordered = (labels if ref_labels is None else ref_labels).sort().values
+        first, end = (torch.searchsorted(ordered, labels, right=r) for r in (False, True))
+        equal, keys = end - first, len(ordered)
+        return self._reduce(rows, (equal > own) & (equal < keys).any() & (keys - own > 1))
 
     def by_indices(self, logits, a1, p, a2, n) -> Tensor:
         positive = torch.zeros_like(logits, dtype=torch.bool)
@@ -244,15 +246,15 @@ class SupConLoss(_PairLoss):
         negative[a2, n] = True
         if (positive & negative).any():
             raise ValueError("SupConLoss: a pair of indices_tuple is both positive and negative.")
-        lse = logits.masked_fill(~(positive | negative), -torch.inf).logsumexp(1)
-        count = positive.sum(1)
+        kept, count = positive | negative, positive.sum(1)
+        lse = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
         mean = logits.masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
-        return self._reduce(torch.where(count > 0, lse - mean, 0), negative.any())
+        counted = (count > 0) & (kept.sum(1) > 1) & negative.any()
+        return self._reduce(lse - mean, counted)
 
     @staticmethod
-    def _reduce(rows: Tensor, negatives: Tensor) -> Tensor:
-        counts = (rows > 0) & negatives
-        return torch.where(counts, rows, 0).sum() / counts.sum().clamp(min=1)
+    def _reduce(rows: Tensor, counted: Tensor) -> Tensor:
+        return torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
 
 
 def _checked(name: str, loss: nn.Module) -> nn.Module:
