@@ -52,10 +52,9 @@ def moco(q, k, queue, temperature=0.2):
 def make(case: str, N: int, M: int, D: int, dtype: str, device: str) -> dict:
     """Ours, the baseline and others by name: each gives the loss and its gradients."""
     generator = torch.Generator().manual_seed(0)
-    a, b, queue = (
-        torch.randn(rows, D, generator=generator).to(device, getattr(torch, dtype))
-        for rows in (N, N, M)
-    )
+    a, b, queue = (torch.randn(rows, D, generator=generator) for rows in (N, N, M))
+    b = a + 2 * b  # views that resemble each other: of strangers the scale's gradient cancels
+    a, b, queue = (x.to(device, getattr(torch, dtype)) for x in (a, b, queue))
     scale, bias = (torch.tensor(x, device=device) for x in (14.3, -10.0))
     if case in ("clip", "clip_stored"):
         import open_clip.loss
