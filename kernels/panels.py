@@ -1,6 +1,6 @@
 """Gradients by panels: a kernel writes coefficients, library products turn them into gradients.
 
-For rows too wide for registers, for fp32, and wherever nothing but the sums is wanted.
+For rows too wide for registers, for fp32, for stored logits, and where only sums are wanted.
 """
 
 from collections.abc import Iterator
@@ -113,9 +113,8 @@ def contrastive_panel_kernel(
     """panel = factor G for one piece of the groups, rows and columns, G as in `tile_gradient`.
 
     One program writes one tile in the features' dtype; library products turn the panel into
-    gradients. For D > 256, where registers hold no gradient; without a panel it gives only the
-    sums. 2 D operations and 2 or 4 bytes per element, which stay in the second-level cache; with
-    stored logits 4 bytes read in place of the operations.
+    gradients. 2 D operations and 2 or 4 bytes per element, which stay in the second-level cache;
+    with stored logits 4 bytes read in place of the operations. Without a panel only the sums.
     Also one number sum_ij G_ij c_ij a program, for dscale, and column sums of G for dbias, both
     from unrounded coefficients and in fp32. factor is scale, or for fp16 the power of two that
     keeps coefficients of the order 1 / N from flushing to zero. Safe as `contrastive_bwd_kernel`.

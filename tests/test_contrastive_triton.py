@@ -99,7 +99,7 @@ def test_options(given, rows, cols, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [24, 384])
+@pytest.mark.parametrize("D", [24, 264])
 @pytest.mark.parametrize("rows, cols", DIRECTIONS)
 def test_masks(rows, cols, D, dtype):
     """keep_equal and limit, each alone and together with ids and a bias."""
@@ -112,7 +112,7 @@ def test_masks(rows, cols, D, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [24, 384])
+@pytest.mark.parametrize("D", [24, 264])
 @pytest.mark.parametrize("N", [1, 2, 7, 130])
 def test_symmetric(N, D, dtype):
     """A row leaves itself out by its index, also where equal ids leave out more."""
@@ -147,7 +147,7 @@ def test_groups(N, M, D, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [24, 384])
+@pytest.mark.parametrize("D", [24, 264])
 @pytest.mark.parametrize("rows, cols", DIRECTIONS)
 def test_stored_logits(rows, cols, D, dtype):
     q, k = features(78, D, dtype), features(210, D, dtype)
@@ -161,7 +161,7 @@ def test_stored_logits(rows, cols, D, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [32, 384])
+@pytest.mark.parametrize("D", [32, 264])
 @pytest.mark.parametrize("need_dq, need_dk", [(True, False), (False, True), (False, False)])
 def test_needs(need_dq, need_dk, D, dtype):
     args = problem(features(40, D, dtype), features(70, D, dtype), 10, *extras(40, 70))
@@ -186,7 +186,7 @@ def test_several_panels(dtype, monkeypatch):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [40, 384])
+@pytest.mark.parametrize("D", [40, 264])
 def test_strided(D, dtype):
     q = features(33, 2 * D, dtype)[:, :D]
     check(problem(q, features(50, 2 * D, dtype)[::2, D:], 10, *extras(33, 25)))
@@ -216,7 +216,7 @@ def test_large_logits(rows, cols, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_nothing_left(D, dtype):
     """All pairs of a row, of a column, or of everything left out: -inf and no gradient."""
     q, k = features(20, D, dtype), features(30, D, dtype)
@@ -237,7 +237,7 @@ def test_nothing_left(D, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_equal_and_zero_rows(D, dtype):
     q, k = features(20, D, dtype), features(30, D, dtype)
     q[3:9] = q[3]
@@ -249,7 +249,7 @@ def test_equal_and_zero_rows(D, dtype):
 
 @dtypes
 @pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_small_gradients(D, store, dtype):
     """Gradients of a mean over many rows are far below the smallest fp16 number."""
     args = problem(features(60, D, dtype), features(70, D, dtype), 5, *extras(60, 70))
@@ -268,11 +268,11 @@ def test_small_gradients(D, store, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_nan(D, dtype):
-    q, k = features(40, D, dtype), features(300, D, dtype)
+    q, k = features(40, D, dtype), features(140, D, dtype)
     k[7, 3] = torch.nan
-    ids = integers(3, 40), integers(3, 300)
+    ids = integers(3, 40), integers(3, 140)
     for store in (False, True):
         for args in (problem(q, k, 10), problem(k, q, 10), problem(q, k, 10, *ids)):
             forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)
@@ -292,7 +292,7 @@ def test_nan(D, dtype):
 
 @dtypes
 @pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("D", [64, 384])
+@pytest.mark.parametrize("D", [64, 264])
 def test_repeats_to_the_bit(D, store, dtype):
     args = problem(features(70, D, dtype), features(150, D, dtype), 10, *extras(70, 150))
     forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)

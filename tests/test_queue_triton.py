@@ -56,7 +56,7 @@ def options(q, k, groups=1):
 
 @dtypes
 @pytest.mark.parametrize("D", WIDTHS)
-@pytest.mark.parametrize("N, M", [*SIZES, (3, 700)])
+@pytest.mark.parametrize("N, M", [*SIZES, (3, 500)])
 def test_sizes(N, M, D, dtype):
     q, k = features(N, D, dtype), features(M, D, dtype)
     check(problem(q, k, 10, *options(q, k)))
