@@ -1,12 +1,13 @@
 """The Triton kernels compile for A100 and H100 without a GPU, fit shared memory and do not spill.
 
 Every kernel is compiled with the constants that its launcher passes, once for each distinct set:
-the launch with the most arguments at every width, the others at one width. Pointers and row
+the launches with the most arguments at every width, the others at one width. Pointers and row
 strides are declared divisible by 16, which is what a launch on whole, contiguous tensors of these
 widths specialises on.
 """
 
 import concurrent.futures
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -21,7 +22,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
-from fastssl.kernels import contrastive as kernels  # noqa: E402
+from fastssl.kernels import contrastive, launch, panels, queue, siglip  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -31,50 +32,69 @@ WIDTHS = (32, 64, 96, 128, 192, 256, 384, 768)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 IDS = {"x_ids_ptr", "y_ids_ptr"}
-X_SIDE = {"x_lse_ptr", "x_dlse_ptr", "x_target_ptr", "x_dpos_ptr"}
+LIMITS = {"x_limit_ptr", "y_limit_ptr"}
+BIASES = {"x_bias_ptr", "y_bias_ptr"}
+ALL = IDS | LIMITS | BIASES
 Y_SIDE = {"y_lse_ptr", "y_dlse_ptr", "y_target_ptr", "y_dpos_ptr"}
-# Optional arguments a launch leaves out (None): plain rows, everything for one role of q and k.
-FWD_ABSENT = (
-    {"x_bias_ptr"},  # both directions, with everything
-    IDS | {"x_bias_ptr", "y_bias_ptr", "col_ptr"},  # rows
-    IDS | {"x_bias_ptr", "y_bias_ptr"},  # both directions
-    {"y_bias_ptr", "col_ptr"},  # columns only, seen from the keys
+# Optional arguments a launch leaves out (None) and the mask by index, first the largest launches:
+# these are compiled at every width, the others at one.
+FWD = (
+    ({"x_bias_ptr", "y_limit_ptr", "logits_ptr"}, False),  # both directions, with everything
+    (ALL | {"col_ptr", "logits_ptr"}, False),  # rows
+    (ALL | {"logits_ptr"}, False),  # both directions
+    ({"y_bias_ptr", "x_limit_ptr", "col_ptr", "logits_ptr"}, False),  # columns, from the keys
+    (LIMITS | BIASES | {"col_ptr", "logits_ptr"}, True),  # q against itself
 )
-BWD_ABSENT = (
-    {"x_bias_ptr", "y_bias_ptr", "dbias_ptr"},  # the symmetric gradient
-    IDS | {"x_bias_ptr", "y_bias_ptr", "dbias_ptr"} | Y_SIDE,  # dq of rows
-    IDS | {"x_bias_ptr", "y_bias_ptr", "dbias_ptr", "y_target_ptr", "y_dpos_ptr"},  # dq of CLIP
-    {"y_bias_ptr", "dscale_ptr", "x_target_ptr", "x_dpos_ptr"},  # dk with everything
+BWD = (
+    (LIMITS | BIASES | {"dbias_ptr"}, True),  # the symmetric gradient
+    ({"y_bias_ptr", "x_limit_ptr", "x_target_ptr", "x_dpos_ptr"}, False),  # dk with everything
+    ({"x_bias_ptr", "y_limit_ptr", "y_target_ptr", "y_dpos_ptr", "dbias_ptr"}, False),  # dq
+    (ALL | Y_SIDE | {"dbias_ptr"}, False),  # dq of rows
+    (ALL | {"dbias_ptr", "y_target_ptr", "y_dpos_ptr"}, False),  # dq of CLIP
 )
-PANEL_ABSENT = (
-    {"y_bias_ptr", "dbias_ptr"},  # the symmetric gradient
-    IDS | {"y_bias_ptr", "dbias_ptr", "y_target_ptr", "y_dpos_ptr"},  # CLIP
-    {"y_target_ptr", "y_dpos_ptr"},  # with everything
-    {"y_target_ptr", "y_dpos_ptr", "panel_ptr", "factor_ptr"},  # sums only
+PANEL = (
+    ({"y_target_ptr", "y_dpos_ptr", "logits_ptr"}, False),  # with everything
+    ({"y_bias_ptr", "x_limit_ptr", "dbias_ptr", "logits_ptr"}, True),  # the symmetric gradient
+    ({"y_target_ptr", "y_dpos_ptr", "dscale_ptr"}, False),  # from stored logits
+    (ALL | Y_SIDE | {"x_target_ptr", "x_dpos_ptr", "dscale_ptr", "dbias_ptr", "logits_ptr"}, False),
+    ({"y_target_ptr", "y_dpos_ptr", "panel_ptr", "factor_ptr", "logits_ptr"}, False),  # sums only
 )
+QUEUE = (set(), IDS | {"y_bias_ptr", "x_limit_ptr"})
+SIGLIP = (set(), IDS | {"panel_ptr", "factor_ptr", "weight_ptr", "dscale_ptr", "dbias_ptr"})
 
 
 def _cases(capability, dtype):
     """(kernel, constants and options, absent arguments) of every launch."""
     unit = set() if dtype == torch.float16 else {"unit_ptr"}
+    lift = {"LIFT": queue.LIFT if dtype == torch.float16 else 1.0}
     for D in WIDTHS:
-        fwd = kernels.constants("fwd", capability, dtype, D)
-        for absent in FWD_ABSENT if D == 128 else FWD_ABSENT[:1]:
-            yield "contrastive_fwd_kernel", fwd, absent
-        if kernels.in_registers(dtype, D):
-            bwd = kernels.constants("bwd", capability, dtype, D)
-            for absent in BWD_ABSENT if D == 128 else BWD_ABSENT[:1]:
-                yield "contrastive_bwd_kernel", bwd | {"SPLIT": False}, absent | unit
-            yield "contrastive_bwd_kernel", bwd | {"SPLIT": True}, BWD_ABSENT[0] | unit
-        else:
-            panel = kernels.constants("panel", capability, dtype, D)
-            for absent in PANEL_ABSENT if D == 768 else PANEL_ABSENT[:1]:
-                yield "contrastive_panel_kernel", panel, absent
+        fwd, store, bwd, panel = (
+            launch.constants(kind, capability, dtype, D) | {"KEEP_EQUAL": D == 128}
+            for kind in ("fwd", "store", "bwd", "panel")
+        )
+        for absent, index in FWD if D == 128 else FWD[:1]:
+            yield contrastive.contrastive_fwd_kernel, fwd | {"SELF": index}, absent
+        if D in (128, 256, 768):
+            absent = {"x_bias_ptr", "y_limit_ptr"}
+            yield contrastive.contrastive_fwd_kernel, store | {"SELF": False}, absent
+        if launch.in_registers(dtype, D):
+            for absent, index in BWD if D == 128 else BWD[:2]:
+                known = bwd | {"SELF": index, "SPLIT": False}
+                yield contrastive.contrastive_bwd_kernel, known, absent | unit
+            known = bwd | {"SELF": BWD[1][1], "SPLIT": True}
+            yield contrastive.contrastive_bwd_kernel, known, BWD[1][0] | unit
+            for absent in QUEUE if D == 128 else QUEUE[:1]:
+                yield queue.queue_fwd_kernel, bwd | lift, absent
+        # Panels go in steps of BLOCK_D: wider ones compile to the same code.
+        if D in (32, 96, 768):
+            for absent, index in PANEL if D == 768 else PANEL[:1]:
+                yield panels.contrastive_panel_kernel, panel | {"SELF": index}, absent
+            for absent in SIGLIP if D == 768 else SIGLIP[:1]:
+                yield siglip.siglip_panel_kernel, panel, absent
     for D in (96, 768):
-        yield "contrastive_finish_kernel", kernels.finish_constants(D), set()
-    sums = kernels.constants("panel", capability, dtype, 128)
-    yield "contrastive_panel_kernel", sums, PANEL_ABSENT[-1]
-    yield "contrastive_bwd_reduce_kernel", kernels.reduce_constants(), set()
+        yield contrastive.contrastive_finish_kernel, contrastive.finish_constants(D), set()
+    yield queue.queue_merge_kernel, queue.merge_constants(256), set()
+    yield contrastive.contrastive_bwd_reduce_kernel, contrastive.reduce_constants(), set()
 
 
 def _argument_type(name, known, dtype):
@@ -89,8 +109,8 @@ def _argument_type(name, known, dtype):
 
 def _compile(case):
     """Registers, stack and shared memory, in bytes, of one compiled kernel."""
-    name, known, absent, capability, dtype = case
-    kernel = getattr(kernels, name)
+    module, name, known, absent, capability, dtype = case
+    kernel = getattr(importlib.import_module(module), name)
     signature, constants, attributes = {}, {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in known or argument in absent:
@@ -125,8 +145,12 @@ def pool():
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: DTYPES[dtype])
 @pytest.mark.parametrize("capability", SHARED_BYTES, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_compiles_without_spills(capability, dtype, pool):
-    cases = [(*case, capability, dtype) for case in _cases(capability, dtype)]
-    for (name, known, absent, *_), usage in zip(cases, pool.map(_compile, cases), strict=True):
+    # A kernel travels to another process by its name.
+    cases = [
+        (kernel.__module__, kernel.__name__, *rest, capability, dtype)
+        for kernel, *rest in _cases(capability, dtype)
+    ]
+    for (_, name, known, absent, *_), usage in zip(cases, pool.map(_compile, cases), strict=True):
         launch = f"{name} {known} without {sorted(absent)}: {usage}"
         assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"spills: {launch}"
         assert usage["SHARED"] <= SHARED_BYTES[capability], f"too much shared memory: {launch}"

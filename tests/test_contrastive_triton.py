@@ -1,86 +1,82 @@
 """The Triton kernels of `contrastive` against the fp64 reference, on a GPU or interpreted."""
 
-import os
-
 import pytest
 import torch
-from oracle import assert_no_worse
-from torch.nn.functional import normalize
+from fastssl.kernels import contrastive as kernels
+from fastssl.kernels import panels
+from triton_cases import (
+    DEVICE,
+    SIZES,
+    WIDTHS,
+    double,
+    dtypes,
+    features,
+    integers,
+    limits,
+    no_worse,
+    number,
+    same_bits,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
-pytest.importorskip("triton")
+from fastssl.ops.contrastive import contrastive_bwd_ref, contrastive_fwd_ref
 
-from fastssl.kernels import contrastive as kernels  # noqa: E402
-
-from fastssl.ops.contrastive import contrastive_bwd_ref, contrastive_fwd_ref  # noqa: E402
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter's bf16 arithmetic is wrong without a word.
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-SIZES = [(1, 1), (2, 3), (7, 5), (33, 17), (130, 257)]
-WIDTHS = [1, 7, 64, 96, 100, 128, 384]
 DIRECTIONS = [(True, False), (False, True), (True, True)]
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
-
-def features(rows, D, dtype):
-    return normalize(torch.randn(rows, D, device=DEVICE), dim=1).to(dtype)
-
-
-def integers(high, size):
-    return torch.randint(0, high, (size,), device=DEVICE, dtype=torch.int32)
-
-
-def extras(N, M):
+def extras(N, M, groups=1):
     """ids that leave out some pairs, a bias and a target."""
-    ids = integers(max(2, N // 2), N), integers(max(2, N // 2), M)
-    return *ids, torch.randn(M, device=DEVICE), integers(M, N)
+    n, m = groups * N, groups * M
+    ids = integers(max(2, N // 2), n), integers(max(2, N // 2), m)
+    return *ids, torch.randn(m, device=DEVICE), integers(M, n)
 
 
-def problem(q, k, scale, q_ids=None, k_ids=None, bias=None, target=None):
-    return q, k, torch.tensor(float(scale), device=DEVICE), q_ids, k_ids, bias, target
+def problem(q, k, scale, q_ids=None, k_ids=None, bias=None, target=None, limit=None, equal=False):
+    return q, k, number(scale), q_ids, k_ids, equal, bias, limit, target
 
 
-def double(args):
-    return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-
-
-def check(args, rows=True, cols=True, symmetric=False, need_dq=True, need_dk=True):
+def check(
+    args, rows=True, cols=True, symmetric=False, groups=1, store=False,
+    need_dq=True, need_dk=True, need_dbias=None,
+):  # fmt: skip
     """Both directions of the op against fp64 and plain torch; returns what the kernels gave."""
     need_dk = need_dk and not symmetric
-    flags = rows, cols, symmetric
+    need_dbias = args[6] is not None if need_dbias is None else need_dbias
+    flags = rows, cols, symmetric, groups, store
     got = kernels.contrastive_fwd(*args, *flags)
     exact = contrastive_fwd_ref(*double(args), *flags)
     plain = contrastive_fwd_ref(*args, *flags)
-    grads = [torch.randn_like(x) / len(args[0]) for x in got]
-    needs = symmetric, need_dq, need_dk
-    got += kernels.contrastive_bwd(*args, *got[:2], *grads, *needs)
-    exact += contrastive_bwd_ref(*double(args), *exact[:2], *double(grads), *needs)
-    plain += contrastive_bwd_ref(*args, *plain[:2], *grads, *needs)
-    names = "row_lse", "col_lse", "pos", "dq", "dk", "dscale", "dbias"
-    for name, a, b, c in zip(names, got, exact, plain, strict=True):
+    grads = [torch.randn_like(x) / len(args[0]) for x in got[:3]]
+    needs = symmetric, groups, need_dq, need_dk, need_dbias
+
+    def backward(run, args, forward, grads):
+        return run(*args, forward[3], *forward[:2], *grads, *needs)
+
+    results = [
+        (*got, *backward(kernels.contrastive_bwd, args, got, grads)),
+        (*exact, *backward(contrastive_bwd_ref, double(args), exact, double(grads))),
+        (*plain, *backward(contrastive_bwd_ref, args, plain, grads)),
+    ]
+    names = "row_lse", "col_lse", "pos", "logits", "dq", "dk", "dscale", "dbias"
+    for name, a, b, c in zip(names, *results, strict=True):
         assert a.dtype == (args[0].dtype if name in ("dq", "dk") else torch.float32), name
         if name == "dscale":
-            check_dscale(a, b, c, args, exact[:3], grads)
-            continue
-        try:
-            assert_no_worse(a.cpu(), b.cpu(), c.cpu(), 3 if name.startswith("d") else 2)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-    return got
+            check_dscale(a, b, c, args, exact[:3], grads, store)
+        else:
+            no_worse(name, a, b, c, 3 if name.startswith("d") else 2)
+    return results[0]
 
 
-def check_dscale(got, exact, plain, args, stats, grads):
+def check_dscale(got, exact, plain, args, stats, grads, store):
     """dscale sums terms of both signs, so its floor is that of the terms: each coefficient carries
-    the rounding of a log-sum-exp and of a logit."""
+    the rounding of a log-sum-exp and of a logit. From stored logits it comes from coefficients
+    rounded to the features' dtype."""
     terms = (
         sum(x.abs().sum() for x in grads) * args[0].norm(dim=1).max() * args[1].norm(dim=1).max()
     )
     largest = max([float(x[x.isfinite()].abs().max()) for x in stats if x.isfinite().any()] + [1])
-    limit = 3 * (plain - exact).abs() + torch.finfo(torch.float32).eps * largest * terms
+    eps = torch.finfo(torch.float32).eps * largest
+    eps += torch.finfo(args[0].dtype).eps if store else 0
+    limit = 3 * (plain - exact).abs() + eps * terms
     assert (got - exact).abs() <= limit, f"dscale: {got} for {exact}, plain torch {plain}"
 
 
@@ -103,56 +99,94 @@ def test_options(given, rows, cols, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [24, 384])
-@pytest.mark.parametrize("N", [1, 2, 7, 130])
-def test_symmetric(N, D, dtype):
-    z = features(N, D, dtype)
-    ids = torch.arange(N, device=DEVICE, dtype=torch.int32)
-    args = problem(z, z, 10, ids, ids, None, (ids + N // 2) % N)
-    got = check(args, cols=False, symmetric=True)
-    both = kernels.contrastive_bwd(
-        *args,
-        *got[:2],
-        torch.ones_like(got[0]),
-        got[1],
-        -torch.ones_like(got[2]),
-        False,
-        True,
-        True,
-    )
-    one = kernels.contrastive_bwd(
-        *args,
-        *got[:2],
-        torch.ones_like(got[0]),
-        got[1],
-        -torch.ones_like(got[2]),
-        True,
-        True,
-        False,
-    )
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(one[0], both[0] + both[1], rtol=8 * eps, atol=30 * eps)
-    torch.testing.assert_close(one[2], both[2], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("D", [24, 264])
+@pytest.mark.parametrize("rows, cols", DIRECTIONS)
+def test_masks(rows, cols, D, dtype):
+    """keep_equal and limit, each alone and together with ids and a bias."""
+    q, k = features(40, D, dtype), features(70, D, dtype)
+    q_ids, k_ids, bias, target = extras(40, 70)
+    limit = limits(q, k)
+    check(problem(q, k, 10, q_ids, k_ids, bias, target, equal=True), rows, cols)
+    check(problem(q, k, 10, None, None, None, target, limit), rows, cols)
+    check(problem(q, k, 10, q_ids, k_ids, bias, target, limit, True), rows, cols)
 
 
 @dtypes
-@pytest.mark.parametrize("D", [32, 384])
+@pytest.mark.parametrize("D", [24, 264])
+@pytest.mark.parametrize("N", [1, 2, 7, 130])
+def test_symmetric(N, D, dtype):
+    """A row leaves itself out by its index, also where equal ids leave out more."""
+    z = features(N, D, dtype)
+    ids, target = integers(max(2, N // 2), N), integers(N, N)
+    check(problem(z, z, 10, target=target), cols=False, symmetric=True)
+    for equal in (False, True):
+        args = problem(z, z, 10, ids, ids, None, target, equal=equal)
+        check(args, cols=False, symmetric=True)
+
+
+@dtypes
+def test_symmetric_columns(dtype):
+    """Rows past the end of the last block must not count, not even with their self-pair."""
+    z = torch.cat([features(64, 32, dtype), 30 * features(1, 32, dtype)])
+    forward = kernels.contrastive_fwd(*problem(z, z, 1), True, True, True, 1, False)
+    exact = contrastive_fwd_ref(*double(problem(z, z, 1)), True, True, True, 1, False)
+    plain = contrastive_fwd_ref(*problem(z, z, 1), True, True, True, 1, False)
+    for name, *lse in zip(("row_lse", "col_lse"), forward, exact, plain, strict=False):
+        no_worse(name, *lse)
+
+
+@dtypes
+@pytest.mark.parametrize("N, M, D", [(1, 2, 24), (7, 5, 264), (130, 70, 24), (40, 70, 264)])
+def test_groups(N, M, D, dtype):
+    q, k = features(3 * N, D, dtype), features(3 * M, D, dtype)
+    q_ids, k_ids, bias, target = extras(N, M, 3)
+    args = problem(q, k, 10, q_ids, k_ids, bias, target, limits(q, k, 3))
+    for rows, cols in DIRECTIONS:
+        check(args, rows, cols, groups=3)
+    check(problem(q, q, 10, target=integers(N, 3 * N)), cols=False, symmetric=True, groups=3)
+
+
+@dtypes
+@pytest.mark.parametrize("D", [24, 264])
+@pytest.mark.parametrize("rows, cols", DIRECTIONS)
+def test_stored_logits(rows, cols, D, dtype):
+    q, k = features(78, D, dtype), features(210, D, dtype)
+    q_ids, k_ids, bias, target = extras(26, 70, 3)
+    args = problem(q, k, 10, q_ids, k_ids, bias, target, limits(q, k, 3))
+    check(args, rows, cols, groups=3, store=True)
+    check(args, rows, cols, groups=3, store=True, need_dq=False)
+    check(args, rows, cols, groups=3, store=True, need_dk=False, need_dbias=False)
+    check(args, rows, cols, groups=3, store=True, need_dq=False, need_dk=False)
+    check(problem(q, k, 0, target=target), rows, cols, groups=3, store=True)
+
+
+@dtypes
+@pytest.mark.parametrize("D", [32, 264])
 @pytest.mark.parametrize("need_dq, need_dk", [(True, False), (False, True), (False, False)])
 def test_needs(need_dq, need_dk, D, dtype):
     args = problem(features(40, D, dtype), features(70, D, dtype), 10, *extras(40, 70))
-    check(args, need_dq=need_dq, need_dk=need_dk)
+    for need_dbias in (False, True):
+        check(args, need_dq=need_dq, need_dk=need_dk, need_dbias=need_dbias)
 
 
 @dtypes
 def test_several_panels(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "PANEL_ROWS", 128)
-    monkeypatch.setattr(kernels, "PANEL_BYTES", 128 * 128 * dtype.itemsize)
-    q, k = features(257, 384, dtype), features(130, 384, dtype)
-    check(problem(q, k, 10, *extras(257, 130)))
+    """Panels that split rows and columns; that hold a few groups; and pieces of sums alone."""
+    monkeypatch.setattr(panels, "PANEL_ROWS", 128)
+    monkeypatch.setattr(panels, "PANEL_BYTES", 128 * 128 * dtype.itemsize)
+    monkeypatch.setattr(panels, "PIECE", 128 * 128)
+    D = 20 if dtype == torch.float32 else 264
+    q, k = features(257, D, dtype), features(130, D, dtype)
+    args = problem(q, k, 10, *extras(257, 130))
+    check(args)
+    check(args, need_dq=False, need_dk=False)
+    check(args, store=True)
+    q, k = features(5 * 50, D, dtype), features(5 * 40, D, dtype)
+    check(problem(q, k, 10, *extras(50, 40, 5)), groups=5)
 
 
 @dtypes
-@pytest.mark.parametrize("D", [40, 384])
+@pytest.mark.parametrize("D", [40, 264])
 def test_strided(D, dtype):
     q = features(33, 2 * D, dtype)[:, :D]
     check(problem(q, features(50, 2 * D, dtype)[::2, D:], 10, *extras(33, 25)))
@@ -182,7 +216,7 @@ def test_large_logits(rows, cols, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_nothing_left(D, dtype):
     """All pairs of a row, of a column, or of everything left out: -inf and no gradient."""
     q, k = features(20, D, dtype), features(30, D, dtype)
@@ -190,16 +224,20 @@ def test_nothing_left(D, dtype):
     k_ids[:] = 1
     q_ids[:] = 0
     q_ids[4] = 1
-    got = check(problem(q, k, 10, q_ids, k_ids, bias, None))
-    assert got[0][4] == -torch.inf and got[0].isneginf().sum() == 1 and not got[3][4].any()
-    q_ids[:] = 1
-    got = check(problem(q, k, 10, q_ids, k_ids, bias, None))
-    assert got[0].isneginf().all() and got[1].isneginf().all()
-    assert not any(gradient.any() for gradient in got[3:])
+    for store in (False, True):
+        got = check(problem(q, k, 10, q_ids, k_ids, bias), store=store)
+        assert got[0][4] == -torch.inf and got[0].isneginf().sum() == 1 and not got[4][4].any()
+        got = check(problem(q, k, 10, q_ids, k_ids, bias, equal=True), store=store)
+        assert got[0].isneginf().sum() == 19 and not got[4][5].any() and got[4][4].any()
+        got = check(problem(q, k, 10, 0 * q_ids, 0 * k_ids, bias), store=store)
+        assert got[0].isneginf().all() and got[1].isneginf().all()
+        assert not any(gradient.any() for gradient in got[4:])
+    got = check(problem(q, k, 10, bias=bias, limit=torch.full((20,), -2.0, device=DEVICE)))
+    assert got[0].isneginf().all() and not any(gradient.any() for gradient in got[4:])
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_equal_and_zero_rows(D, dtype):
     q, k = features(20, D, dtype), features(30, D, dtype)
     q[3:9] = q[3]
@@ -210,57 +248,62 @@ def test_equal_and_zero_rows(D, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
-def test_small_gradients(D, dtype):
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("D", [16, 264])
+def test_small_gradients(D, store, dtype):
     """Gradients of a mean over many rows are far below the smallest fp16 number."""
     args = problem(features(60, D, dtype), features(70, D, dtype), 5, *extras(60, 70))
-    flags = True, True, False
-    row_lse, col_lse, pos = kernels.contrastive_fwd(*args, *flags)
-    grads = [torch.rand_like(x) * 1e-5 for x in (row_lse, col_lse, pos)]
-    got = kernels.contrastive_bwd(*args, row_lse, col_lse, *grads, False, True, True)
-    needs = False, True, True
-    exact = contrastive_fwd_ref(*double(args), *flags)
-    exact = contrastive_bwd_ref(*double(args), *exact[:2], *double(grads), *needs)
-    plain = contrastive_bwd_ref(*args, row_lse, col_lse, *grads, *needs)
+    forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)
+    grads = [torch.rand_like(x) * 1e-5 for x in forward[:3]]
+    needs = False, 1, True, True, True
+    got = kernels.contrastive_bwd(*args, forward[3], *forward[:2], *grads, *needs)
+    exact = contrastive_fwd_ref(*double(args), True, True, False, 1, store)
+    exact = contrastive_bwd_ref(*double(args), exact[3], *exact[:2], *double(grads), *needs)
+    plain = contrastive_bwd_ref(*args, forward[3], *forward[:2], *grads, *needs)
     tiny = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     for a, b, c in zip(got, exact, plain, strict=True):
-        limit = 3 * (c.double() - b).abs().max() + 1e-6 * b.abs().max()
+        rounding = torch.finfo(dtype).eps if store and a is got[2] else 1e-6
+        limit = 3 * (c.double() - b).abs().max() + rounding * b.abs().max()
         assert (a.double() - b).abs().max() <= limit + (tiny if a.dtype == dtype else 0)
 
 
 @dtypes
-@pytest.mark.parametrize("D", [16, 384])
+@pytest.mark.parametrize("D", [16, 264])
 def test_nan(D, dtype):
-    q, k = features(40, D, dtype), features(300, D, dtype)
+    q, k = features(40, D, dtype), features(140, D, dtype)
     k[7, 3] = torch.nan
-    ids = integers(3, 40), integers(3, 300)
-    for args in (problem(q, k, 10), problem(k, q, 10), problem(q, k, 10, *ids)):
-        forward = kernels.contrastive_fwd(*args, True, True, False)
-        exact = contrastive_fwd_ref(*double(args), True, True, False)
-        for a, b in zip(forward, exact, strict=True):
-            assert torch.equal(a.isnan(), b.isnan())
-        grads = [torch.ones_like(x) for x in forward]
-        got = kernels.contrastive_bwd(*args, *forward[:2], *grads, False, True, True)
-        exact = contrastive_bwd_ref(*double(args), *exact[:2], *double(grads), False, True, True)
-        for a, b in zip(got, exact, strict=True):
-            assert (a.isnan() | ~b.isnan()).all()
+    ids = integers(3, 40), integers(3, 140)
+    for store in (False, True):
+        for args in (problem(q, k, 10), problem(k, q, 10), problem(q, k, 10, *ids)):
+            forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)
+            exact = contrastive_fwd_ref(*double(args), True, True, False, 1, store)
+            for a, b in zip(forward, exact, strict=True):
+                assert torch.equal(a.isnan(), b.isnan())
+            grads = [torch.ones_like(x) for x in forward[:3]]
+            statistics = forward[3], *forward[:2], *grads
+            needs = False, 1, True, True, False
+            got = kernels.contrastive_bwd(*args, *statistics, *needs)
+            statistics = exact[3], *exact[:2], *double(grads)
+            for a, b in zip(
+                got, contrastive_bwd_ref(*double(args), *statistics, *needs), strict=True
+            ):
+                assert (a.isnan() | ~b.isnan()).all()
 
 
 @dtypes
-@pytest.mark.parametrize("D", [64, 384])
-def test_repeats_to_the_bit(D, dtype):
-    args = problem(features(130, D, dtype), features(257, D, dtype), 10, *extras(130, 257))
-    first, second = (kernels.contrastive_fwd(*args, True, True, False) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    grads = [torch.randn_like(x) for x in first]
-    first, second = (
-        kernels.contrastive_bwd(*args, *first[:2], *grads, False, True, True) for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("D", [64, 264])
+def test_repeats_to_the_bit(D, store, dtype):
+    args = problem(features(70, D, dtype), features(150, D, dtype), 10, *extras(70, 150))
+    forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)
+    assert same_bits(lambda: kernels.contrastive_fwd(*args, True, True, False, 1, store))
+    rest = forward[3], *forward[:2], *(torch.randn_like(x) for x in forward[:3])
+    assert same_bits(lambda: kernels.contrastive_bwd(*args, *rest, False, 1, True, True, True))
 
 
 def test_target_out_of_range():
-    q, k = features(5, 8, torch.float32), features(4, 8, torch.float32)
-    target = torch.tensor([0, 4, -1, 3, 1 << 30], device=DEVICE, dtype=torch.int32)
-    pos = kernels.contrastive_fwd(*problem(q, k, 1, target=target), True, False, False)[2]
-    assert pos.isnan().tolist() == [False, True, True, False, True]
+    q, k = features(10, 8, torch.float32), features(8, 8, torch.float32)
+    target = torch.tensor([0, 4, -1, 3, 1 << 30] * 2, device=DEVICE, dtype=torch.int32)
+    args = problem(q, k, 1, target=target)
+    pos = kernels.contrastive_fwd(*args, True, False, False, 2, False)[2]
+    assert pos.isnan().tolist() == [False, True, True, False, True] * 2
