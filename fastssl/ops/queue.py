@@ -36,9 +36,7 @@ def queue_fwd_ref(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """row_lse (G N,) and out (G N, D); a row without any pair has -inf and zeros."""
-    logits, left_out = logits_ref(
-        q, k, scale, q_ids, k_ids, keep_equal, bias, limit, False, groups
-    )
+    logits, left_out = logits_ref(q, k, scale, q_ids, k_ids, keep_equal, bias, limit, False, groups)
     if left_out is not None:
         logits = logits.masked_fill(left_out, -torch.inf)
     row_lse = logits.logsumexp(2)  # (G, N)
@@ -180,6 +178,4 @@ def queue_nce(
     )  # fmt: skip
     weight = float_vector(name, "sample_weight", sample_weight, q.shape[:1], scale)
     q, queue, scale, *vectors = problem
-    return QueueNCE.apply(
-        q, flat(k, dtype), scale, weight, reduction, groups, queue, *vectors
-    )
+    return QueueNCE.apply(q, flat(k, dtype), scale, weight, reduction, groups, queue, *vectors)
