@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastssl.kernels import panels
 from fastssl.kernels import queue as kernels
+from fastssl.kernels.launch import in_registers
 from triton_cases import (
     DEVICE,
     DTYPES,
@@ -40,11 +41,11 @@ def plain_torch(args):
     return row_lse, out
 
 
-def check(args):
+def check(args, rounding=0.0):
     got, exact, plain = kernels.queue_fwd(*args), queue_fwd_ref(*double(args)), plain_torch(args)
     assert all(x.dtype == torch.float32 for x in got)
     for name, *results in zip(("row_lse", "out"), got, exact, plain, strict=True):
-        no_worse(name, *results)
+        no_worse(name, *results, magnitude=rounding if name == "out" else 0.0)
     return got
 
 
@@ -133,11 +134,16 @@ def test_probabilities_below_fp16(D):
 @dtypes
 @pytest.mark.parametrize("D", [64, 264])
 def test_large_logits(D, dtype):
-    """Logits in the thousands: only the maxima count."""
+    """Logits in the thousands: only the maxima count. Where panels make the weights, from the
+    difference of a logit and a log-sum-exp, each carries the rounding of the two."""
     q, k = torch.randint(-8, 9, (2, 150, D), device=DEVICE).to(dtype)
     q_ids, k_ids, bias, _ = options(q, k)
-    check(problem(q, k, 4, q_ids, k_ids))
-    check(problem(q / 8, k / 8, 4, bias=1000 * bias.round()))
+    for args in (
+        problem(q, k, 4, q_ids, k_ids),
+        problem(q / 8, k / 8, 4, bias=1000 * bias.round()),
+    ):
+        largest = kernels.queue_fwd(*args)[0].abs().max() * args[1].abs().max()
+        check(args, 0.0 if in_registers(dtype, D) else largest.item())
 
 
 @dtypes
