@@ -120,7 +120,8 @@ def scale_tensor(name: str, label: str, value: float | Tensor, q: Tensor) -> Ten
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: {label} must hold one number, got {tuple(value.shape)}.")
-        return value.reshape(()).to(device=q.device, dtype=dtype)
+        value = value.to(device=q.device, dtype=dtype)
+        return value.reshape(()) if value.dim() else value
     check_number(name, label, value)
     return torch.full((), value, device=q.device, dtype=dtype)
 
@@ -168,7 +169,8 @@ def common_dtype(q: Tensor, *others: Tensor | None) -> torch.dtype:
 
 
 def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).reshape(-1, x.shape[-1])
+    x = x.to(dtype)
+    return x if x.dim() == 2 else x.flatten(0, 1)
 
 
 def prepare(

@@ -73,7 +73,7 @@ class InfoNCE(torch.autograd.Function):
             ctx.saved_tensors
         )
         _, row_lse, col_lse = statistics
-        drow = dcol = (ctx.weight * dloss).expand_as(row_lse).contiguous()
+        drow = dcol = torch.full_like(row_lse, ctx.weight).mul_(dloss)
         if own is not None:
             drow = torch.where(own, drow * torch.sigmoid(row_lse - pos), drow)
             if ctx.both:
@@ -203,7 +203,9 @@ def info_nce(
                 f"{name}: without a target, key i is row i's positive: k must have "
                 f"{'' if symmetric else 'at least '}{N} rows, got {M}."
             )
-        target = torch.arange(N, device=q.device, dtype=torch.int32).expand(rows)
+        target = torch.arange(N, device=q.device, dtype=torch.int32)
+        if q.dim() == 3:
+            target = target.repeat(len(q))
     elif symmetric:
         raise ValueError(f"{name}: symmetric=True takes no target: key i is row i's positive.")
     if margin is not None and k is None:
@@ -223,8 +225,8 @@ def info_nce(
         )
     if normalize:
         q, k = unit_rows(q), k if k is None else unit_rows(k)
-    target = int_vector(name, "target", target, rows, q.device)
     if given:
+        target = int_vector(name, "target", target, rows, q.device)
         check_target(name, target, M)
     if decoupled and q_ids is None:
         if k is None or target is None:

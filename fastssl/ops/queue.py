@@ -171,6 +171,8 @@ def queue_nce(
     scale = scale_of(name, temperature, logit_scale, q)
     if normalize:
         q, k = unit_rows(q), unit_rows(k)
+    if k is q:  # as two tensors, for the autograd Function
+        k = q.view_as(q)
     dtype = common_dtype(q, k, queue)
     problem, groups = prepare(
         name, flat(q, dtype), flat(queue, dtype), scale, q_ids, queue_ids, False, bias,

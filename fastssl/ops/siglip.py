@@ -195,7 +195,8 @@ def siglip(
     dtype, (N, M) = common_dtype(q, k), (q.shape[0], k.shape[0])
     if target is None:
         target = torch.arange(N, device=q.device, dtype=torch.int32)
-    target = int_vector(name, "target", target, (N,), q.device)
+    else:
+        target = int_vector(name, "target", target, (N,), q.device)
     if k_ids is None and N == M:
         k_ids = q_ids
     if (q_ids is None) != (k_ids is None):

@@ -21,11 +21,18 @@ from fastssl.ops.checks import (
 from fastssl.ops.contrastive import contrastive_lse
 
 
+# Pairs up to which one comparison of all labels takes less time than sorting them.
+SMALL = 128 * 128
+
+
 def _label_sums(
     x: Tensor, x_labels: Tensor, labels: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Row i: the weighted sum of x's rows (M, D) of the label labels[i], and how many they are."""
     M = len(x)
+    if len(labels) * M <= SMALL:
+        same = labels.unsqueeze(1) == x_labels
+        return same.to(x.dtype) @ (x if weight is None else weight.unsqueeze(1) * x), same.sum(1)
     ordered, order = x_labels.sort(stable=True)
     number = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # of the sorted row's label
     # As many sums as there can be labels, for how many there are only the device knows; the last
