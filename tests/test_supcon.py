@@ -1,5 +1,6 @@
 """sup_con against the papers' formula written with a mask of all pairs."""
 
+import importlib
 import math
 
 import pytest
@@ -9,8 +10,15 @@ from torch.nn.functional import normalize
 
 from fastssl.ops import info_nce, sup_con
 
+supcon = importlib.import_module("fastssl.ops.supcon")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 POSITIVES = ["out", "in", "sum"]
+
+
+@pytest.fixture(autouse=True, params=["compared", "sorted"])
+def label_sums(request, monkeypatch):
+    """Both ways to sum by label, whatever the size."""
+    monkeypatch.setattr(supcon, "SMALL", 1 << 30 if request.param == "compared" else 0)
 
 
 def plain(q, k, labels, k_labels, scale, positives, own_key=None):

@@ -20,7 +20,6 @@ from fastssl.ops.checks import (
 )
 from fastssl.ops.contrastive import contrastive_lse
 
-
 # Pairs up to which one comparison of all labels takes less time than sorting them.
 SMALL = 128 * 128
 
@@ -32,7 +31,9 @@ def _label_sums(
     M = len(x)
     if len(labels) * M <= SMALL:
         same = labels.unsqueeze(1) == x_labels
-        return same.to(x.dtype) @ (x if weight is None else weight.unsqueeze(1) * x), same.sum(1)
+        with torch.autocast(x.device.type, enabled=False):
+            sums = same.to(x.dtype) @ (x if weight is None else weight.unsqueeze(1) * x)
+        return sums, same.sum(1)
     ordered, order = x_labels.sort(stable=True)
     number = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # of the sorted row's label
     # As many sums as there can be labels, for how many there are only the device knows; the last
