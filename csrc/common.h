@@ -120,7 +120,8 @@ inline void load_float_rows(const Tensor& t, int64_t row0, int64_t rows, float* 
 inline void store_row(const Tensor& t, int64_t i, const float* row) {
   const int64_t D = t.size(1);
   if (t.scalar_type() == ScalarType::Float) {
-    std::memcpy(static_cast<float*>(t.mutable_data_ptr()) + i * D, row, D * 4);
+    float* out = static_cast<float*>(t.mutable_data_ptr()) + i * D;
+    if (out != row) std::memcpy(out, row, D * 4);
     return;
   }
   uint16_t* out = static_cast<uint16_t*>(t.mutable_data_ptr()) + i * D;

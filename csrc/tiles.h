@@ -107,7 +107,7 @@ struct Plan {
   int64_t tasks, panel, panels, chunk, tile;
   Plan(int64_t N, int64_t M, int64_t D) {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t budget = int64_t{4} << 20;  // elements, 16 MiB: all tasks' dk of one chunk
+    const int64_t budget = int64_t{1} << 20;  // elements, 4 MiB: all tasks' dk of one chunk
     tasks = std::max<int64_t>(1, std::min(threads, (N * M * D + (1 << 20) - 1) >> 20));
     tasks = std::min({tasks, (N + 11) / 12, std::max<int64_t>(1, budget / (kStrip * D))});
     panels = round_up((N + kPanelRows - 1) / kPanelRows, tasks);
@@ -244,7 +244,11 @@ template <class Products, class F>
 double gradients(const Problem& p, const Plan& plan, bool need_dq, const Tensor& dq, bool need_dk,
                  const Tensor& dk, bool products_known, const F& to_gradient) {
   Products products(p.D, plan.chunk, plan.panel, plan.tile, need_dq);
-  std::vector<float> dq_sums(need_dq ? p.N * p.D : 0, 0.f);
+  // A result in fp32 holds its own sums.
+  const bool direct = dq.scalar_type() == ScalarType::Float;
+  std::vector<float> dq_store(need_dq && !direct ? p.N * p.D : 0);
+  float* dq_sums = direct ? fill_floats(dq) + (need_dq ? p.q0 * p.D : 0) : dq_store.data();
+  std::fill_n(dq_sums, need_dq ? p.N * p.D : 0, 0.f);
   const int64_t dk_size = need_dk ? products.dk_size(plan.chunk) : 0;
   std::vector<float> dk_parts(plan.tasks * dk_size);
   std::vector<double> dscale(plan.tasks, 0.0);

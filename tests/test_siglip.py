@@ -357,3 +357,12 @@ good = torch.randn(4, 8)
 def test_error_messages(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_second_backward_gives_the_same():
+    q, k = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
+    weight = torch.rand(6)
+    loss = siglip(q, k, logit_scale=3.0, logit_bias=-1.0, sample_weight=weight)
+    first = torch.autograd.grad(2 * loss, (q, k), retain_graph=True)
+    for x, y in zip(torch.autograd.grad(2 * loss, (q, k)), first, strict=True):
+        torch.testing.assert_close(x, y)

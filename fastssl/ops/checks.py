@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Problem(NamedTuple):
@@ -151,10 +152,33 @@ def check_reduction(name: str, reduction: str) -> None:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none", got {reduction!r}.')
 
 
+class UnitRows(torch.autograd.Function):
+    """x / |x| by rows, and dx = (g - <g, y> y) / |x|: keeps x and one number a row.
+
+    In at least fp32: the squares of small fp16 numbers would underflow. Rows shorter than 1e-12
+    are divided by that instead, as in torch's normalize.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        ctx.save_for_backward(x, length)
+        return (wide / length.clamp(min=1e-12)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, length = ctx.saved_tensors
+        inverse = 1 / length.clamp(min=1e-12)
+        g, y = g.to(length.dtype), x * inverse
+        along = (g * y).sum(-1, keepdim=True).masked_fill_(length < 1e-12, 0)
+        return y.mul_(-along).add_(g).mul_(inverse).to(x.dtype)
+
+
 def unit_rows(x: Tensor) -> Tensor:
-    """L2-normalised in at least fp32: the squares of small fp16 numbers would underflow."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.nn.functional.normalize(x.to(dtype), dim=-1).to(x.dtype)
+    """The rows of x divided by their L2 norms, which are taken in at least fp32."""
+    return UnitRows.apply(x)
 
 
 def common_dtype(q: Tensor, *others: Tensor | None) -> torch.dtype:

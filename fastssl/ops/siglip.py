@@ -89,24 +89,21 @@ contrastive.on_cuda("siglip", "siglip_fwd", siglip_fwd_ref)
 
 class SigLIP(torch.autograd.Function):
     """A reduced loss brings its gradient along, in fp32, and the backward multiplies it by one
-    number: a loss scale reaches it before it is rounded. Losses by row run the pass again."""
+    number, in place: a loss scale reaches it before it is rounded. Losses by row, and a second
+    backward, run the pass again."""
 
     @staticmethod
     def forward(ctx, q, k, scale, bias, q_ids, k_ids, target, weight, reduction, needs):
         need_q, need_k, need_scalars = needs
         by_row = reduction == "none"
-        fwd = siglip_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
-        each = 1 / len(q) if reduction == "mean" else 1.0
-        total = scale.new_full((len(q),), each) if weight is None else weight * each
-        loss, dq, dk, dscale, dbias = fwd(
+        ctx.each = 1 / len(q) if reduction == "mean" else 1.0
+        total = scale.new_full((len(q),), ctx.each) if weight is None else weight * ctx.each
+        loss, *grads = _fwd(q)(
             q, k, scale, bias, q_ids, k_ids, target, total,
             not by_row and (need_q or (need_scalars and not need_k)), not by_row and need_k,
         )  # fmt: skip
-        if by_row:
-            ctx.save_for_backward(q, k, scale, bias, q_ids, k_ids, target, weight)
-        else:
-            ctx.save_for_backward(dq, dk, dscale, dbias)
-        ctx.by_row, ctx.dtype = by_row, q.dtype
+        ctx.save_for_backward(q, k, scale, bias, q_ids, k_ids, target, weight)
+        ctx.grads = None if by_row else grads
         if weight is not None:
             loss = loss * weight
         return loss if by_row else loss.sum() if reduction == "sum" else loss.mean()
@@ -115,21 +112,26 @@ class SigLIP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         need_q, need_k, need_scale, need_bias = ctx.needs_input_grad[:4]
-        if ctx.by_row:
-            *problem, weight = ctx.saved_tensors
-            fwd = siglip_fwd_ref if ctx.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
-            total = dloss.contiguous() if weight is None else weight * dloss
-            _, *grads = fwd(*problem, total, need_q or not need_k, need_k)
+        *problem, weight = ctx.saved_tensors
+        q = problem[0]
+        if ctx.grads is not None:
+            dq, dk, dscale, dbias = (grad.mul_(dloss) for grad in ctx.grads)
+            ctx.grads = None
         else:
-            grads = [dloss * grad for grad in ctx.saved_tensors]
-        dq, dk, dscale, dbias = grads
+            total = torch.full_like(q[:, 0], ctx.each, dtype=dloss.dtype).mul_(dloss)
+            total = total if weight is None else total * weight
+            _, dq, dk, dscale, dbias = _fwd(q)(*problem, total, need_q or not need_k, need_k)
         return (
-            dq.to(ctx.dtype) if need_q else None,
-            dk.to(ctx.dtype) if need_k else None,
+            dq.to(q.dtype) if need_q else None,
+            dk.to(q.dtype) if need_k else None,
             dscale if need_scale else None,
             dbias if need_bias else None,
             *[None] * 6,
         )
+
+
+def _fwd(q: Tensor):
+    return siglip_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
 
 
 def siglip(
