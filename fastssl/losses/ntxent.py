@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastssl.dist import LOCAL
 from fastssl.ops import contrastive_lse, info_nce, queue_nce
 from fastssl.ops.checks import unit_rows
+from fastssl.queue import FeatureQueue
 
 
 def _check(name: str, temperature: float, gather_distributed: bool) -> None:
@@ -63,9 +65,6 @@ class NTXentLoss(nn.Module):
     Paper: SimCLR, arXiv:2002.05709; MoCo, arXiv:1911.05722.
     """
 
-    bank: Tensor | None
-    bank_ptr: Tensor
-
     def __init__(
         self,
         temperature: float = 0.5,
@@ -80,32 +79,23 @@ class NTXentLoss(nn.Module):
                 f"NTXentLoss: memory_bank_size must be 0 or (rows, D), got {memory_bank_size}."
             )
         self.temperature = temperature
-        self.register_buffer("bank", unit_rows(torch.randn(size)) if size[0] else None)
-        self.register_buffer("bank_ptr", torch.zeros((), dtype=torch.long) if size[0] else None)
+        self.bank = FeatureQueue(*size, group=LOCAL) if size[0] else None
 
     def extra_repr(self) -> str:
-        bank = "" if self.bank is None else f", memory_bank_size={tuple(self.bank.shape)}"
+        bank = "" if self.bank is None else f", memory_bank_size={tuple(self.bank.features.shape)}"
         return f"temperature={self.temperature}{bank}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         z, partner = _stacked("NTXentLoss", out0, out1)
         if self.bank is None:
             return info_nce(z, target=partner, temperature=self.temperature, normalize=True)
-        if self.bank.device != z.device:
+        if self.bank.features.device != z.device:
             self.to(z.device)
         q, k = unit_rows(out0), unit_rows(out1)
-        loss = queue_nce(q, k, self.bank, temperature=self.temperature)
+        loss = queue_nce(q, k, self.bank.features, temperature=self.temperature)
         if q.requires_grad:
-            self._enqueue(k)
+            self.bank.enqueue(k)
         return loss
-
-    @torch.no_grad()
-    def _enqueue(self, keys: Tensor) -> None:
-        rows = len(self.bank)
-        keys = keys[-rows:]
-        slots = (self.bank_ptr + torch.arange(len(keys), device=keys.device)) % rows
-        self.bank.index_copy_(0, slots, keys.to(self.bank.dtype))
-        self.bank_ptr.copy_((self.bank_ptr + len(keys)) % rows)
 
 
 class DCLLoss(nn.Module):
