@@ -154,3 +154,13 @@ def test_compiles_without_spills(capability, dtype, pool):
         launch = f"{name} {known} without {sorted(absent)}: {usage}"
         assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"spills: {launch}"
         assert usage["SHARED"] <= SHARED_BYTES[capability], f"too much shared memory: {launch}"
+
+
+@pytest.mark.parametrize("switch, expected", [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])
+def test_fp32_products_follow_torchs_own_switch(switch, expected):
+    torch.backends.cuda.matmul.fp32_precision = switch
+    try:
+        assert launch.constants("fwd", (9, 0), torch.float32, 64)["PRECISION"] == expected
+        assert launch.constants("fwd", (9, 0), torch.bfloat16, 64)["PRECISION"] == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"

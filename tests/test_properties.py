@@ -195,3 +195,36 @@ def test_views_of_sup_con(V):
     torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (got, expected)))
     if V == 2:
         torch.testing.assert_close(got, NTXentLoss(0.2)(*z))
+
+
+# NT-Xent of labels counts them on the host.
+CAPTURED = [
+    name for name in LOSSES if not name.startswith("pml.NTXent") and name != "pml, references"
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CAPTURED)
+def test_cuda_graph_replays_with_new_features(name):
+    ids = torch.arange(16, device="cuda") // 2
+    x, y = torch.randn(2, 16, 12, device="cuda").unbind()
+
+    def run(x, y):
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        loss = LOSSES[name](x, y, ids, 0.2)
+        return loss.detach(), *torch.autograd.grad(loss, (x, y), allow_unused=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(x, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(x, y)
+    for values in (x, y):
+        values.copy_(torch.randn_like(values))
+    graph.replay()
+    for replayed, expected in zip(got, run(x, y), strict=True):
+        torch.testing.assert_close(replayed, expected)
