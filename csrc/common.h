@@ -35,7 +35,6 @@ constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-
 // What the running machine offers, probed once; see cpu_features() in module.cpp for the bits.
 struct Cpu {
   bool avx2, avx512, avx512_bf16, amx_bf16, amd, mkl_bf16;

@@ -316,7 +316,9 @@ struct TileGradient {
     for (int64_t j = 0; j < b.cols; ++j)
       col_weight[j] = col.weight[b.col0 + j] * std::exp(K - col.lse[b.col0 + j]);
     std::fill(col_weight.begin() + b.cols, col_weight.begin() + b.strips() * kStrip, 0.f);
-    return true;
+    const auto finite = [](float w) { return std::isfinite(w); };  // huge upstream gradients are not
+    return std::all_of(row_weight.begin(), row_weight.begin() + b.rows, finite) &&
+           std::all_of(col_weight.begin(), col_weight.begin() + b.cols, finite);
   }
   void load_logits(const Tile& g, const Block& b) const {
     for (int64_t s = 0; s < b.strips(); ++s)
@@ -372,6 +374,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
   p.masks(q_ids, k_ids, keep_equal, bias, limit);
   p.targets(target, true);
   p.symmetric = symmetric;
+  for (const auto& [name, d, lse, n] :
+       {std::tuple<const char*, const Tensor&, const Tensor&, int64_t>
+        {"drow", drow, row_lse, p.N * groups}, {"dcol", dcol, col_lse, p.M * groups},
+        {"dpos", dpos, dpos, p.N * groups}})
+    if (d.numel()) {
+      check_vector(name, d, n, ScalarType::Float);
+      check_vector(name, lse, n, ScalarType::Float);
+    }
+  STD_TORCH_CHECK(!dpos.numel() || target, "contrastive: dpos needs a target");
+  if (logits.numel()) check_vector("logits", logits, p.N * groups * p.M, ScalarType::Float);
   Tensor dq = torch::stable::new_empty(q, {need_dq ? p.N * groups : 0, p.D});
   Tensor dk = torch::stable::new_empty(k, {need_dk ? p.M * groups : 0, p.D});
   Tensor dbias = torch::stable::new_empty(scale, {need_dbias ? p.M * groups : 0});

@@ -46,8 +46,8 @@ struct Problem {
   bool symmetric = false;
 
   Problem(const Tensor& q, const Tensor& k, const Tensor& scale, int64_t groups = 1)
-      : q(unit_stride(q)), k(unit_stride(k)), N(q.size(0) / groups), M(k.size(0) / groups),
-        D(q.size(1)), scale(floats(scale)[0]) {
+      : q(unit_stride(q)), k(unit_stride(k)), N(q.size(0) / std::max<int64_t>(groups, 1)),
+        M(k.size(0) / std::max<int64_t>(groups, 1)), D(q.size(1)), scale(floats(scale)[0]) {
     const auto dtype = q.scalar_type();
     STD_TORCH_CHECK(dtype == k.scalar_type() &&
                         (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
@@ -55,8 +55,9 @@ struct Problem {
                     "contrastive: q and k must share float32, bfloat16 or float16");
     STD_TORCH_CHECK(D == k.size(1), "contrastive: q and k must have one width, got ", D, " and ",
                     k.size(1));
-    STD_TORCH_CHECK(groups >= 1 && q.size(0) == N * groups && k.size(0) == M * groups,
-                    "contrastive: q and k must hold ", groups, " groups of equal size");
+    STD_TORCH_CHECK(groups >= 1 && N >= 1 && M >= 1 && D >= 1 && q.size(0) == N * groups &&
+                        k.size(0) == M * groups,
+                    "contrastive: q and k must hold ", groups, " groups of equal size, not empty");
     check_vector("scale", scale, 1, ScalarType::Float);
   }
   void masks(const OptTensor& q_ids_, const OptTensor& k_ids_, bool keep_equal_,

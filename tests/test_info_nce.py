@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.nn.functional import normalize as unit
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.ops import info_nce
+from fastssl.ops import contrastive_lse, info_nce
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -478,3 +479,68 @@ def call(**options):
 def test_error_messages(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("option", ["live", "frozen", "symmetric", "ids", "soft_target"])
+def test_a_bias_of_minus_infinity_leaves_keys_out(option, device):
+    q, k = (torch.randn(5, 8, device=device, requires_grad=True) for _ in range(2))
+    keys = k.detach() if option == "frozen" else k
+    options = {
+        "symmetric": {"symmetric": True},
+        "ids": {"q_ids": torch.tensor([0, 0, 1, 2, 3]), "sample_weight": torch.ones(5)},
+        "soft_target": {"soft_target": torch.eye(5, device=device)},
+    }.get(option, {})
+    bias = torch.full((5,), -torch.inf, device=device)
+    loss = info_nce(q, keys, temperature=1.0, bias=bias, **options)
+    grads = torch.autograd.grad(loss, (q, k), materialize_grads=True, allow_unused=True)
+    assert loss == 0 and not any(x.any() for x in grads)
+    if option != "soft_target":
+        return
+    bias[:4], target = 0, torch.zeros(5, 5, device=device)
+    target[:, 0] = 1
+    got = info_nce(q, k, temperature=1.0, bias=bias, soft_target=target)
+    torch.testing.assert_close(got, -(q @ k[:4].T).log_softmax(1)[:, 0].mean())
+
+
+def test_a_margin_never_leaves_the_positive_out():
+    q = 10 * torch.randn(64, 256)
+    k = torch.randn(64, 256)
+    k = 10 * (k - (k * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True) * q)
+    logits = (q @ k.T).double() / 25600
+    out = (logits > logits.diag()[:, None]) & ~torch.eye(64, dtype=torch.bool)
+    expected = cross_entropy(logits.masked_fill(out, -torch.inf), torch.arange(64))
+    got = info_nce(q, k, temperature=25600.0, margin=0.0)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_keys_compile_without_a_graph_break():
+    q, k = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+    call = torch.compile(
+        lambda q: info_nce(q, k, temperature=0.5), fullgraph=True, backend="aot_eager"
+    )
+    expected = info_nce(q, k, temperature=0.5)
+    torch.testing.assert_close(call(q), expected)
+    got, expected = (torch.autograd.grad(x, q)[0] for x in (call(q), expected))
+    torch.testing.assert_close(got, expected)
+
+
+def test_smoothing_one_row_against_itself():
+    z = torch.randn(1, 8, requires_grad=True)
+    loss = info_nce(z, target=torch.tensor([0]), temperature=1.0, label_smoothing=0.1)
+    loss.backward()
+    assert loss == 0 and not z.grad.any()
+
+
+def test_ids_of_both_sides_may_be_one_tensor_only_where_the_sizes_agree():
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match=r"k_ids must have shape \(5,\)"):
+        info_nce(torch.randn(3, 4), torch.randn(5, 4), temperature=1.0, q_ids=ids, k_ids=ids)
+
+
+def test_huge_upstream_gradients_stay_finite():
+    q, k = torch.diag(torch.tensor([200.0, 0.0])), torch.eye(2)
+    q.requires_grad_()
+    row, col, _ = contrastive_lse(q, k, cols=True)
+    (1e13 * (row.sum() + col.sum())).backward()
+    assert q.grad.isfinite().all()

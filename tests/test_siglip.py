@@ -323,8 +323,10 @@ def test_rows_beyond_the_keys_have_no_positive():
     q, k = torch.randn(5, 8), torch.randn(3, 8)
     got = siglip(q, k, logit_scale=1.0, reduction="none")
     torch.testing.assert_close(got[3:], softplus(q[3:] @ k.T).sum(1))
-    far = siglip(q, k, logit_scale=1.0, target=torch.full((5,), 2**40), reduction="none")
-    torch.testing.assert_close(far, softplus(q @ k.T).sum(1))
+    none = siglip(q, k, logit_scale=1.0, target=torch.full((5,), -1), reduction="none")
+    torch.testing.assert_close(none, softplus(q @ k.T).sum(1))
+    with pytest.raises(ValueError, match=r"target must lie in \[0, 3\)"):
+        siglip(q, k, logit_scale=1.0, target=torch.full((5,), 2**40))
 
 
 good = torch.randn(4, 8)

@@ -54,8 +54,8 @@ class NTXentLoss(nn.Module):
 
     Memory: O(N D), and the bank, which is read without a copy.
 
-    Notes: unlike lightly's, the bank is saved in the state dict, and a batch that reaches over its
-        end goes on at its beginning, where lightly drops the rest.
+    Notes: unlike lightly's, the bank is a `fastssl.FeatureQueue` and saved in the state dict, and a
+        batch that reaches over its end goes on at its beginning, where lightly drops the rest.
 
     Example:
         >>> z0, z1 = torch.randn(2, 8, 16).unbind()
@@ -79,7 +79,9 @@ class NTXentLoss(nn.Module):
                 f"NTXentLoss: memory_bank_size must be 0 or (rows, D), got {memory_bank_size}."
             )
         self.temperature = temperature
-        self.bank = FeatureQueue(*size, group=LOCAL) if size[0] else None
+        self.bank = None
+        if size[0]:
+            self.bank = FeatureQueue(*size, group=LOCAL, seed=int(torch.randint(2**31, ())))
 
     def extra_repr(self) -> str:
         bank = "" if self.bank is None else f", memory_bank_size={tuple(self.bank.features.shape)}"

@@ -215,7 +215,7 @@ def prepare(
     if k is None:
         if k_ids is not None or bias is not None:
             raise ValueError(f"{name}: q against itself (k=None) takes neither k_ids nor bias.")
-    elif k_ids is q_ids or (k_ids is None and q_shape == k_shape):
+    elif q_shape == k_shape and (k_ids is None or k_ids is q_ids):
         k_ids = None
     elif (q_ids is None) != (k_ids is None):
         raise ValueError(f"{name}: q_ids and {k_ids_name} go together, got only one of them.")

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library
 
-from fastssl.ops.checks import Problem, check_features, int_vector, prepare, scale_tensor
+from fastssl.ops.checks import (
+    Problem,
+    check_features,
+    check_target,
+    int_vector,
+    prepare,
+    scale_tensor,
+)
 
 # --------------------------------------------------------------------------------- 1. reference
 
@@ -375,6 +382,8 @@ def contrastive_lse(
     scale = scale_tensor(name, "scale", scale, q)
     problem, groups = prepare(name, q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
     target = int_vector(name, "target", target, q.shape[:-1], q.device)
+    if target is not None:
+        check_target(name, target, (q if k is None else k).shape[-2])
     out = Contrastive.apply(*problem, target, rows, cols, groups, store_logits)
     if q.dim() == 3:
         out = [x.view(groups, -1) if x.numel() else x for x in out]

@@ -20,12 +20,31 @@ from fastssl.ops.checks import (
 
 
 def _picked(x: Tensor, target: Tensor, groups: int) -> Tensor:
-    """x[target] of a flat x, target counting inside its group."""
-    target = target.long()
+    """x[target] of a flat x, target counting inside its group; what lies outside is moved in."""
+    target = target.long().clamp(0, len(x) // groups - 1)
     if groups > 1:
         first = torch.arange(groups, device=x.device) * (len(x) // groups)
         target = (target.view(groups, -1) + first[:, None]).flatten()
     return x[target]
+
+
+def _losses(lse: Tensor, pos: Tensor, own: Tensor | None, masked: bool) -> Tensor:
+    """lse - pos, or softplus of it where the sum left the positive out (`own`); 0 for a row whose
+    keys are all left out, which can only be where something is `masked`."""
+    if masked:
+        dead = lse.isneginf()
+        lse, pos = torch.where(dead, 0.0, lse), torch.where(dead, 0.0, pos)
+    loss = lse - pos
+    if own is not None:
+        loss = torch.where(own, softplus(loss), loss)
+    return torch.where(dead, 0.0, loss) if masked else loss
+
+
+def _slopes(d: Tensor, lse: Tensor, pos: Tensor, own: Tensor | None, masked: bool) -> Tensor:
+    """d times the derivative of `_losses` by lse."""
+    if own is not None:
+        d = torch.where(own, d * torch.sigmoid(lse - pos), d)
+    return torch.where(lse.isneginf(), 0.0, d) if masked else d
 
 
 class InfoNCE(torch.autograd.Function):
@@ -46,18 +65,21 @@ class InfoNCE(torch.autograd.Function):
         if frozen:
             row_lse, out = queue.forward(problem, groups)
             pos = scale * (q.to(scale.dtype) * _picked(k, target, groups)).sum(1)
+            inside = (target >= 0) & (target < len(k) // groups)
+            pos = torch.where(inside, pos, torch.nan)
             if bias is not None:
                 pos = pos + _picked(bias, target, groups)
         else:
             row_lse, col_lse, pos, logits = contrastive.forward(
                 problem, target, True, both, k is None, groups, store
             )
-        if own is None:
-            loss = (torch.lerp(row_lse, col_lse, 0.5) if both else row_lse) - pos
+        masked = bias is not None
+        if both and own is None and not masked:
+            loss = torch.lerp(row_lse, col_lse, 0.5) - pos
         else:
-            gaps = [lse - pos for lse in ((row_lse, col_lse) if both else (row_lse,))]
-            losses = [torch.where(own, softplus(gap), gap) for gap in gaps]
-            loss = torch.lerp(*losses, 0.5) if both else losses[0]
+            loss = _losses(row_lse, pos, own, masked)
+            if both:
+                loss = torch.lerp(loss, _losses(col_lse, pos, own, masked), 0.5)
         ctx.save_for_backward(
             q, k, scale, q_ids, k_ids, bias, limit, target, own,
             logits, row_lse, col_lse, pos, out,
@@ -73,27 +95,33 @@ class InfoNCE(torch.autograd.Function):
             ctx.saved_tensors
         )
         _, row_lse, col_lse = statistics
-        drow = dcol = torch.full_like(row_lse, ctx.weight).mul_(dloss)
-        if own is not None:
-            drow = torch.where(own, drow * torch.sigmoid(row_lse - pos), drow)
-            if ctx.both:
-                dcol = torch.where(own, dcol * torch.sigmoid(col_lse - pos), dcol)
+        masked = bias is not None
+        d = torch.full_like(row_lse, ctx.weight).mul_(dloss)
+        drow = _slopes(d, row_lse, pos, own, masked)
         if out is not None:
             difference = out - _picked(k, target, ctx.groups)
             by_row = drow.unsqueeze(1) * difference  # (N, D)
             dscale = (q * by_row).sum() if ctx.needs_input_grad[2] else None
             dq = (scale * by_row).to(q.dtype) if ctx.needs_input_grad[0] else None
             return dq, None, dscale, *[None] * 12
-        if not ctx.both:
-            dcol, dpos = col_lse, -drow
-        else:
-            dpos = -2 * drow if own is None else -(drow + dcol)
+        dcol, dpos = col_lse, -drow
+        if ctx.both:
+            dcol = _slopes(d, col_lse, pos, own, masked)
+            dpos = -(drow + dcol)
         upstream = drow, dcol, dpos
         problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
         grads = contrastive.backward(
             problem, target, statistics, upstream, ctx.groups, contrastive.needed(ctx)
         )
         return *grads, *[None] * 7
+
+
+def _without_positive(problem: Problem, target: Tensor, M: int, groups: int) -> Problem:
+    """Each row's id its positive's place, unless there are ids already."""
+    if problem.q_ids is not None:
+        return problem
+    every_key = torch.arange(M, device=target.device, dtype=torch.int32).repeat(groups)
+    return problem._replace(q_ids=target.clone(), k_ids=every_key)
 
 
 def _learns(x) -> bool:
@@ -134,8 +162,9 @@ def info_nce(
         target: (N,) integers, the positive key of each row; default: row i's is key i. With k=None
             it must be another row.
         symmetric: average the losses of rows and of columns (CLIP); needs N = M and no target.
-        q_ids, k_ids: (N,), (M,) integers; pairs of equal ids are no negatives of each other.
-            A row's own positive always counts. With k=None only q_ids is given.
+        q_ids, k_ids: (N,), (M,) integers of 32 bits (checked on the CPU only); pairs of equal ids
+            are no negatives of each other. A row's own positive always counts. With k=None only
+            q_ids is given.
         bias: (M,) added to every logit of that key.
         margin: keys with <q_i, k_j> > <q_i, k_target> + margin are taken for false negatives and
             left out, in units of the product (cosine of normalised rows). May be negative: the
@@ -163,7 +192,8 @@ def info_nce(
             the CPU.
 
     Memory: O((N + M) D); the logits are never stored unless asked for. Keys that take no gradient
-        cost 2 products of N x M x D in all; both sides 4, symmetric q = k 2.5.
+        cost 2 products of N x M x D in all, or 3 with any of margin, decoupled, hard_negatives,
+        soft_target, label_smoothing, sample_weight and return_lse; both sides 4, q = k 2.5.
 
     Notes: as in `contrastive_lse`. A row whose keys are all left out has loss 0 and no gradient.
         NaN or infinite features give a non-finite loss rather than an error, because looking at
@@ -208,6 +238,13 @@ def info_nce(
             target = target.repeat(len(q))
     elif symmetric:
         raise ValueError(f"{name}: symmetric=True takes no target: key i is row i's positive.")
+    if hard_negatives is not None:
+        check_features(name, hard_negatives=hard_negatives.reshape(-1, hard_negatives.shape[-1]))
+        if hard_negatives.shape[:-2] != rows or hard_negatives.shape[-1] != q.shape[-1]:
+            raise ValueError(
+                f"{name}: hard_negatives must be {(*rows, 'H', q.shape[-1])}, "
+                f"got {tuple(hard_negatives.shape)}."
+            )
     if margin is not None and k is None:
         raise ValueError(f"{name}: margin needs k.")
     if store_logits and k is None:
@@ -250,11 +287,12 @@ def info_nce(
     problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias)
     own = None
     if margin is not None:
+        problem = _without_positive(problem, target, M, groups)
         with torch.no_grad():
-            y = _picked(problem.k, target, groups).to(scale.dtype)
-            product = (problem.q.to(scale.dtype) * y).sum(1)
+            x, y = problem.q.to(scale.dtype), _picked(problem.k, target, groups).to(scale.dtype)
+            product = (x * y).sum(1)
             # A copy of the positive is no false negative, however the two products rounded.
-            slack = 1e-5 * product.abs().clamp(min=1)
+            slack = 1e-5 * torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)
             problem = problem._replace(limit=product + margin + slack)
             own = product > problem.limit  # only where the margin is negative
     if problem.q_ids is not None and target is not None:
@@ -269,8 +307,7 @@ def info_nce(
         if frozen and problem.q_ids is None:
             # Without the positive in the sum its softmax weight, near 1 at convergence, is never
             # rounded and then subtracted from 1.
-            every_key = torch.arange(M, device=q.device, dtype=torch.int32).repeat(groups)
-            problem = problem._replace(q_ids=target, k_ids=every_key)
+            problem = _without_positive(problem, target, M, groups)
             own = torch.ones_like(target, dtype=torch.bool)
         loss = InfoNCE.apply(
             *problem, target, own, symmetric, groups, frozen, store_logits, reduction
@@ -283,11 +320,6 @@ def info_nce(
     q, k = problem.q, problem.q if problem.k is None else problem.k
     wide = scale.dtype
     if hard_negatives is not None:
-        if hard_negatives.shape[:-2] != rows or hard_negatives.shape[-1] != q.shape[-1]:
-            raise ValueError(
-                f"{name}: hard_negatives must be {(*rows, 'H', q.shape[-1])}, "
-                f"got {tuple(hard_negatives.shape)}."
-            )
         extra = unit_rows(hard_negatives) if normalize else hard_negatives
         extra = extra.to(q.dtype).flatten(0, -3)  # (N, H, D)
         extra = scale * (extra.to(wide) * q.to(wide).unsqueeze(1)).sum(2)  # (N, H)
@@ -298,17 +330,16 @@ def info_nce(
             t = soft_target.to(y.dtype).view(groups, N, M)
             pos_ = scale * (x.to(wide) * (t @ y.unflatten(0, (groups, -1))).flatten(0, 1)).sum(1)
             if y_bias is not None:
-                pos_ = pos_ + (t.to(wide) * y_bias.view(groups, 1, M)).sum(2).flatten()
+                weighted = t.to(wide) * y_bias.view(groups, 1, M)
+                pos_ = pos_ + torch.where(t == 0, 0.0, weighted).sum(2).flatten()
             gap = t.sum(2, dtype=wide).flatten() * lse - pos_
         else:
-            gap = lse - pos
-        if own is not None and not decoupled:
-            gap = torch.where(own, softplus(gap), gap)
+            gap = _losses(lse, pos, None if decoupled else own, True)
         if label_smoothing:
             total = y.to(wide).view(groups, -1, y.shape[-1]).sum(1, keepdim=True)
             total = total.expand(groups, len(x) // groups, -1).flatten(0, 1)
             if problem.k is None:
-                mean = scale * (x.to(wide) * (total - x)).sum(1) / (N - 1)
+                mean = scale * (x.to(wide) * (total - x)).sum(1) / max(N - 1, 1)
             else:
                 mean = scale * (x.to(wide) * total).sum(1) / (len(y) // groups)
             if y_bias is not None:

@@ -127,7 +127,8 @@ def queue_nce(
         queue: (M, D) negatives, which take none.
         temperature, logit_scale: exactly one; logit_scale = 1 / temperature. A number or a
             one-element tensor, which may be learnable.
-        q_ids, queue_ids: (N,), (M,) integers; a queue row of the query's id is no negative.
+        q_ids, queue_ids: (N,), (M,) integers of 32 bits (checked on the CPU only); a queue row of
+            the query's id is no negative.
         bias: (M,) added to the logit of that queue row; no gradient.
         sample_weight: (N,) factor of each loss.
         normalize: L2-normalise q and k first, in float32; the queue is taken as it is.
@@ -138,7 +139,7 @@ def queue_nce(
 
     Raises:
         TypeError, ValueError: integer features, differing widths or devices, empty batch, wrong
-            shapes, non-positive temperature, a queue or bias that requires a gradient.
+            shapes, non-positive temperature; a queue, bias or weight that requires a gradient.
 
     Memory: O((N + M) D); the logits are never stored. 2 products of N x M x D in all.
 
@@ -159,11 +160,11 @@ def queue_nce(
         raise ValueError(
             f"{name}: q and k must both be (N, D), got {tuple(q.shape)} and {tuple(k.shape)}."
         )
-    for label, x in (("queue", queue), ("bias", bias)):
+    for label, x in (("queue", queue), ("bias", bias), ("sample_weight", sample_weight)):
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: {label} must not require a gradient: it is frozen here. "
-                "Use info_nce for keys that learn, or .detach()."
+                "Use info_nce if it is to learn, or .detach()."
             )
     if (q_ids is None) != (queue_ids is None):
         raise ValueError(f"{name}: q_ids and queue_ids go together, got only one of them.")

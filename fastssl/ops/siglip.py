@@ -14,6 +14,7 @@ from fastssl.ops import contrastive
 from fastssl.ops.checks import (
     check_features,
     check_reduction,
+    check_target,
     common_dtype,
     flat,
     float_vector,
@@ -199,6 +200,9 @@ def siglip(
         target = torch.arange(N, device=q.device, dtype=torch.int32)
     else:
         target = int_vector(name, "target", target, (N,), q.device)
+        check_target(name, target.clamp(min=0), M)
+    if isinstance(sample_weight, Tensor) and sample_weight.requires_grad:
+        raise ValueError(f"{name}: sample_weight takes no gradient here. Use .detach().")
     if k_ids is None and N == M:
         k_ids = q_ids
     if (q_ids is None) != (k_ids is None):

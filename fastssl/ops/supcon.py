@@ -12,6 +12,7 @@ from torch.nn.functional import embedding_bag
 from fastssl.ops.checks import (
     check_features,
     check_reduction,
+    check_target,
     common_dtype,
     float_vector,
     int_vector,
@@ -124,7 +125,8 @@ def sup_con(
         O((N + M) D) operations with "out", a second pass over all pairs otherwise.
 
     Notes: sums accumulate in float32. Deterministic; no host sync. One process: nothing is
-        gathered.
+        gathered. In 16-bit dtypes the gradients of the log-sum-exp and of the positives are rounded
+        one by one: near convergence, where they cancel, give float32 features.
 
     Example:
         >>> z, labels = torch.randn(8, 16), torch.arange(8) // 4
@@ -164,6 +166,7 @@ def sup_con(
     q_ids = k_ids = target = None
     if own_key is not None:
         own_key = int_vector(name, "own_key", own_key, q.shape[:1], q.device).long()
+        check_target(name, own_key.clamp(min=0), len(k))
         q_ids, target = torch.arange(len(q), device=q.device), own_key.clamp(min=0)
         slot = torch.where(own_key < 0, len(k), own_key)  # one more, for rows without a key
         k_ids = torch.full((len(k) + 1,), -1, device=q.device).scatter(0, slot, q_ids)[:-1]
