@@ -37,9 +37,13 @@ def table(result: dict) -> str:
         lines.append(
             f"| {NAMES[row['case']]} | {' x '.join(map(str, size))} | {row['dtype']} "
             f"| {row['ours']['median_ms']:.2f} ms | {others} | {row['speedup']:.2f} x | {share} "
-            f"| {max(row['extra_mib'], 0):.0f} MiB | {max(row['eager_extra_mib'], 0):.0f} MiB |"
+            f"| {mebibytes(row, 'extra_mib')} | {mebibytes(row, 'eager_extra_mib')} |"
         )
     return "\n".join(lines)
+
+
+def mebibytes(row: dict, field: str) -> str:
+    return f"{max(row[field], 0):.0f} MiB" if field in row else ""
 
 
 def results() -> list[dict]:
