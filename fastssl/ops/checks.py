@@ -152,6 +152,10 @@ def check_reduction(name: str, reduction: str) -> None:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none", got {reduction!r}.')
 
 
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
 class UnitRows(torch.autograd.Function):
     """x / |x| by rows, and dx = (g - <g, y> y) / |x|: keeps x and one number a row.
 

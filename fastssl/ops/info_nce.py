@@ -14,6 +14,7 @@ from fastssl.ops.checks import (
     float_vector,
     int_vector,
     prepare,
+    reduced,
     scale_of,
     unit_rows,
 )
@@ -86,7 +87,7 @@ class InfoNCE(torch.autograd.Function):
         )  # fmt: skip
         ctx.keep_equal, ctx.both, ctx.groups = keep_equal, both, groups
         ctx.weight = (0.5 if both else 1.0) / (q.shape[0] if reduction == "mean" else 1)
-        return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+        return reduced(loss, reduction)
 
     @staticmethod
     @once_differentiable
@@ -265,10 +266,8 @@ def info_nce(
     if given:
         target = int_vector(name, "target", target, rows, q.device)
         check_target(name, target, M)
-    if decoupled and q_ids is None:
-        if k is None or target is None:
-            raise ValueError(f"{name}: decoupled needs a target and, with k=None, q_ids.")
-        q_ids, k_ids = target.view(rows), torch.arange(M, device=q.device).expand(keys)
+    if decoupled and q_ids is None and (k is None or target is None):
+        raise ValueError(f"{name}: decoupled needs a target and, with k=None, q_ids.")
 
     if margin is not None and symmetric:  # each direction leaves out other pairs
         options = {
@@ -282,12 +281,13 @@ def info_nce(
             )
         by_row = info_nce(q, k, q_ids=q_ids, k_ids=k_ids, **options)
         by_col = info_nce(k, q, q_ids=q_ids if k_ids is None else k_ids, k_ids=q_ids, **options)
-        return _reduce(row_weight * by_row + (1 - row_weight) * by_col, reduction)
+        return reduced(row_weight * by_row + (1 - row_weight) * by_col, reduction)
 
     problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias)
     own = None
-    if margin is not None:
+    if decoupled or margin is not None:
         problem = _without_positive(problem, target, M, groups)
+    if margin is not None:
         with torch.no_grad():
             x, y = problem.q.to(scale.dtype), _picked(problem.k, target, groups).to(scale.dtype)
             product = (x * y).sum(1)
@@ -356,14 +356,10 @@ def info_nce(
         loss = row_weight * loss + (1 - row_weight) * cols
     if weight is not None:
         loss = loss * weight
-    loss = _reduce(loss.view(rows), reduction)
+    loss = reduced(loss.view(rows), reduction)
     if not return_lse:
         return loss
     lse = torch.stack([row_lse, col_lse] if symmetric else [row_lse])
     if own is not None and not decoupled:  # the positive counts
         lse = torch.where(own, torch.logaddexp(lse, pos), lse)
     return loss, lse.view(2, *rows) if symmetric else lse.view(rows)
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()

@@ -17,6 +17,7 @@ from fastssl.ops.checks import (
     flat,
     float_vector,
     prepare,
+    reduced,
     scale_of,
     unit_rows,
 )
@@ -82,7 +83,7 @@ class QueueNCE(torch.autograd.Function):
             loss = loss * weight
         ctx.save_for_backward(q, positive, scale, weight, out, gap)
         ctx.each = 1 / len(q) if reduction == "mean" else 1.0
-        return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+        return reduced(loss, reduction)
 
     @staticmethod
     @once_differentiable

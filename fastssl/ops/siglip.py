@@ -19,6 +19,7 @@ from fastssl.ops.checks import (
     flat,
     float_vector,
     int_vector,
+    reduced,
     scale_of,
     scale_tensor,
     unit_rows,
@@ -107,7 +108,7 @@ class SigLIP(torch.autograd.Function):
         ctx.grads = None if by_row else grads
         if weight is not None:
             loss = loss * weight
-        return loss if by_row else loss.sum() if reduction == "sum" else loss.mean()
+        return reduced(loss, reduction)
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,7 @@ from fastssl.ops.checks import (
     common_dtype,
     float_vector,
     int_vector,
+    reduced,
     scale_of,
     unit_rows,
 )
@@ -190,4 +191,4 @@ def sup_con(
     loss = torch.where(count > 0, lse - positive, 0)
     if weight is not None:
         loss = loss * weight
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    return reduced(loss, reduction)
