@@ -93,6 +93,19 @@ FASTSSL_CLONES void gradient_strip_exact(float* x, int64_t ld, int64_t rows, con
   }
 }
 
+// G += weights of the row and of the column where the labels are equal.
+FASTSSL_CLONES void add_alike(float* x, int64_t ld, int64_t rows, int64_t cols,
+                              const float* row_weight, const float* col_weight,
+                              const int32_t* row_labels, const int32_t* col_labels) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* v = x + i * ld;
+    const float w = row_weight[i];
+    const int32_t label = row_labels ? row_labels[i] : 0;
+    for (int64_t c = 0; c < cols; ++c)
+      v[c] += col_labels[c] == label ? w + col_weight[c] : 0.f;
+  }
+}
+
 float lse(float max, float sum) {
   return static_cast<float>(max + std::log(std::ldexp(double(sum), -kHeadroom)));
 }
@@ -248,17 +261,36 @@ struct Direction {
   }
 };
 
+// Upstream gradients of the sums over pairs of equal labels, or of all pairs.
+struct Alike {
+  bool given, labels;
+  std::vector<float> row_weight, col_weight;
+  std::vector<int32_t> row_labels, col_labels;
+  Alike(const Problem& p, int64_t padded, const OptTensor& q_labels, const OptTensor& k_labels,
+        const Tensor& drow, const Tensor& dcol)
+      : given(drow.numel() || dcol.numel()), labels(q_labels), row_weight(p.N, 0.f),
+        col_weight(padded, 0.f), row_labels(p.N, 0), col_labels(padded, 0) {
+    if (drow.numel()) std::copy_n(floats(drow) + p.q0, p.N, row_weight.begin());
+    if (dcol.numel()) std::copy_n(floats(dcol) + p.k0, p.M, col_weight.begin());
+    if (p.symmetric) std::copy_n(row_weight.begin(), p.N, col_weight.begin());
+    if (!labels) return;
+    std::copy_n(ids(q_labels) + p.q0, p.N, row_labels.begin());
+    std::copy_n(ids(k_labels) + p.k0, p.M, col_labels.begin());
+  }
+};
+
 // Turns a tile of raw products, or of stored logits, into G; one object a task.
 struct TileGradient {
   const Problem& p;
   const Direction &row, &col;
+  const Alike& alike;
   const float *dpos, *logits;
   TileColumns columns;
   std::vector<float> offset, row_weight, col_weight, dbias;
 
-  TileGradient(const Problem& p, const Direction& row, const Direction& col, const float* dpos,
-               const float* logits, bool need_dbias)
-      : p(p), row(row), col(col), dpos(dpos), logits(logits), offset(kMaxRows),
+  TileGradient(const Problem& p, const Direction& row, const Direction& col, const Alike& alike,
+               const float* dpos, const float* logits, bool need_dbias)
+      : p(p), row(row), col(col), alike(alike), dpos(dpos), logits(logits), offset(kMaxRows),
         row_weight(kMaxRows), col_weight(kMaxCols), dbias(need_dbias ? p.M : 0) {}
 
   void operator()(const Tile& g, const Block& b) {
@@ -280,6 +312,13 @@ struct TileGradient {
                              &row.weight[b.row0], &col.lse[b.col0 + s * kStrip],
                              &col.weight[b.col0 + s * kStrip]);
     }
+    if (alike.given)
+      for (int64_t s = 0; s < b.strips(); ++s) {
+        const int64_t j = b.col0 + s * kStrip;
+        add_alike(g.at(s), g.row, b.rows, std::min(kStrip, b.cols - s * kStrip),
+                  &alike.row_weight[b.row0], &alike.col_weight[j],
+                  alike.labels ? &alike.row_labels[b.row0] : nullptr, &alike.col_labels[j]);
+      }
     if (p.symmetric)
       for (int64_t i = std::max<int64_t>(0, b.col0 - b.row0);
            i < std::min(b.rows, b.col0 + b.cols - b.row0); ++i)
@@ -367,9 +406,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     Tensor q, Tensor k, Tensor scale, OptTensor q_ids, OptTensor k_ids, bool keep_equal,
-    OptTensor bias, OptTensor limit, OptTensor target, Tensor logits, Tensor row_lse,
-    Tensor col_lse, Tensor drow, Tensor dcol, Tensor dpos, bool symmetric, int64_t groups,
-    bool need_dq, bool need_dk, bool need_dbias) {
+    OptTensor bias, OptTensor limit, OptTensor target, OptTensor q_labels, OptTensor k_labels,
+    Tensor logits, Tensor row_lse, Tensor col_lse, Tensor drow, Tensor dcol, Tensor dpos,
+    Tensor drow_alike, Tensor dcol_alike, bool symmetric, int64_t groups, bool need_dq,
+    bool need_dk, bool need_dbias, bool wide) {
   Problem p(q, k, scale, groups);
   p.masks(q_ids, k_ids, keep_equal, bias, limit);
   p.targets(target, true);
@@ -383,9 +423,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
       check_vector(name, lse, n, ScalarType::Float);
     }
   STD_TORCH_CHECK(!dpos.numel() || target, "contrastive: dpos needs a target");
+  if (drow_alike.numel())
+    check_vector("drow_alike", drow_alike, p.N * groups, ScalarType::Float);
+  if (dcol_alike.numel())
+    check_vector("dcol_alike", dcol_alike, p.M * groups, ScalarType::Float);
+  if (q_labels || k_labels) {
+    STD_TORCH_CHECK(q_labels && k_labels, "contrastive: q_labels and k_labels go together");
+    check_vector("q_labels", *q_labels, p.N * groups, ScalarType::Int);
+    check_vector("k_labels", *k_labels, p.M * groups, ScalarType::Int);
+  }
   if (logits.numel()) check_vector("logits", logits, p.N * groups * p.M, ScalarType::Float);
-  Tensor dq = torch::stable::new_empty(q, {need_dq ? p.N * groups : 0, p.D});
-  Tensor dk = torch::stable::new_empty(k, {need_dk ? p.M * groups : 0, p.D});
+  const Tensor& like = wide ? scale : q;
+  Tensor dq = torch::stable::new_empty(like, {need_dq ? p.N * groups : 0, p.D});
+  Tensor dk = torch::stable::new_empty(like, {need_dk ? p.M * groups : 0, p.D});
   Tensor dbias = torch::stable::new_empty(scale, {need_dbias ? p.M * groups : 0});
   Tensor dscale = torch::stable::new_empty(scale, {});
   std::vector<double> totals(groups);
@@ -395,9 +445,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Direction row(p.q0, p.N, p.N, row_lse, drow);
     const Direction col = symmetric ? Direction(p.q0, p.N, padded, row_lse, drow)
                                     : Direction(p.k0, p.M, padded, col_lse, dcol);
+    const Alike alike(p, padded, q_labels, k_labels, drow_alike, dcol_alike);
     const bool stored = logits.numel() > 0;
     std::vector<TileGradient> tasks(
-        plan.tasks, TileGradient(p, row, col, dpos.numel() ? floats(dpos) + p.q0 : nullptr,
+        plan.tasks, TileGradient(p, row, col, alike, dpos.numel() ? floats(dpos) + p.q0 : nullptr,
                                  stored ? floats(logits) + p.q0 * p.M : nullptr, need_dbias));
     totals[g] = with_products(q.scalar_type(), [&]<class Products>() {
       return gradients<Products>(

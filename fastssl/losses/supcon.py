@@ -26,7 +26,8 @@ class SupConLoss(nn.Module):
         ValueError: features of less than 3 dimensions, labels together with a mask, a mask of
             another shape, an unknown contrast_mode; and as `fastssl.ops.sup_con`.
 
-    Memory: O(B V D), and the given mask; the logits are never stored.
+    Memory: O(B V D), and the given mask; the logits are never stored. With a mask the
+        products run in float32.
 
     Notes: an anchor without a positive has loss 0 and counts in the mean, as in the script's
         present version.
@@ -88,8 +89,11 @@ class SupConLoss(nn.Module):
                 arguments |= {"k_labels": labels.repeat(V), "own_key": sample}
                 loss = sup_con(z[:B], z, labels=labels, **arguments)
         else:
+            # In at least fp32: the gradients of the two parts of the loss, which cancel near
+            # convergence, are rounded one by one.
             wide = torch.promote_types(features.dtype, torch.float32)
-            loss = self._masked(z, features.sum(1, dtype=wide), mask, V)
+            with torch.autocast(z.device.type, enabled=False):
+                loss = self._masked(z.to(wide), features.sum(1, dtype=wide), mask, V)
         return self.temperature / self.base_temperature * loss
 
     def _masked(self, z: Tensor, summed: Tensor, mask: Tensor, V: int) -> Tensor:
@@ -106,11 +110,10 @@ class SupConLoss(nn.Module):
             sample = torch.arange(B, device=z.device)
             k_ids = torch.cat([sample, sample.new_full((V * B - B,), -1)])
             lse, _, _ = contrastive_lse(anchors, z, scale, q_ids=sample, k_ids=k_ids)
-        with torch.autocast(z.device.type, enabled=False):
-            mask = mask.to(summed)
-            own = mask.diagonal()
-            x = anchors.to(summed.dtype).unflatten(0, (-1, B))  # (V or 1, B, D)
-            positive = (x * (mask @ summed)).sum(2) - own * x.square().sum(2)
-            count = V * mask.sum(1) - own
-            mean = scale * positive / torch.where(count > 0, count, 1)
+        mask = mask.to(summed)
+        own = mask.diagonal()
+        x = anchors.unflatten(0, (-1, B))  # (V or 1, B, D)
+        positive = (x * (mask @ summed)).sum(2) - own * x.square().sum(2)
+        count = V * mask.sum(1) - own
+        mean = scale * positive / torch.where(count > 0, count, 1)
         return torch.where(count > 0, lse.unflatten(0, (-1, B)) - mean, 0).mean()

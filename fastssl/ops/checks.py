@@ -212,8 +212,10 @@ def prepare(
     bias: Tensor | None = None,
     limit: Tensor | None = None,
     k_ids_name: str = "k_ids",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Problem, int]:
-    """The kernels' arguments, checked, in one dtype and on one device; and the groups."""
+    """The kernels' arguments, checked, in one dtype (default: `common_dtype`) and on one device;
+    and the groups."""
     groups = q.shape[0] if q.dim() == 3 else 1
     q_shape, k_shape = q.shape[:-1], (q if k is None else k).shape[:-1]
     if k is None:
@@ -227,7 +229,7 @@ def prepare(
         raise ValueError(f"{name}: keep_equal=True needs q_ids.")
     if k is q:  # one tensor in both roles: as two, for the autograd Function
         k = q.view_as(q)
-    dtype = common_dtype(q, k)
+    dtype = common_dtype(q, k) if dtype is None else dtype
     problem = Problem(
         flat(q, dtype),
         None if k is None else flat(k, dtype),

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from fastssl.ops.checks import (
     prepare,
     scale_tensor,
 )
+from fastssl.ops.labels import label_sums
 
 # --------------------------------------------------------------------------------- 1. reference
 
@@ -99,22 +101,29 @@ def contrastive_bwd_ref(
     bias: Tensor | None,
     limit: Tensor | None,
     target: Tensor | None,
+    q_labels: Tensor | None,  # (G N,) int32
+    k_labels: Tensor | None,  # (G M,) int32
     logits: Tensor,  # (G N, M) as stored by the forward, or (0, 0)
     row_lse: Tensor,  # (G N,) or (0,)
     col_lse: Tensor,  # (G M,) or (0,)
     drow: Tensor,  # (G N,) or (0,)
     dcol: Tensor,  # (G M,) or (0,)
     dpos: Tensor,  # (G N,) or (0,)
+    drow_alike: Tensor,  # (G N,) or (0,)
+    dcol_alike: Tensor,  # (G M,) or (0,)
     symmetric: bool,
     groups: int,
     need_dq: bool,
     need_dk: bool,
     need_dbias: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient written out: g = dlogits, dq = scale g k, dk = scale g^T q.
 
-    A row or column whose pairs are all left out has an lse of -inf and no gradient. With
-    `symmetric`, k is q and dq is the gradient of both roles, from g + g^T.
+    drow_alike and dcol_alike count for every pair of equal labels, left out or not; without labels
+    for every pair. A row or column whose pairs are all left out has an lse of -inf and no gradient.
+    With `symmetric`, k is q, dq is the gradient of both roles, from g + g^T, and what columns would
+    be given is empty. With `wide` dq and dk come in at least fp32.
     """
     if logits.numel():
         logits, out = logits.unflatten(0, (groups, -1)), None
@@ -136,14 +145,26 @@ def contrastive_bwd_ref(
         g.masked_fill_(out, 0)
     if dpos.numel():
         g.scatter_add_(2, target.long().view(groups, -1, 1), dpos.to(g.dtype).view(groups, -1, 1))
+    if drow_alike.numel() or dcol_alike.numel():
+        alike = torch.zeros_like(g)
+        if drow_alike.numel():
+            alike += drow_alike.view(groups, -1, 1)
+        if dcol_alike.numel():
+            alike += dcol_alike.view(groups, 1, -1)
+        if q_labels is not None:
+            alike *= q_labels.view(groups, -1, 1) == k_labels.view(groups, 1, -1)
+        if symmetric:
+            alike.diagonal(dim1=1, dim2=2).zero_()
+        g += alike
     q_, k_ = (x.to(g.dtype).unflatten(0, (groups, -1)) for x in (q, k))
     dq, dk = (g @ k_).flatten(0, 1), (g.mT @ q_).flatten(0, 1)  # both without the factor scale
     dscale = (q_.flatten(0, 1) * dq).sum()
     if symmetric:
         dq = dq + dk
-    dq = (scale * dq).to(q.dtype) if need_dq else q.new_empty(0, q.shape[1])
-    dk = (scale * dk).to(k.dtype) if need_dk else k.new_empty(0, k.shape[1])
-    return dq, dk, dscale, g.sum(1).flatten() if need_dbias else g.new_empty(0)
+    dtype = g.dtype if wide else q.dtype
+    dq = scale * dq if need_dq else g.new_empty(0, q.shape[1])
+    dk = scale * dk if need_dk else g.new_empty(0, k.shape[1])
+    return dq.to(dtype), dk.to(dtype), dscale, g.sum(1).flatten() if need_dbias else g.new_empty(0)
 
 
 # ------------------------------------------------------- 2.-4. schema, reference kernel and fakes
@@ -158,9 +179,10 @@ lib.define(
     " bool store) -> (Tensor row_lse, Tensor col_lse, Tensor pos, Tensor logits)"
 )
 lib.define(
-    f"contrastive_bwd({PROBLEM}Tensor? target, Tensor logits, Tensor row_lse, Tensor col_lse,"
-    " Tensor drow, Tensor dcol, Tensor dpos, bool symmetric, int groups, bool need_dq,"
-    " bool need_dk, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)"
+    f"contrastive_bwd({PROBLEM}Tensor? target, Tensor? q_labels, Tensor? k_labels, Tensor logits,"
+    " Tensor row_lse, Tensor col_lse, Tensor drow, Tensor dcol, Tensor dpos, Tensor drow_alike,"
+    " Tensor dcol_alike, bool symmetric, int groups, bool need_dq, bool need_dk, bool need_dbias,"
+    " bool wide) -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)"
 )
 lib.impl("contrastive_fwd", contrastive_fwd_ref, "CompositeExplicitAutograd")
 lib.impl("contrastive_bwd", contrastive_bwd_ref, "CompositeExplicitAutograd")
@@ -179,12 +201,14 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, logits, row_lse, col_lse,
-    drow, dcol, dpos, symmetric, groups, need_dq, need_dk, need_dbias,
+    q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, q_labels, k_labels, logits,
+    row_lse, col_lse, drow, dcol, dpos, drow_alike, dcol_alike, symmetric, groups, need_dq, need_dk,
+    need_dbias, wide,
 ):  # fmt: skip
+    like = scale if wide else q
     return (
-        q.new_empty(q.shape[0] if need_dq else 0, q.shape[1]),
-        k.new_empty(k.shape[0] if need_dk else 0, k.shape[1]),
+        like.new_empty(q.shape[0] if need_dq else 0, q.shape[1]),
+        like.new_empty(k.shape[0] if need_dk else 0, k.shape[1]),
         scale.new_empty(()),
         scale.new_empty(k.shape[0] if need_dbias else 0),
     )
@@ -246,13 +270,25 @@ def forward(problem: Problem, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return fwd(q, k, scale, q_ids, k_ids, *rest, *args)
 
 
+class Upstream(NamedTuple):
+    """What the backward is given for each output of `Contrastive`; None where nothing came."""
+
+    row_lse: Tensor | None
+    col_lse: Tensor | None
+    pos: Tensor | None
+    row_alike: Tensor | None = None
+    col_alike: Tensor | None = None
+
+
 def backward(
     problem: Problem,
     target: Tensor | None,
+    labels: tuple[Tensor | None, Tensor | None],  # of q and of k
     statistics: tuple[Tensor, Tensor, Tensor],  # logits, row_lse, col_lse
-    upstream: tuple[Tensor, Tensor, Tensor],  # drow, dcol, dpos
+    upstream: Upstream,
     groups: int,
     needs: tuple[bool, bool, bool, bool],  # q, k, scale, bias
+    wide: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of a Problem's eight fields."""
     need_q, need_k, need_scale, need_bias = needs
@@ -263,9 +299,13 @@ def backward(
     need_dq = need_q or (need_scale and not need_dk)
     bwd = contrastive_bwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.contrastive_bwd
     k, k_ids = q if k is None else k, q_ids if k_ids is None else k_ids
+    q_labels, k_labels = labels
+    empty = scale.new_empty(0)
+    upstream = (empty if d is None else d.contiguous() for d in upstream)
     dq, dk, dscale, dbias = bwd(
-        q, k, scale, q_ids, k_ids, *rest, target, *statistics, *upstream, symmetric, groups,
-        need_dq, need_dk, need_bias,
+        q, k, scale, q_ids, k_ids, *rest, target, q_labels,
+        q_labels if k_labels is None else k_labels, *statistics, *upstream, symmetric, groups,
+        need_dq, need_dk, need_bias, wide,
     )  # fmt: skip
     return (
         dq if need_q else None,
@@ -285,33 +325,81 @@ def needed(ctx) -> tuple[bool, bool, bool, bool]:
     return need[0], need[1], need[2], need[6]
 
 
+def alike_sums(
+    problem: Problem,
+    q_labels: Tensor | None,
+    k_labels: Tensor | None,
+    groups: int,
+    cols: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of logits over the pairs of equal labels, or over all: of each row, and of each column;
+    and how many pairs a row's sum has. O((N + M) D): the sum is linear in the keys."""
+    q, k, scale, *_, bias, _ = problem
+    symmetric = k is None
+    q = q.to(scale.dtype)
+    k = q if symmetric else k.to(scale.dtype)
+    k_labels = q_labels if k_labels is None else k_labels
+
+    def sums(x, y, x_labels, y_labels):
+        if x_labels is not None:
+            return label_sums(y, y_labels, x_labels)
+        N, M = len(x) // groups, len(y) // groups
+        total = y.unflatten(0, (groups, M)).sum(1).repeat_interleave(N, 0)
+        return total, torch.full((len(x),), M, device=y.device)
+
+    total, count = sums(
+        q, k if bias is None else torch.cat([k, bias[:, None]], 1), q_labels, k_labels
+    )
+    if symmetric:
+        total, count = total - q, count - 1
+    by_row = scale * (q * total[:, : q.shape[1]]).sum(1)
+    by_row = by_row if bias is None else by_row + total[:, -1]
+    by_col = scale.new_empty(0)
+    if cols:
+        total, each = sums(k, q, k_labels, q_labels)
+        by_col = scale * (k * total).sum(1)
+        by_col = by_col if bias is None else by_col + each * bias
+    return by_row, by_col, count
+
+
 class Contrastive(torch.autograd.Function):
-    """Saves the inputs and the O(N + M) statistics; the backward recomputes the logits."""
+    """Saves the inputs and the O(N + M) statistics; the backward recomputes the logits.
+
+    Gives row_lse, col_lse, pos, and with `alike` what `alike_sums` gives.
+    All parts of a gradient meet in fp32, pair by pair: near convergence they cancel.
+    """
 
     @staticmethod
     def forward(
-        ctx, q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, rows, cols, groups, store
-    ):
+        ctx, q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, rows, cols, groups, store,
+        alike=False, q_labels=None, k_labels=None,
+    ):  # fmt: skip
         problem = Problem(q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
         row_lse, col_lse, pos, logits = forward(
             problem, target, rows, cols, k is None, groups, store
         )
+        sums = [scale.new_empty(0)] * 3
+        if alike:
+            sums = alike_sums(problem, q_labels, k_labels, groups, cols)
+            ctx.mark_non_differentiable(sums[2])
         ctx.save_for_backward(
-            q, k, scale, q_ids, k_ids, bias, limit, target, logits, row_lse, col_lse
-        )
+            q, k, scale, q_ids, k_ids, bias, limit, target, q_labels, k_labels,
+            logits, row_lse, col_lse,
+        )  # fmt: skip
         ctx.keep_equal, ctx.groups = keep_equal, groups
         ctx.set_materialize_grads(False)
-        return row_lse, col_lse, pos
+        return row_lse, col_lse, pos, *sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
-        q, k, scale, q_ids, k_ids, bias, limit, target, *statistics = ctx.saved_tensors
+    def backward(ctx, drow, dcol, dpos, drow_alike, dcol_alike, _):
+        q, k, scale, q_ids, k_ids, bias, limit, target, *labels = ctx.saved_tensors[:10]
         problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
-        empty = scale.new_empty(0)
-        upstream = [empty if d is None else d.contiguous() for d in upstream]
-        grads = backward(problem, target, statistics, upstream, ctx.groups, needed(ctx))
-        return *grads, None, None, None, None, None
+        upstream = Upstream(drow, dcol, dpos, drow_alike, dcol_alike)
+        grads = backward(
+            problem, target, labels, ctx.saved_tensors[10:], upstream, ctx.groups, needed(ctx)
+        )
+        return *grads, *[None] * 8
 
 
 # ------------------------------------------------------------------------ 8. public function
@@ -384,7 +472,7 @@ def contrastive_lse(
     target = int_vector(name, "target", target, q.shape[:-1], q.device)
     if target is not None:
         check_target(name, target, (q if k is None else k).shape[-2])
-    out = Contrastive.apply(*problem, target, rows, cols, groups, store_logits)
+    out = Contrastive.apply(*problem, target, rows, cols, groups, store_logits)[:3]
     if q.dim() == 3:
         out = [x.view(groups, -1) if x.numel() else x for x in out]
     return tuple(out)

@@ -109,10 +109,10 @@ class InfoNCE(torch.autograd.Function):
         if ctx.both:
             dcol = _slopes(d, col_lse, pos, own, masked)
             dpos = -(drow + dcol)
-        upstream = drow, dcol, dpos
+        upstream = contrastive.Upstream(drow, dcol, dpos)
         problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
         grads = contrastive.backward(
-            problem, target, statistics, upstream, ctx.groups, contrastive.needed(ctx)
+            problem, target, (None, None), statistics, upstream, ctx.groups, contrastive.needed(ctx)
         )
         return *grads, *[None] * 7
 
@@ -123,6 +123,18 @@ def _without_positive(problem: Problem, target: Tensor, M: int, groups: int) -> 
         return problem
     every_key = torch.arange(M, device=target.device, dtype=torch.int32).repeat(groups)
     return problem._replace(q_ids=target.clone(), k_ids=every_key)
+
+
+def _soft_losses(problem: Problem, target: Tensor, lse: Tensor) -> Tensor:
+    """sum_j t_ij (lse_i - l_ij) of targets (G, N, M)."""
+    groups, N, M = target.shape
+    with torch.autocast(target.device.type, enabled=False):
+        means = (target @ problem.k.unflatten(0, (groups, M))).flatten(0, 1)  # (G N, D)
+    pos = problem.scale * (problem.q * means).sum(1)
+    if problem.bias is not None:
+        weighted = torch.where(target == 0, 0.0, target * problem.bias.view(groups, 1, M))
+        pos = pos + weighted.sum(2).flatten()
+    return target.sum(2).flatten() * lse - pos
 
 
 def _learns(x) -> bool:
@@ -174,7 +186,7 @@ def info_nce(
             their id where q_ids are given, as they must be with k=None.
         hard_negatives: (N, H, D) further negatives of each row alone, in the row direction.
         soft_target: (N, M) weights t_ij in place of the target: sum_j t_ij (lse_i - l_ij). Needs
-            k; not symmetric, not with margin or decoupled.
+            k; not symmetric, not with margin or decoupled. The products run in float32.
         label_smoothing: share in [0, 1) of the target spread evenly over all keys; not with ids,
             margin, decoupled or hard_negatives.
         sample_weight: (N,) factor of each row's loss (of each pair's, if symmetric).
@@ -283,7 +295,10 @@ def info_nce(
         by_col = info_nce(k, q, q_ids=q_ids if k_ids is None else k_ids, k_ids=q_ids, **options)
         return reduced(row_weight * by_row + (1 - row_weight) * by_col, reduction)
 
-    problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias)
+    # The gradients of the two parts of a soft loss, which cancel near convergence, are rounded one
+    # by one.
+    dtype = None if soft_target is None else scale.dtype
+    problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias, dtype=dtype)
     own = None
     if decoupled or margin is not None:
         problem = _without_positive(problem, target, M, groups)
@@ -314,46 +329,28 @@ def info_nce(
         )
         return loss.view(rows) if reduction == "none" else loss
 
-    row_lse, col_lse, pos = contrastive.Contrastive.apply(
-        *problem, target, True, symmetric, groups, store_logits
+    row_lse, col_lse, pos, *total, count = contrastive.Contrastive.apply(
+        *problem, target, True, symmetric, groups, store_logits, label_smoothing > 0
     )
-    q, k = problem.q, problem.q if problem.k is None else problem.k
     wide = scale.dtype
     if hard_negatives is not None:
         extra = unit_rows(hard_negatives) if normalize else hard_negatives
-        extra = extra.to(q.dtype).flatten(0, -3)  # (N, H, D)
-        extra = scale * (extra.to(wide) * q.to(wide).unsqueeze(1)).sum(2)  # (N, H)
+        extra = extra.to(problem.q.dtype).flatten(0, -3)  # (N, H, D)
+        extra = scale * (extra.to(wide) * problem.q.to(wide).unsqueeze(1)).sum(2)  # (N, H)
         row_lse = torch.logaddexp(row_lse, extra.logsumexp(1))
 
-    def finish(lse, x, y, y_bias, own_bias):
+    def losses(lse, total):
         if soft_target is not None:
-            t = soft_target.to(y.dtype).view(groups, N, M)
-            pos_ = scale * (x.to(wide) * (t @ y.unflatten(0, (groups, -1))).flatten(0, 1)).sum(1)
-            if y_bias is not None:
-                weighted = t.to(wide) * y_bias.view(groups, 1, M)
-                pos_ = pos_ + torch.where(t == 0, 0.0, weighted).sum(2).flatten()
-            gap = t.sum(2, dtype=wide).flatten() * lse - pos_
+            gap = _soft_losses(problem, soft_target.to(wide).view(groups, N, M), lse)
         else:
             gap = _losses(lse, pos, None if decoupled else own, True)
         if label_smoothing:
-            total = y.to(wide).view(groups, -1, y.shape[-1]).sum(1, keepdim=True)
-            total = total.expand(groups, len(x) // groups, -1).flatten(0, 1)
-            if problem.k is None:
-                mean = scale * (x.to(wide) * (total - x)).sum(1) / max(N - 1, 1)
-            else:
-                mean = scale * (x.to(wide) * total).sum(1) / (len(y) // groups)
-            if y_bias is not None:
-                each = y_bias.view(groups, -1).mean(1, keepdim=True)
-                mean = mean + each.expand(groups, len(x) // groups).flatten()
-            if own_bias is not None:
-                mean = mean + own_bias
-            gap = gap + label_smoothing * (pos - mean)
+            gap = gap + label_smoothing * (pos - total / count.clamp(min=1))
         return torch.where(lse.isneginf(), 0.0, gap)
 
-    loss = finish(row_lse, q, k, problem.bias, None)
+    loss = losses(row_lse, total[0])
     if symmetric:
-        cols = finish(col_lse, k, q, None, problem.bias)
-        loss = row_weight * loss + (1 - row_weight) * cols
+        loss = row_weight * loss + (1 - row_weight) * losses(col_lse, total[1])
     if weight is not None:
         loss = loss * weight
     loss = reduced(loss.view(rows), reduction)

@@ -6,10 +6,10 @@ one label share the sum: only the normaliser looks at every pair.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import softplus
 
 from fastssl.ops.checks import (
+    Problem,
     check_features,
     check_reduction,
     check_target,
@@ -20,64 +20,7 @@ from fastssl.ops.checks import (
     scale_of,
     unit_rows,
 )
-from fastssl.ops.contrastive import contrastive_lse
-
-# Pairs up to which one comparison of all labels takes less time than sorting them.
-SMALL = 128 * 128
-
-
-def _label_sums(
-    x: Tensor, x_labels: Tensor, labels: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Row i: the weighted sum of x's rows (M, D) of the label labels[i], and how many they are."""
-    M = len(x)
-    if len(labels) * M <= SMALL:
-        same = labels.unsqueeze(1) == x_labels
-        with torch.autocast(x.device.type, enabled=False):
-            sums = same.to(x.dtype) @ (x if weight is None else weight.unsqueeze(1) * x)
-        return sums, same.sum(1)
-    ordered, order = x_labels.sort(stable=True)
-    number = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # of the sorted row's label
-    # As many sums as there can be labels, for how many there are only the device knows; the last
-    # ones, M always, are empty. Each is added up in one order, without atomics.
-    first = torch.searchsorted(number, torch.arange(M + 2, device=x.device))
-    weight = None if weight is None else weight.index_select(0, order)
-    sums = embedding_bag(
-        order, x, first, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )
-    at = torch.searchsorted(ordered, labels).clamp(max=M - 1)
-    at = torch.where(ordered.index_select(0, at) == labels, number.index_select(0, at), M)
-    return sums.index_select(0, at), first.diff().index_select(0, at)
-
-
-class PositiveSums(torch.autograd.Function):
-    """<q_i, sum of the keys of row i's label>, and how many they are; k=None as in `sup_con`.
-
-    In both directions a sum over labels: dq_i = d_i sum_j k_j and dk_j = sum_i d_i q_i.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, labels, k_labels):
-        sums, count = _label_sums(
-            q if k is None else k, labels if k_labels is None else k_labels, labels
-        )
-        if k is None:
-            sums, count = sums.sub_(q), count - 1
-        ctx.save_for_backward(q, sums, labels, k_labels)
-        ctx.itself = k is None
-        ctx.mark_non_differentiable(count)
-        return (q * sums).sum(1), count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d, _):
-        q, sums, labels, k_labels = ctx.saved_tensors
-        dq, dk = d.unsqueeze(1) * sums, None
-        if ctx.itself or ctx.needs_input_grad[1]:
-            dk, _ = _label_sums(q, labels, labels if k_labels is None else k_labels, d)
-        if ctx.itself:
-            dq, dk = dk.addcmul_(d.unsqueeze(1), q, value=-1).add_(dq), None
-        return dq, dk, None, None
+from fastssl.ops.contrastive import Contrastive
 
 
 def sup_con(
@@ -126,8 +69,7 @@ def sup_con(
         O((N + M) D) operations with "out", a second pass over all pairs otherwise.
 
     Notes: sums accumulate in float32. Deterministic; no host sync. One process: nothing is
-        gathered. In 16-bit dtypes the gradients of the log-sum-exp and of the positives are rounded
-        one by one: near convergence, where they cancel, give float32 features.
+        gathered.
 
     Example:
         >>> z, labels = torch.randn(8, 16), torch.arange(8) // 4
@@ -171,24 +113,29 @@ def sup_con(
         q_ids, target = torch.arange(len(q), device=q.device), own_key.clamp(min=0)
         slot = torch.where(own_key < 0, len(k), own_key)  # one more, for rows without a key
         k_ids = torch.full((len(k) + 1,), -1, device=q.device).scatter(0, slot, q_ids)[:-1]
-    lse, _, own = contrastive_lse(q, k, scale, q_ids=q_ids, k_ids=k_ids, target=target)
-
-    wide = scale.dtype
-    positive, count = PositiveSums.apply(
-        q.to(wide), None if k is None else k.to(wide), labels, k_labels
-    )
+    problem = Problem(q, k, scale, q_ids, k_ids, False, None, None)
     if positives == "out":
-        positive = scale * positive
+        lse, _, own, positive, _, count = Contrastive.apply(
+            *problem, target, True, False, 1, False, True, labels, k_labels
+        )
         if own_key is not None:
             own_label = (labels if k_labels is None else k_labels).index_select(0, target)
             among = (own_key >= 0) & (own_label == labels)
             positive, count = positive - torch.where(among, own, 0), count - among.long()
-        positive = positive / count.clamp(min=1)
+        loss = lse - positive / count.clamp(min=1)
     else:
-        positive, _, _ = contrastive_lse(q, k, scale, q_ids=labels, k_ids=k_labels, keep_equal=True)
+        # log sum_j = log sum_p + softplus(log sum_n - log sum_p) with n the rows of other labels:
+        # near convergence the sum over all and that over the positives would cancel.
+        problem = problem._replace(q_ids=labels, k_ids=k_labels)
+        negative = Contrastive.apply(*problem, None, True, False, 1, False)[0]
+        problem = problem._replace(keep_equal=True)
+        positive, *_, count = Contrastive.apply(
+            *problem, None, True, False, 1, False, True, labels, k_labels
+        )
+        loss = softplus(negative - torch.where(count > 0, positive, 0))
         if positives == "in":
-            positive = positive - count.clamp(min=1).log()
-    loss = torch.where(count > 0, lse - positive, 0)
+            loss = loss + count.clamp(min=1).log()
+    loss = torch.where(count > 0, loss, 0)
     if weight is not None:
         loss = loss * weight
     return reduced(loss, reduction)
