@@ -16,8 +16,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 fwd, bwd = torch.ops.fastssl.contrastive_fwd, torch.ops.fastssl.contrastive_bwd
 
 
-def check(p, rows=True, cols=True, symmetric=False, groups=1, store=False):
-    """Forward and backward of the raw op against fp64, no worse than plain torch in p's dtype."""
+def check(p, rows=True, cols=True, symmetric=False, groups=1, store=False, alike=None, wide=False):
+    """Forward and backward of the raw op against fp64, no worse than plain torch in p's dtype.
+
+    alike: sums of logits over "all" pairs, or over those of equal "labels", enter as well.
+    """
     dtype, device = p["q"].dtype, p["q"].device
     cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in p.items()}
     features = [n for n in ("q", "k", "scale", "bias") if cpu[n] is not None]
@@ -38,6 +41,18 @@ def check(p, rows=True, cols=True, symmetric=False, groups=1, store=False):
     if out is not None:  # from fp64: a product rounded in dtype may lie on the limit's other side
         logits = logits.masked_fill(out, -torch.inf)
     empty = logits.new_empty(0)
+    labels = None, None
+    row_sum = col_sum = empty
+    if alike:
+        counts = torch.ones(logits.shape, dtype=torch.bool)
+        if alike == "labels":
+            labels = [torch.randint(0, 4, (len(p[n]),), dtype=torch.int32) for n in ("q", "k")]
+            labels = labels[:1] * 2 if symmetric else labels
+            counts = labels[0].view(groups, -1, 1) == labels[1].view(groups, 1, -1)
+        if symmetric:
+            counts = counts & ~torch.eye(counts.shape[2], dtype=torch.bool)
+        sums = (leaves["scale"] * (q @ k.mT)) * counts
+        row_sum, col_sum = sums.sum(2).flatten(), empty if symmetric else sums.sum(1).flatten()
     row, col = (logits.logsumexp(2) if rows else empty, logits.logsumexp(1) if cols else empty)
     peer = row.flatten(), col.flatten(), pos, logits.flatten(0, 1) if store else empty.view(0, 0)
     # Every logit is a product of this magnitude at most; rounding it costs an eps of that.
@@ -47,25 +62,31 @@ def check(p, rows=True, cols=True, symmetric=False, groups=1, store=False):
         print(name)
         assert_no_worse(xs[0].cpu(), xs[1], xs[2].detach(), magnitude=largest)
 
-    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in true[:3]]
-    upstream = [torch.where(x.isfinite(), u, 0.0) for x, u in zip(true, upstream, strict=False)]
-    needs = symmetric, groups, True, not symmetric, p["bias"] is not None
+    outputs = *peer[:3], row_sum, col_sum
+    upstream = [torch.randn(x.shape, dtype=torch.float64) for x in outputs]
+    for x, u in zip(true[:3], upstream, strict=False):
+        u[~x.isfinite()] = 0
+    needs = symmetric, groups, True, not symmetric, p["bias"] is not None, wide
     given = [u.float().to(device) for u in upstream]
-    got = bwd(*p.values(), got[3], *got[:2], *given, *needs)
-    true = contrastive_bwd_ref(*p64.values(), true[3], *true[:2], *upstream, *needs)
+    there = [x if x is None else x.to(device) for x in labels]
+    got = bwd(*p.values(), *there, got[3], *got[:2], *given, *needs)
+    true = contrastive_bwd_ref(*p64.values(), *labels, true[3], *true[:2], *upstream, *needs)
+    assert got[0].dtype == got[1].dtype == (torch.float32 if wide else dtype)
     total = sum(
         (torch.where(x.isfinite(), x, 0.0) * u.to(dtype)).sum()
-        for x, u in zip(peer, upstream, strict=False)
+        for x, u in zip(outputs, upstream, strict=True)
     )
     names = ["q", *([] if symmetric else ["k"]), *features[2:]]
     grads = torch.autograd.grad(total, [leaves[n] for n in names])
     grads = dict(zip(names, grads, strict=True))
     # dq adds scale * upstream * k over columns; dscale adds upstream * <q, k> over all pairs.
     largest_u = max(u.abs().max().item() for u in upstream if u.numel())
+    N, M = len(p64["q"]) // groups, len(p64["k"]) // groups
+    terms = *upstream[:3], upstream[3] * M**0.5, upstream[4] * N**0.5
     magnitude = {
         "q": largest_u * p64["scale"].item() * norm_k,
         "k": largest_u * p64["scale"].item() * norm_q,
-        "scale": torch.cat(upstream).norm().item() * norm_q * norm_k,
+        "scale": torch.cat(terms).norm().item() * norm_q * norm_k,
         # Each coefficient carries the rounding of a logit, an eps of its size.
         "bias": largest_u * largest,
     }
@@ -120,13 +141,27 @@ def test_oracle_options(options, G, N, M, D, dtype, cpu_path):
     check(p, cols="limit" not in options and not itself, symmetric=itself, groups=G)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alike", ["all", "labels"])
+@pytest.mark.parametrize("N,M,D,G", [(1, 1, 3, 1), (33, 17, 100, 3), (257, 300, 64, 1)])
+@pytest.mark.parametrize("options", ["plain", "store", "ids and limit", "itself"])
+def test_oracle_sums_over_pairs(options, N, M, D, G, alike, dtype, cpu_path):
+    itself, every = options == "itself", options == "ids and limit"
+    p = problem(N, N if itself else M, D, dtype, G=G, itself=itself, ids=every, limit=every)
+    check(
+        p, cols=not (itself or every), symmetric=itself, groups=G, store=options == "store",
+        alike=alike, wide=N == 33,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("alike", ["all", "labels"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_oracle_options_on_devices(options, device):
+def test_oracle_options_on_devices(options, device, alike):
     options = OPTIONS[options]
     itself = "itself" in options
     p = problem(600, 600 if itself else 333, 96, torch.float32, device=device, **options)
-    check(p, cols="limit" not in options and not itself, symmetric=itself)
+    check(p, cols="limit" not in options and not itself, symmetric=itself, alike=alike)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -166,7 +201,10 @@ def test_only_the_asked_gradients(store, cpu_path):
     upstream = [x.sin() for x in statistics]
 
     def run(*needs):
-        return bwd(*p.values(), logits, *statistics[:2], *upstream, False, 1, *needs)
+        return bwd(
+            *p.values(), None, None, logits, *statistics[:2], *upstream, *[logits.new_empty(0)] * 2,
+            False, 1, *needs, False,
+        )  # fmt: skip
 
     full = run(True, True, True)
     for needs in itertools.product([True, False], repeat=3):
@@ -355,8 +393,13 @@ def test_opcheck(options, store, device):
     torch.library.opcheck(fwd.default, args)
     *statistics, logits = fwd(*args)
     upstream = [x.sin() for x in statistics]
-    args = (*p.values(), logits, *statistics[:2], *upstream, itself, 1, *needs)
-    torch.library.opcheck(bwd.default, args)
+    for labels, wide in ((None, False), (torch.arange(9, device=device, dtype=torch.int32), True)):
+        alike = statistics[0].new_empty(0) if labels is None else statistics[0].cos()
+        args = (
+            *p.values(), labels, None if labels is None else labels[: len(p["k"])], logits,
+            *statistics[:2], *upstream, alike, alike[:0], itself, 1, *needs, wide,
+        )  # fmt: skip
+        torch.library.opcheck(bwd.default, args)
 
 
 @pytest.mark.parametrize("device", DEVICES)

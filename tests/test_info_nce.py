@@ -285,7 +285,7 @@ class Calls(TorchDispatchMode):
 
 def needs(args):
     """need_dq, need_dk, need_dbias of a call of contrastive_bwd."""
-    return args[-3:]
+    return args[-4:-1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from fastssl.ops import info_nce, sup_con
 
-supcon = importlib.import_module("fastssl.ops.supcon")
+by_label = importlib.import_module("fastssl.ops.labels")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 POSITIVES = ["out", "in", "sum"]
 
@@ -18,7 +18,7 @@ POSITIVES = ["out", "in", "sum"]
 @pytest.fixture(autouse=True, params=["compared", "sorted"])
 def label_sums(request, monkeypatch):
     """Both ways to sum by label, whatever the size."""
-    monkeypatch.setattr(supcon, "SMALL", 1 << 30 if request.param == "compared" else 0)
+    monkeypatch.setattr(by_label, "SMALL", 1 << 30 if request.param == "compared" else 0)
 
 
 def plain(q, k, labels, k_labels, scale, positives, own_key=None):
@@ -119,6 +119,36 @@ def test_gradcheck(positives, itself):
 
     inputs = (q.requires_grad_(), scale) + (() if itself else (k.requires_grad_(),))
     torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_oracle_near_convergence(dtype, positives, itself, device):
+    """Rows of one label equal up to little: what the sums pull and push cancels."""
+    labels = torch.arange(6).repeat_interleave(7)
+    centres = normalize(torch.randn(6, 32, dtype=torch.float64))
+    x = normalize(centres[labels] + 0.01 * torch.randn(42, 32, dtype=torch.float64))
+    y = normalize(centres[labels] + 0.01 * torch.randn(42, 32, dtype=torch.float64))
+    x, y = x.to(dtype), y.to(dtype)
+
+    def run(loss_of, dtype, device):
+        leaves = [x.to(device, dtype, copy=True).requires_grad_()]
+        leaves += [] if itself else [y.to(device, dtype, copy=True).requires_grad_()]
+        loss = loss_of(*leaves, *([None] if itself else []), labels.to(device)).mean()
+        return [g.cpu() for g in torch.autograd.grad(loss, leaves)]
+
+    def ours(q, k, labels):
+        options = {"positives": positives, "temperature": 0.05, "reduction": "none"}
+        return sup_con(q, k, labels=labels, **options)
+
+    def peer(q, k, labels):
+        return plain(q, k, labels, labels, 20.0, positives)
+
+    results = run(ours, dtype, device), run(peer, torch.float64, "cpu"), run(peer, dtype, "cpu")
+    for xs in zip(*results, strict=True):
+        assert_no_worse(*xs, 3)
 
 
 def test_closed_form():

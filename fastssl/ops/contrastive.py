@@ -378,10 +378,11 @@ class Contrastive(torch.autograd.Function):
         row_lse, col_lse, pos, logits = forward(
             problem, target, rows, cols, k is None, groups, store
         )
-        sums = [scale.new_empty(0)] * 3
         if alike:
             sums = alike_sums(problem, q_labels, k_labels, groups, cols)
             ctx.mark_non_differentiable(sums[2])
+        else:  # a tensor each: outputs must not alias
+            sums = [scale.new_empty(0) for _ in range(3)]
         ctx.save_for_backward(
             q, k, scale, q_ids, k_ids, bias, limit, target, q_labels, k_labels,
             logits, row_lse, col_lse,

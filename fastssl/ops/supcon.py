@@ -108,11 +108,12 @@ def sup_con(
 
     q_ids = k_ids = target = None
     if own_key is not None:
-        own_key = int_vector(name, "own_key", own_key, q.shape[:1], q.device).long()
-        check_target(name, own_key.clamp(min=0), len(k))
-        q_ids, target = torch.arange(len(q), device=q.device), own_key.clamp(min=0)
-        slot = torch.where(own_key < 0, len(k), own_key)  # one more, for rows without a key
-        k_ids = torch.full((len(k) + 1,), -1, device=q.device).scatter(0, slot, q_ids)[:-1]
+        own_key = int_vector(name, "own_key", own_key, q.shape[:1], q.device)
+        target = own_key.clamp(min=0)
+        check_target(name, target, len(k))
+        q_ids = torch.arange(len(q), device=q.device, dtype=torch.int32)
+        slot = torch.where(own_key < 0, len(k), own_key).long()  # one more, for rows without a key
+        k_ids = torch.full_like(q_ids[:1], -1).repeat(len(k) + 1).scatter(0, slot, q_ids)[:-1]
     problem = Problem(q, k, scale, q_ids, k_ids, False, None, None)
     if positives == "out":
         lse, _, own, positive, _, count = Contrastive.apply(
@@ -126,7 +127,9 @@ def sup_con(
     else:
         # log sum_j = log sum_p + softplus(log sum_n - log sum_p) with n the rows of other labels:
         # near convergence the sum over all and that over the positives would cancel.
-        problem = problem._replace(q_ids=labels, k_ids=k_labels)
+        # Clones: one tensor in two roles would break the graph under torch.compile.
+        ids = labels.clone(), None if k_labels is None else k_labels.clone()
+        problem = problem._replace(q_ids=ids[0], k_ids=ids[1])
         negative = Contrastive.apply(*problem, None, True, False, 1, False)[0]
         problem = problem._replace(keep_equal=True)
         positive, *_, count = Contrastive.apply(
