@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.dist import all_gather_rows, resolve_group
+from fastssl.dist import Shards, agree, gather_rows, resolve_levels
 
 
 class FeatureQueue(nn.Module):
@@ -61,7 +61,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"FeatureQueue: size and dim must be at least 1, got {size}, {dim}.")
         if not dtype.is_floating_point:
             raise TypeError(f"FeatureQueue: dtype must be floating point, got {dtype}.")
-        resolve_group("FeatureQueue", group)
+        resolve_levels("FeatureQueue", group)
         self.group = group
         # From a generator of its own on the CPU: equal on all ranks and devices.
         generator = torch.Generator().manual_seed(seed)
@@ -101,9 +101,11 @@ class FeatureQueue(nn.Module):
         new = {"features": x, "labels": labels, "ids": ids}
         buffers = {name: getattr(self, name) for name in new if new[name] is not None}
         rows = [new[name].to(buffer.dtype) for name, buffer in buffers.items()]
-        group = resolve_group("FeatureQueue.enqueue", self.group)
-        if group is not None:
-            rows = all_gather_rows(rows, group)
+        levels = resolve_levels("FeatureQueue.enqueue", self.group)
+        if levels:
+            same = {"the width D": x.shape[1], "dtype": self.features.dtype, "kept": list(buffers)}
+            (sizes,) = agree("FeatureQueue.enqueue", levels, [len(x)], x, **same)
+            rows = [gather_rows(new_rows, Shards(levels, sizes)) for new_rows in rows]
         B, K = rows[0].shape[0], self.features.shape[0]
         first = max(B - K, 0)
         where = (self.pointer + torch.arange(first, B, device=self.pointer.device)) % K

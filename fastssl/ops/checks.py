@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastssl.dist import GlobalSum, Shards
+
 
 class Problem(NamedTuple):
     """Arguments of the similarity kernels: `groups` problems one under the other.
@@ -24,8 +26,11 @@ class Problem(NamedTuple):
     limit: Tensor | None  # (G N,)
 
 
-def check_features(name: str, **features: Tensor | None) -> None:
-    """Each must be (..., rows, D) in floating point; all of one width, device and batch."""
+def check_features(name: str, *, empty: bool = False, **features: Tensor | None) -> None:
+    """Each must be (..., rows, D) in floating point; all of one width, device and batch.
+
+    `empty` allows no rows: this rank's share of a batch that others hold.
+    """
     first = None
     for label, x in features.items():
         if x is None:
@@ -37,7 +42,7 @@ def check_features(name: str, **features: Tensor | None) -> None:
                 f"{name}: {label} must be a float32, bfloat16, float16 or float64 tensor, "
                 f"got {got}. Convert it with .float()."
             )
-        if x.dim() not in (2, 3) or 0 in x.shape:
+        if x.dim() not in (2, 3) or 0 in (x.shape[-1:] if empty else x.shape):
             raise ValueError(
                 f"{name}: {label} must be (rows, D), or (groups, rows, D), with at least one row "
                 f"and one column, got {tuple(x.shape)}. Skip empty batches."
@@ -80,7 +85,7 @@ def int_vector(name: str, label: str, x: Tensor | None, shape, device) -> Tensor
         if label == "target":  # what lies outside int32 lies outside [0, M) as well: keep it there
             x = x.clamp(limit.min, limit.max)
         elif x.device.type == "cpu" and not torch.compiler.is_compiling():
-            if x.amin() < limit.min or x.amax() > limit.max:
+            if x.numel() and (x.amin() < limit.min or x.amax() > limit.max):
                 raise ValueError(
                     f"{name}: {label} must fit into 32 bits, got up to {int(x.abs().amax())}. "
                     "Renumber them with torch.unique(ids, return_inverse=True)[1]."
@@ -90,7 +95,7 @@ def int_vector(name: str, label: str, x: Tensor | None, shape, device) -> Tensor
 
 def check_target(name: str, target: Tensor, M: int) -> None:
     """On the CPU only, since looking at it would stall a GPU. Python would count -1 from behind."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
         low, high = (int(x) for x in target.aminmax())
         if low < 0 or high >= M:
             raise ValueError(
@@ -152,8 +157,14 @@ def check_reduction(name: str, reduction: str) -> None:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none", got {reduction!r}.')
 
 
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+def reduced(loss: Tensor, reduction: str, shards: Shards | None = None) -> Tensor:
+    """With `shards` a loss of the rows of all ranks, unless there is one loss a row."""
+    if reduction == "none":
+        return loss
+    if shards is None:
+        return loss.sum() if reduction == "sum" else loss.mean()
+    total = GlobalSum.apply(loss.sum(), shards.levels)
+    return total / shards.total if reduction == "mean" else total
 
 
 class UnitRows(torch.autograd.Function):

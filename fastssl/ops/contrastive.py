@@ -331,9 +331,11 @@ def alike_sums(
     k_labels: Tensor | None,
     groups: int,
     cols: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of logits over the pairs of equal labels, or over all: of each row, and of each column;
-    and how many pairs a row's sum has. O((N + M) D): the sum is linear in the keys."""
+) -> tuple[Tensor, Tensor]:
+    """Sums of logits over the pairs of equal labels, or over all: of each row, and of each column.
+
+    O((N + M) D), for they are linear in the keys.
+    """
     q, k, scale, *_, bias, _ = problem
     symmetric = k is None
     q = q.to(scale.dtype)
@@ -343,29 +345,37 @@ def alike_sums(
     def sums(x, y, x_labels, y_labels):
         if x_labels is not None:
             return label_sums(y, y_labels, x_labels)
-        N, M = len(x) // groups, len(y) // groups
-        total = y.unflatten(0, (groups, M)).sum(1).repeat_interleave(N, 0)
-        return total, torch.full((len(x),), M, device=y.device)
+        N = len(x) // groups
+        return y.unflatten(0, (groups, -1)).sum(1).repeat_interleave(N, 0)
 
-    total, count = sums(
-        q, k if bias is None else torch.cat([k, bias[:, None]], 1), q_labels, k_labels
-    )
+    total = sums(q, k if bias is None else torch.cat([k, bias[:, None]], 1), q_labels, k_labels)
     if symmetric:
-        total, count = total - q, count - 1
+        total = total - q
     by_row = scale * (q * total[:, : q.shape[1]]).sum(1)
     by_row = by_row if bias is None else by_row + total[:, -1]
     by_col = scale.new_empty(0)
     if cols:
-        total, each = sums(k, q, k_labels, q_labels)
-        by_col = scale * (k * total).sum(1)
-        by_col = by_col if bias is None else by_col + each * bias
-    return by_row, by_col, count
+        by_col = scale * (k * sums(k, q, k_labels, q_labels)).sum(1)
+        if bias is not None:
+            by_col = by_col + bias * sums(k, torch.ones_like(q[:, :1]), k_labels, q_labels)[:, 0]
+    return by_row, by_col
+
+
+def alike_counts(
+    scale: Tensor, M: int, symmetric: bool, q_labels: Tensor | None, k_labels: Tensor | None
+) -> Tensor:
+    """How many pairs the sum of a row has, in scale's dtype: (N,), or () without labels."""
+    if q_labels is None:
+        return scale.new_full((), M - symmetric)
+    k_labels = q_labels if k_labels is None else k_labels
+    ones = torch.ones_like(k_labels, dtype=scale.dtype).unsqueeze(1)
+    return label_sums(ones, k_labels, q_labels)[:, 0] - int(symmetric)
 
 
 class Contrastive(torch.autograd.Function):
     """Saves the inputs and the O(N + M) statistics; the backward recomputes the logits.
 
-    Gives row_lse, col_lse, pos, and with `alike` what `alike_sums` gives.
+    Gives row_lse, col_lse, pos; with `alike` what `alike_sums` gives; and `alike_counts`.
     All parts of a gradient meet in fp32, pair by pair: near convergence they cancel.
     """
 
@@ -378,18 +388,19 @@ class Contrastive(torch.autograd.Function):
         row_lse, col_lse, pos, logits = forward(
             problem, target, rows, cols, k is None, groups, store
         )
+        sums = scale.new_empty(0), scale.new_empty(0)  # a tensor each: outputs must not alias
         if alike:
             sums = alike_sums(problem, q_labels, k_labels, groups, cols)
-            ctx.mark_non_differentiable(sums[2])
-        else:  # a tensor each: outputs must not alias
-            sums = [scale.new_empty(0) for _ in range(3)]
+        M = (len(q) if k is None else len(k)) // groups
+        count = alike_counts(scale, M, k is None, q_labels, k_labels)
+        ctx.mark_non_differentiable(count)
         ctx.save_for_backward(
             q, k, scale, q_ids, k_ids, bias, limit, target, q_labels, k_labels,
             logits, row_lse, col_lse,
         )  # fmt: skip
         ctx.keep_equal, ctx.groups = keep_equal, groups
         ctx.set_materialize_grads(False)
-        return row_lse, col_lse, pos, *sums
+        return row_lse, col_lse, pos, *sums, count
 
     @staticmethod
     @once_differentiable

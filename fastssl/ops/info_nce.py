@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from fastssl.dist import resolve_levels
 from fastssl.ops import contrastive, queue
 from fastssl.ops.checks import (
     Problem,
@@ -18,6 +19,7 @@ from fastssl.ops.checks import (
     scale_of,
     unit_rows,
 )
+from fastssl.ops.sharded import Sharded, shards_of
 
 
 def _picked(x: Tensor, target: Tensor, groups: int) -> Tensor:
@@ -117,12 +119,14 @@ class InfoNCE(torch.autograd.Function):
         return *grads, *[None] * 7
 
 
-def _without_positive(problem: Problem, target: Tensor, M: int, groups: int) -> Problem:
-    """Each row's id its positive's place, unless there are ids already."""
+def _without_positive(
+    problem: Problem, target: Tensor, M: int, groups: int, first: int = 0
+) -> Problem:
+    """Each row's id its positive's place, counted from `first`, unless there are ids already."""
     if problem.q_ids is not None:
         return problem
-    every_key = torch.arange(M, device=target.device, dtype=torch.int32).repeat(groups)
-    return problem._replace(q_ids=target.clone(), k_ids=every_key)
+    every_key = torch.arange(first, first + M, device=target.device, dtype=torch.int32)
+    return problem._replace(q_ids=target + first, k_ids=every_key.repeat(groups))
 
 
 def _soft_losses(problem: Problem, target: Tensor, lse: Tensor) -> Tensor:
@@ -163,6 +167,8 @@ def info_nce(
     store_logits: bool = False,
     return_lse: bool = False,
     reduction: str = "mean",
+    group=None,
+    exchange: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE: loss_i = log sum_j e^l_ij - l_{i, target_i}, l_ij = <q_i, k_j> / tau + bias_j.
 
@@ -195,14 +201,24 @@ def info_nce(
         store_logits: keep the logits for the backward: one product less for 4 N M bytes. Needs k.
         return_lse: also return the log-sum-exp over keys, (N,), or (2, N) for rows and columns.
         reduction: "mean" of the weighted losses, "sum" or "none" for (N,) losses.
+        group: whose ranks' rows are one batch: None (all processes, once torch.distributed is
+            initialised), a process group, a DeviceMesh of one dimension or two (nodes, and the
+            ranks of a node), or fastssl.LOCAL for this process alone. Every rank gives its own
+            rows, any number of them; row i's positive is among its own keys, and target counts
+            within those. Groups of problems (3-D q) stay where they are.
+        exchange: how keys reach other ranks: "gather" all of them, "ring" block by block (with a
+            mesh of two dimensions: gathered inside a node, round the nodes), or "auto": by a ring
+            where all keys would take more than 1 GiB.
 
     Returns:
-        A float32 scalar, or (N,); with return_lse a pair.
+        A float32 scalar, or (N,); with return_lse a pair. Over several ranks the scalar is that of
+        the rows of all ranks, equal on each.
 
     Raises:
         TypeError, ValueError: integer features, differing widths, empty batch, wrong shapes,
             non-positive temperature, options that exclude each other, a target outside [0, M) on
-            the CPU.
+            the CPU; on all ranks, what differs between them and must not. RuntimeError: a rank has
+            stopped.
 
     Memory: O((N + M) D); the logits are never stored unless asked for. Keys that take no gradient
         cost 2 products of N x M x D in all, or 3 with any of margin, decoupled, hard_negatives,
@@ -210,7 +226,9 @@ def info_nce(
 
     Notes: as in `contrastive_lse`. A row whose keys are all left out has loss 0 and no gradient.
         NaN or infinite features give a non-finite loss rather than an error, because looking at
-        them would stall a GPU. One process: nothing is gathered.
+        them would stall a GPU. Over W ranks see `docs/distributed.md`: gradients are those of the
+        sum of all ranks' losses, which after DistributedDataParallel's mean is the gradient of one
+        process with the whole batch.
 
     Example:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
@@ -222,7 +240,8 @@ def info_nce(
         arXiv:2010.00747; DCL arXiv:2110.06848.
     """
     name = "info_nce"
-    check_features(name, q=q, k=k)
+    alone = not resolve_levels(name, group)
+    check_features(name, empty=not alone, q=q, k=k)
     scale = scale_of(name, temperature, logit_scale, q)
     check_reduction(name, reduction)
     rows = q.shape[:-1]
@@ -273,6 +292,11 @@ def info_nce(
             f"{name}: label_smoothing must lie in [0, 1) and row_weight in [0, 1], "
             f"got {label_smoothing} and {row_weight}."
         )
+    if not alone and (soft_target is not None or store_logits):
+        raise ValueError(
+            f"{name}: soft_target and store_logits need all logits in one place. Give "
+            "group=fastssl.LOCAL."
+        )
     if normalize:
         q, k = unit_rows(q), k if k is None else unit_rows(k)
     if given:
@@ -284,7 +308,7 @@ def info_nce(
     if margin is not None and symmetric:  # each direction leaves out other pairs
         options = {
             "logit_scale": scale, "margin": margin, "decoupled": decoupled, "reduction": "none",
-            "sample_weight": sample_weight,
+            "sample_weight": sample_weight, "group": group, "exchange": exchange,
         }  # fmt: skip
         if bias is not None or hard_negatives is not None or return_lse or store_logits:
             raise ValueError(
@@ -293,15 +317,22 @@ def info_nce(
             )
         by_row = info_nce(q, k, q_ids=q_ids, k_ids=k_ids, **options)
         by_col = info_nce(k, q, q_ids=q_ids if k_ids is None else k_ids, k_ids=q_ids, **options)
-        return reduced(row_weight * by_row + (1 - row_weight) * by_col, reduction)
+        shards, _ = shards_of(name, group, exchange, q, k)
+        return reduced(row_weight * by_row + (1 - row_weight) * by_col, reduction, shards)
 
     # The gradients of the two parts of a soft loss, which cancel near convergence, are rounded one
     # by one.
     dtype = None if soft_target is None else scale.dtype
     problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias, dtype=dtype)
+    options = q_ids is not None, bias is not None, symmetric, decoupled, margin, label_smoothing
+    shards, key_shards = shards_of(
+        name, group, exchange, problem.q, problem.k,
+        **{"the reduction": reduction, "the options": options},
+    )  # fmt: skip
+    first = 0 if shards is None else key_shards.first
     own = None
     if decoupled or margin is not None:
-        problem = _without_positive(problem, target, M, groups)
+        problem = _without_positive(problem, target, M, groups, first)
     if margin is not None:
         with torch.no_grad():
             x, y = problem.q.to(scale.dtype), _picked(problem.k, target, groups).to(scale.dtype)
@@ -317,7 +348,8 @@ def info_nce(
     weight = float_vector(name, "sample_weight", sample_weight, rows, scale)
     frozen = not (symmetric or k is None or store_logits or _learns(k) or _learns(bias))
     plain = not (varied or label_smoothing or return_lse) and soft_target is None
-    if plain and weight is None and (row_weight == 0.5 or not symmetric):
+    plain = plain and weight is None and (row_weight == 0.5 or not symmetric)
+    if plain and shards is None:
         frozen = frozen and _learns(problem.q)
         if frozen and problem.q_ids is None:
             # Without the positive in the sum its softmax weight, near 1 at convergence, is never
@@ -329,9 +361,14 @@ def info_nce(
         )
         return loss.view(rows) if reduction == "none" else loss
 
-    row_lse, col_lse, pos, *total, count = contrastive.Contrastive.apply(
-        *problem, target, True, symmetric, groups, store_logits, label_smoothing > 0
-    )
+    if shards is None or q.dim() == 3:
+        row_lse, col_lse, pos, *total, count = contrastive.Contrastive.apply(
+            *problem, target, True, symmetric, groups, store_logits, label_smoothing > 0
+        )
+    else:
+        row_lse, col_lse, pos, *total, count = Sharded.apply(
+            *problem, target, symmetric, label_smoothing > 0, None, None, key_shards
+        )
     wide = scale.dtype
     if hard_negatives is not None:
         extra = unit_rows(hard_negatives) if normalize else hard_negatives
@@ -353,7 +390,7 @@ def info_nce(
         loss = row_weight * loss + (1 - row_weight) * losses(col_lse, total[1])
     if weight is not None:
         loss = loss * weight
-    loss = reduced(loss.view(rows), reduction)
+    loss = reduced(loss.view(rows), reduction, shards)
     if not return_lse:
         return loss
     lse = torch.stack([row_lse, col_lse] if symmetric else [row_lse])

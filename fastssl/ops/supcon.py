@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from fastssl.dist import resolve_levels
 from fastssl.ops.checks import (
     Problem,
     check_features,
@@ -21,6 +22,7 @@ from fastssl.ops.checks import (
     unit_rows,
 )
 from fastssl.ops.contrastive import Contrastive
+from fastssl.ops.sharded import Sharded, shards_of
 
 
 def sup_con(
@@ -36,6 +38,8 @@ def sup_con(
     sample_weight: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    group=None,
+    exchange: str = "auto",
 ) -> Tensor:
     """Supervised contrastive loss over P(i), the keys of row i's label, l_ij = <q_i, k_j> / tau.
 
@@ -56,20 +60,22 @@ def sup_con(
         sample_weight: (N,) factor of each row's loss.
         normalize: L2-normalise the rows first, in float32.
         reduction: "mean" of the N weighted losses, "sum" or "none" for (N,).
+        group, exchange: as in `info_nce`: rows of all ranks are keys of each other, and equal
+            labels attract wherever they are; own_key counts within the rank's own keys.
 
     Returns:
-        A float32 scalar, or (N,). A row without a positive has loss 0 and no gradient, and counts
+        A float32 scalar, or (N,). Over several ranks the scalar is that of the rows of all ranks,
+        equal on each. A row without a positive has loss 0 and no gradient, and counts
         in the mean.
 
     Raises:
         TypeError, ValueError: integer features, float labels, differing widths, empty batch, wrong
-            shapes, non-positive temperature.
+            shapes, non-positive temperature; on all ranks, what differs between them and must not.
 
     Memory: O((N + M) D); neither the logits nor a mask of pairs is stored. The positives cost
         O((N + M) D) operations with "out", a second pass over all pairs otherwise.
 
-    Notes: sums accumulate in float32. Deterministic; no host sync. One process: nothing is
-        gathered.
+    Notes: sums accumulate in float32. Deterministic. Gradients over several ranks as in `info_nce`.
 
     Example:
         >>> z, labels = torch.randn(8, 16), torch.arange(8) // 4
@@ -79,7 +85,7 @@ def sup_con(
     Paper: supervised contrastive learning, arXiv:2004.11362.
     """
     name = "sup_con"
-    check_features(name, q=q, k=k)
+    check_features(name, empty=bool(resolve_levels(name, group)), q=q, k=k)
     if q.dim() != 2:
         raise ValueError(f"{name}: q must be (N, D), got {tuple(q.shape)}.")
     check_reduction(name, reduction)
@@ -106,23 +112,33 @@ def sup_con(
         )
     weight = float_vector(name, "sample_weight", sample_weight, q.shape[:1], scale)
 
+    shards, key_shards = shards_of(
+        name, group, exchange, q, k, **{"the reduction": reduction, "positives": positives}
+    )
+    first = 0 if shards is None else shards.first
     q_ids = k_ids = target = None
     if own_key is not None:
         own_key = int_vector(name, "own_key", own_key, q.shape[:1], q.device)
         target = own_key.clamp(min=0)
         check_target(name, target, len(k))
-        q_ids = torch.arange(len(q), device=q.device, dtype=torch.int32)
+        q_ids = torch.arange(first, first + len(q), device=q.device, dtype=torch.int32)
         slot = torch.where(own_key < 0, len(k), own_key).long()  # one more, for rows without a key
-        k_ids = torch.full_like(q_ids[:1], -1).repeat(len(k) + 1).scatter(0, slot, q_ids)[:-1]
+        k_ids = q_ids.new_full((len(k) + 1,), -1).scatter(0, slot, q_ids)[:-1]
+
+    def sums(problem, target=None, alike=True):
+        if shards is None:
+            alike = (True, labels, k_labels) if alike else ()
+            return Contrastive.apply(*problem, target, True, False, 1, False, *alike)
+        alike = (True, labels, k_labels) if alike else (False, None, None)
+        return Sharded.apply(*problem, target, False, *alike, key_shards)
+
     problem = Problem(q, k, scale, q_ids, k_ids, False, None, None)
     if positives == "out":
-        lse, _, own, positive, _, count = Contrastive.apply(
-            *problem, target, True, False, 1, False, True, labels, k_labels
-        )
+        lse, _, own, positive, _, count = sums(problem, target)
         if own_key is not None:
             own_label = (labels if k_labels is None else k_labels).index_select(0, target)
             among = (own_key >= 0) & (own_label == labels)
-            positive, count = positive - torch.where(among, own, 0), count - among.long()
+            positive, count = positive - torch.where(among, own, 0), count - among.to(count.dtype)
         loss = lse - positive / count.clamp(min=1)
     else:
         # log sum_j = log sum_p + softplus(log sum_n - log sum_p) with n the rows of other labels:
@@ -130,15 +146,12 @@ def sup_con(
         # Clones: one tensor in two roles would break the graph under torch.compile.
         ids = labels.clone(), None if k_labels is None else k_labels.clone()
         problem = problem._replace(q_ids=ids[0], k_ids=ids[1])
-        negative = Contrastive.apply(*problem, None, True, False, 1, False)[0]
-        problem = problem._replace(keep_equal=True)
-        positive, *_, count = Contrastive.apply(
-            *problem, None, True, False, 1, False, True, labels, k_labels
-        )
+        negative = sums(problem, alike=False)[0]
+        positive, *_, count = sums(problem._replace(keep_equal=True))
         loss = softplus(negative - torch.where(count > 0, positive, 0))
         if positives == "in":
             loss = loss + count.clamp(min=1).log()
     loss = torch.where(count > 0, loss, 0)
     if weight is not None:
         loss = loss * weight
-    return reduced(loss, reduction)
+    return reduced(loss, reduction, shards)

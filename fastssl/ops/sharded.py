@@ -1,0 +1,326 @@
+"""The similarity ops over many processes: each rank owns its rows, keys come to it in blocks.
+
+Row sums are local; column sums of all ranks meet by one exchange of M numbers; the gradients of
+keys return to their owners as fp32 sums. Gathered, the keys of all ranks are one block, held until
+the backward. Round a ring one block at a time comes by, the next one on its way, and its gradient
+travels behind it. With q against itself each unordered pair of shards is computed once.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastssl.dist import (
+    GATHERED_BYTES,
+    Shards,
+    agree,
+    check_exchange,
+    exchange_parts,
+    gather_rows,
+    permute,
+    resolve_levels,
+    scatter_sums,
+)
+from fastssl.ops import contrastive
+from fastssl.ops.checks import Problem
+from fastssl.ops.contrastive import Upstream, alike_counts, alike_sums
+
+# ------------------------------------------------------------------- which pairs a rank computes
+
+
+class Piece(NamedTuple):
+    """Rows of this rank against keys of a block, or its rows against themselves."""
+
+    rows: slice
+    keys: slice
+    itself: bool = False
+
+
+def pieces(shards: Shards, step: int, itself: bool) -> tuple[int, list[Piece]]:
+    """The block that is here at this step, and what this rank computes with it.
+
+    With `itself` a rank takes the shards less than half a round behind it. Two that lie half a
+    round apart share: the first half of the earlier one's rows is the earlier one's work.
+    """
+    sizes, ring = shards.sizes, len(shards.blocks)
+    each = len(sizes) // ring  # ranks of a block
+    node, place = divmod(shards.rank, each)
+    block = (node - step) % ring
+    own = sizes[shards.rank]
+    ends = list(accumulate(sizes[block * each : (block + 1) * each], initial=0))
+    every = Piece(slice(0, own), slice(0, ends[-1]))
+    if not itself or 0 < 2 * step < ring:
+        return block, [every]
+    if step and node < block:
+        return block, [every._replace(rows=slice(0, own // 2))]
+    found = []
+    for member in range(each):
+        first, last = ends[member], ends[member + 1]
+        piece = Piece(slice(0, own), slice(first, last))
+        if step:
+            behind, round_, earlier = 1, 2, False  # half a round, and the other one is the earlier
+        else:
+            behind, round_, earlier = (place - member) % each, each, place < member
+        if 2 * behind > round_:
+            continue
+        if behind == 0:
+            piece = piece._replace(itself=True)
+        elif 2 * behind == round_ and earlier:
+            piece = piece._replace(rows=slice(0, own // 2))
+        elif 2 * behind == round_:
+            piece = piece._replace(keys=slice(first + (last - first) // 2, last))
+        found.append(piece)
+    return block, found
+
+
+def last_step(shards: Shards, itself: bool) -> int:
+    """With `itself` the blocks go half round."""
+    ring = len(shards.blocks)
+    return ring // 2 if itself else ring - 1
+
+
+def each_block(
+    keys: Tensor,
+    whole: Tensor | None,
+    shards: Shards,
+    itself: bool,
+    compute: Callable,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """compute(step, place of the block's first key, keys of the block, piece) for all pieces.
+
+    Args:
+        keys: (M, D) of this rank. whole: those of all ranks, if they have been gathered.
+        dtype: where compute returns the gradient of its piece's keys, or None, the dtype of their
+            sums, which are this function's result.
+    """
+    block = gather_rows(keys, shards, shards.ring) if whole is None else whole
+    sizes, places = shards.blocks, list(accumulate(shards.blocks, initial=0))
+    last, total = last_step(shards, itself), None
+    for step in range(last + 1):
+        at, work = pieces(shards, step, itself)
+        coming = None
+        if step < last:
+            coming = permute(block, shards.levels[0], 1, sizes[(at - 1) % len(sizes)])
+        gradient = None
+        for piece in work:
+            if piece.rows.start == piece.rows.stop or piece.keys.start == piece.keys.stop:
+                continue
+            part = compute(step, places[at], block, piece)
+            if part is not None and len(part) == len(block):
+                gradient = part
+            elif part is not None:
+                gradient = torch.zeros_like(block, dtype=dtype) if gradient is None else gradient
+                gradient[piece.keys] += part
+        if dtype is not None:
+            gradient = torch.zeros_like(block, dtype=dtype) if gradient is None else gradient
+            if total is not None:
+                gradient += total.wait()
+            if last and step < last:  # behind its keys
+                total = permute(gradient, shards.levels[0], 1, sizes[(at - 1) % len(sizes)])
+            elif last:  # straight home
+                total = permute(gradient, shards.levels[0], -last, sizes[(at + last) % len(sizes)])
+        block = None if coming is None else coming.wait()
+    if dtype is None:
+        return None
+    return scatter_sums(total.wait() if last else gradient, shards, shards.ring)
+
+
+# ------------------------------------------------------------------------ what the ranks agree on
+
+
+def shards_of(
+    name: str, group, exchange: str, q: Tensor, k: Tensor | None, **same
+) -> tuple[Shards | None, Shards | None]:
+    """How the rows of q and those of the keys lie over the ranks; None where there is one rank.
+
+    Raises:
+        TypeError, ValueError: no group or exchange; on all ranks alike, rows of other widths,
+            dtypes or options, or no row at all.
+    """
+    keys = q if k is None else k
+    levels = resolve_levels(name, group)
+    check_exchange(name, exchange)
+    if not levels:
+        return None, None
+    learns = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (q, k)]
+    same = {"the width D": q.shape[1], "the dtype": q.dtype, "what takes a gradient": learns} | same
+    rows, sizes = agree(name, levels, (len(q), len(keys)), q, **same)
+    if not sum(rows) or not sum(sizes):
+        raise ValueError(f"{name}: the batches of all {len(rows)} ranks are empty. Skip this step.")
+    bytes_gathered = sum(sizes) * q.shape[1] * q.dtype.itemsize
+    ring = exchange == "ring" or (exchange == "auto" and bytes_gathered > GATHERED_BYTES)
+    return Shards(levels, rows), Shards(levels, sizes, ring)
+
+
+# ---------------------------------------------------------------------------------- log-sum-exps
+
+
+class Keys(NamedTuple):
+    """What every rank knows of the keys of all ranks, 4 bytes each."""
+
+    ids: Tensor | None  # (all M,) int32
+    bias: Tensor | None  # (all M,)
+    labels: Tensor | None  # (all M,) int32
+
+    @classmethod
+    def gather(cls, problem: Problem, labels, shards: Shards) -> "Keys":
+        ids = problem.q_ids if problem.k_ids is None else problem.k_ids
+        labels = labels[0] if labels[1] is None else labels[1]
+        own = ids, problem.bias, labels
+        return cls(*(None if x is None else gather_rows(x, shards) for x in own))
+
+
+def _part(x: Tensor | None, where: slice) -> Tensor | None:
+    return None if x is None else x[where]
+
+
+def _problem(
+    problem: Problem, labels, every: Keys, first: int, block: Tensor, piece: Piece
+) -> tuple[slice, Problem, tuple[Tensor | None, Tensor | None]]:
+    """The keys' places among all, and the arguments and labels of one piece."""
+    rows, keys = piece.rows, slice(first + piece.keys.start, first + piece.keys.stop)
+    if piece.itself:
+        return keys, problem, labels
+    part = problem._replace(
+        q=problem.q[rows],
+        k=block[piece.keys],
+        q_ids=_part(problem.q_ids, rows),
+        k_ids=_part(every.ids, keys),
+        bias=_part(every.bias, keys),
+        limit=_part(problem.limit, rows),
+    )
+    return keys, part, (_part(labels[0], rows), _part(every.labels, keys))
+
+
+def _merge(parts: Tensor) -> Tensor:
+    """Of P parts (P, M, C): the log-sum-exp of the first column, the sums of the others."""
+    return torch.cat([parts[..., :1].logsumexp(0), parts[..., 1:].sum(0)], 1)
+
+
+class Sharded(torch.autograd.Function):
+    """`Contrastive` with the keys of all ranks; targets count within the rank's own keys."""
+
+    @staticmethod
+    def forward(
+        ctx, q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, cols, alike,
+        q_labels, k_labels, shards,
+    ):  # fmt: skip
+        problem = Problem(q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
+        itself, labels = k is None, (q_labels, k_labels)
+        every = Keys.gather(problem, labels, shards)
+        cross = cols or itself
+        row_lse = scale.new_full((len(q),), -torch.inf)
+        pos = scale.new_zeros(0 if target is None else len(q))
+        by_row = scale.new_zeros(len(q) if alike else 0)
+        parts = scale.new_zeros(shards.total, 1 + alike)
+        parts[:, 0] = -torch.inf
+
+        def compute(step, first, block, piece):
+            keys, part, part_labels = _problem(problem, labels, every, first, block, piece)
+            own = None if target is None or step or itself != piece.itself else target
+            if own is not None and not itself:
+                own = own + (shards.first - first)
+            row, col, own_pos, _ = contrastive.forward(
+                part, own, True, cross and not piece.itself, piece.itself, 1, False
+            )
+            row_lse[piece.rows] = torch.logaddexp(row_lse[piece.rows], row)
+            if own is not None:
+                pos.copy_(own_pos)
+            if col.numel():
+                parts[keys, 0] = torch.logaddexp(parts[keys, 0], col)
+            if alike:
+                sums, col_sums = alike_sums(part, *part_labels, 1, col.numel() > 0)
+                by_row[piece.rows] += sums
+                if col.numel():
+                    parts[keys, 1] += col_sums
+
+        whole = None if shards.ring else gather_rows(q if itself else k, shards)
+        each_block(q if itself else k, whole, shards, itself, compute)
+        col_lse, by_col = scale.new_empty(0), scale.new_empty(0)
+        if cross:
+            col_lse, *rest = exchange_parts(parts, shards, _merge).unbind(1)
+            by_col = rest[0] if alike else by_col
+        if itself:
+            row_lse, col_lse = torch.logaddexp(row_lse, col_lse), scale.new_empty(0)
+            by_row, by_col = (by_row + by_col, scale.new_empty(0)) if alike else (by_row, by_col)
+        count = alike_counts(scale, shards.total, itself, q_labels, every.labels)
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(
+            q, k, scale, q_ids, k_ids, bias, limit, target, q_labels, k_labels, *every,
+            whole, row_lse, col_lse,
+        )  # fmt: skip
+        ctx.keep_equal, ctx.shards = keep_equal, shards
+        ctx.set_materialize_grads(False)
+        return row_lse, col_lse, pos, by_row, by_col, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drow, dcol, dpos, drow_alike, dcol_alike, _):
+        q, k, scale, q_ids, k_ids, bias, limit, target, *labels = ctx.saved_tensors[:10]
+        *every, whole, row_lse, col_lse = ctx.saved_tensors[10:]
+        shards, every, itself = ctx.shards, Keys(*every), k is None
+        problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
+        need_q, need_k, need_scale, need_bias = contrastive.needed(ctx)
+        need_k = need_q if itself else need_k
+        # What the columns weigh: with q against itself, what its rows weigh as rows.
+        columns = (row_lse, drow, drow_alike) if itself else (col_lse, dcol, dcol_alike)
+        columns = _gather_columns(columns, shards)
+        dq = torch.zeros_like(q, dtype=scale.dtype)
+        dbias = scale.new_zeros(shards.total if need_bias else 0, 1)
+        dscale = torch.zeros_like(scale)
+
+        def compute(step, first, block, piece):
+            keys, part, part_labels = _problem(problem, labels, every, first, block, piece)
+            own = None if dpos is None or step or itself != piece.itself else target
+            if own is not None and not itself:
+                own = own + (shards.first - first)
+            lse, dlse, dalike = (None if piece.itself else _part(x, keys) for x in columns)
+            upstream = Upstream(
+                _part(drow, piece.rows), dlse, None if own is None else dpos,
+                _part(drow_alike, piece.rows), dalike,
+            )  # fmt: skip
+            empty = scale.new_empty(0)
+            statistics = empty.view(0, 0), row_lse[piece.rows], empty if lse is None else lse
+            part_dq, part_dk, part_dscale, *_, part_dbias, _ = contrastive.backward(
+                part, own, part_labels, statistics, upstream, 1,
+                (need_q, need_k and not piece.itself, need_scale, need_bias), wide=True,
+            )  # fmt: skip
+            if need_q:
+                dq[piece.rows] += part_dq
+            if need_scale:
+                dscale.add_(part_dscale)
+            if need_bias:
+                dbias[keys, 0] += part_dbias
+            return part_dk
+
+        keys = q if itself else k
+        dk = each_block(keys, whole, shards, itself, compute, scale.dtype if need_k else None)
+        if need_bias:
+            dbias = exchange_parts(dbias, shards, lambda parts: parts.sum(0)).squeeze(1)
+        if itself and need_q:
+            dq += dk
+        return (
+            dq.to(q.dtype) if need_q else None,
+            dk.to(q.dtype) if need_k and not itself else None,
+            dscale if need_scale else None,
+            None,
+            None,
+            None,
+            dbias if need_bias else None,
+            *[None] * 7,
+        )
+
+
+def _gather_columns(own: tuple, shards: Shards) -> list[Tensor | None]:
+    """Those of the vectors that are there, of all ranks, by one exchange."""
+    there = [x for x in own[1:] if x is not None]
+    if not there:
+        return [None, None, None]
+    every = iter(gather_rows(torch.stack([own[0], *there], 1), shards).unbind(1))
+    lse = next(every)
+    return [lse, *(None if x is None else next(every).contiguous() for x in own[1:])]
