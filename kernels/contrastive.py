@@ -234,7 +234,11 @@ def contrastive_bwd_kernel(
                              KEEP_EQUAL, SELF)  # fmt: skip
         y_side = load_side(y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, y_label_ptr,
                            y_alike_ptr, at_m, offs_m < M)  # fmt: skip
-        g = tile_gradient(logits, x_side, y_side, offs_n, offs_m, M, SELF)
+        g = tile_gradient(
+            logits, x_side, y_side, offs_n, offs_m, M, x_lse_ptr is not None, y_lse_ptr is not None,
+            x_target_ptr is not None, y_target_ptr is not None,
+            x_alike_ptr is not None or y_alike_ptr is not None, SELF,
+        )  # fmt: skip
         if dscale_ptr is not None:
             dscale += tl.sum(g * c, 1)
         if dbias_ptr is not None:

@@ -145,7 +145,11 @@ def contrastive_panel_kernel(
                        at_n, mask_n)  # fmt: skip
     y_side = load_side(y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, y_label_ptr, y_alike_ptr,
                        at_m, mask_m)  # fmt: skip
-    g = tile_gradient(logits, x_side, y_side, offs_n, offs_m, M, SELF)
+    g = tile_gradient(
+        logits, x_side, y_side, offs_n, offs_m, M, x_lse_ptr is not None, y_lse_ptr is not None,
+        x_target_ptr is not None, y_target_ptr is not None,
+        x_alike_ptr is not None or y_alike_ptr is not None, SELF,
+    )  # fmt: skip
     g = tl.where(mask_n[:, None], g, 0.0)  # (BLOCK_N, BLOCK_M)
     if dscale_ptr is not None:
         tile = group * tl.cdiv(N, BLOCK_N) + start_n // BLOCK_N

@@ -89,8 +89,10 @@ def load_lse(ptr, at):
 
 @triton.jit
 def load_side(lse_ptr, dlse_ptr, target_ptr, dpos_ptr, label_ptr, alike_ptr, at, mask):
-    """What the gradient needs of one side's rows, None for what is absent."""
-    lse, dlse, target, dpos, label, alike = None, None, None, None, None, None
+    """What the gradient needs of one side's rows; zeros stand for what is absent: older Tritons
+    return no None."""
+    lse = tl.zeros_like(at).to(tl.float32)
+    dlse, target, dpos, label, alike = lse, at, lse, tl.zeros_like(at), lse
     if lse_ptr is not None:
         lse = load_lse(lse_ptr, at)
         dlse = tl.load(dlse_ptr + at)
@@ -105,7 +107,9 @@ def load_side(lse_ptr, dlse_ptr, target_ptr, dpos_ptr, label_ptr, alike_ptr, at,
 
 
 @triton.jit
-def tile_gradient(logits, x_side, y_side, offs_n, offs_m, M, SELF: tl.constexpr):
+def tile_gradient(logits, x_side, y_side, offs_n, offs_m, M, X_LSE: tl.constexpr,
+                  Y_LSE: tl.constexpr, X_TARGET: tl.constexpr, Y_TARGET: tl.constexpr,
+                  ALIKE: tl.constexpr, SELF: tl.constexpr):  # fmt: skip
     """G_ij = dlse_i e^(l_ij - lse_i) + dlse_j e^(l_ij - lse_j), plus dpos where j = t_i or i = t_j,
     plus alike_i + alike_j where the labels are equal, left out or not, but for self-pairs.
 
@@ -116,26 +120,18 @@ def tile_gradient(logits, x_side, y_side, offs_n, offs_m, M, SELF: tl.constexpr)
     x_lse, x_dlse, x_target, x_dpos, x_label, x_alike = x_side
     y_lse, y_dlse, y_target, y_dpos, y_label, y_alike = y_side
     g = tl.zeros_like(logits)
-    if x_alike is not None or y_alike is not None:
-        alike = (offs_m < M)[None, :]
-        if x_label is not None:
-            alike &= x_label[:, None] == y_label[None, :]
+    if ALIKE:
+        alike = (x_label[:, None] == y_label[None, :]) & (offs_m < M)[None, :]
         if SELF:
             alike &= offs_n[:, None] != offs_m[None, :]
-        if x_alike is None:
-            weight = y_alike[None, :]
-        elif y_alike is None:
-            weight = x_alike[:, None]
-        else:
-            weight = x_alike[:, None] + y_alike[None, :]
-        g += tl.where(alike, weight, 0.0)
-    if x_lse is not None:
+        g += tl.where(alike, x_alike[:, None] + y_alike[None, :], 0.0)
+    if X_LSE:
         g += x_dlse[:, None] * exp_of(logits - x_lse[:, None])
-    if y_lse is not None:
+    if Y_LSE:
         g += y_dlse[None, :] * exp_of(logits - y_lse[None, :])
     # Added before rounding: near convergence p - 1 is small and its parts are not.
-    if x_target is not None:
+    if X_TARGET:
         g += tl.where(x_target[:, None] == offs_m[None, :], x_dpos[:, None], 0.0)
-    if y_target is not None:
+    if Y_TARGET:
         g += tl.where(offs_n[:, None] == y_target[None, :], y_dpos[None, :], 0.0)
     return g  # (BLOCK_N, BLOCK_M)
