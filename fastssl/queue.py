@@ -1,10 +1,12 @@
 """A first-in, first-out queue of features: MoCo's negatives, NNCLR's support set."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.dist import Shards, agree, gather_rows, resolve_levels
+from fastssl.dist import LOCAL, Shards, agree, gather_rows, resolve_levels
 
 
 class FeatureQueue(nn.Module):
@@ -17,23 +19,27 @@ class FeatureQueue(nn.Module):
         ids: keep one integer id with each row, in `ids`, for `queue_nce(queue_ids=...)`; likewise.
         dtype: of the features; what comes in is cast to it. Under bfloat16 autocast a bfloat16
             queue saves `queue_nce` a cast of the whole queue in every step.
-        group: None (all processes, once torch.distributed is initialised), a process group, or
-            fastssl.LOCAL for none: `enqueue` takes the rows of all its ranks, in rank order, so
-            that the queue is equal on all of them.
+        group: None (all processes, once torch.distributed is initialised), a process group, a
+            DeviceMesh, or fastssl.LOCAL for none: `enqueue` takes the rows of all its ranks, in
+            rank order, so that the queue is equal on all of them.
+        sharded: each of the W ranks keeps size / W rows instead, the last of its own, for
+            `queue_nce(queue_sharded=True)`.
         seed: of the random unit rows it starts with, equal on all ranks; another for each queue.
 
     Buffers, all in the state dict: features (K, D); pointer () int64, the row written next;
         filled () int64, rows written so far, at most K; labels and ids (K,) int64, or None.
 
     Raises:
-        ValueError: a size or dim below 1. TypeError: a dtype that is not floating point, or no
-            group.
+        ValueError: a size or dim below 1, a size that is no multiple of W if sharded.
+        TypeError: a dtype that is not floating point, or no group.
 
-    Memory: K x D; never copied.
+    Memory: K x D, or K / W x D if sharded; never copied.
 
     Notes: no gradient flows through it, and the host never waits for the device, except for the
         ranks' row counts where the group has no CPU backend. All ranks of the group must call
-        `enqueue`, with any number of rows each.
+        `enqueue`, with any number of rows each. A sharded queue differs between ranks, and its
+        `enqueue` talks to none: wrap its owner in DistributedDataParallel with
+        broadcast_buffers=False, and save it on every rank.
 
     Example:
         >>> from fastssl.ops import queue_nce
@@ -54,6 +60,7 @@ class FeatureQueue(nn.Module):
         ids: bool = False,
         dtype: torch.dtype = torch.float32,
         group=None,
+        sharded: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -61,8 +68,16 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"FeatureQueue: size and dim must be at least 1, got {size}, {dim}.")
         if not dtype.is_floating_point:
             raise TypeError(f"FeatureQueue: dtype must be floating point, got {dtype}.")
-        resolve_levels("FeatureQueue", group)
-        self.group = group
+        levels = resolve_levels("FeatureQueue", group)
+        self.group = LOCAL if sharded else group
+        if sharded and levels:
+            ranks = Shards(levels, (1,) * math.prod(level.size for level in levels))
+            if size % ranks.total:
+                raise ValueError(
+                    f"FeatureQueue: size must be a multiple of the {ranks.total} ranks it is "
+                    f"sharded over, got {size}."
+                )
+            size, seed = size // ranks.total, seed * ranks.total + ranks.rank
         # From a generator of its own on the CPU: equal on all ranks and devices.
         generator = torch.Generator().manual_seed(seed)
         rows = normalize(torch.randn(size, dim, generator=generator, device="cpu"), dim=1)

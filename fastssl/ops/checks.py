@@ -167,6 +167,14 @@ def reduced(loss: Tensor, reduction: str, shards: Shards | None = None) -> Tenso
     return total / shards.total if reduction == "mean" else total
 
 
+def slope_of_row(reduction: str, N: int, shards: Shards | None = None) -> float:
+    """The derivative of what `reduced` gives by one row's loss."""
+    if shards is None or reduction == "none":
+        return 1 / N if reduction == "mean" else 1.0
+    world = len(shards.sizes)
+    return world / shards.total if reduction == "mean" else float(world)
+
+
 class UnitRows(torch.autograd.Function):
     """x / |x| by rows, and dx = (g - <g, y> y) / |x|: keeps x and one number a row.
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from fastssl.dist import Shards, exchange_parts, gather_rows, resolve_levels
 from fastssl.ops import contrastive
 from fastssl.ops.checks import (
+    Problem,
     check_features,
     check_reduction,
     common_dtype,
@@ -19,9 +21,11 @@ from fastssl.ops.checks import (
     prepare,
     reduced,
     scale_of,
+    slope_of_row,
     unit_rows,
 )
 from fastssl.ops.contrastive import PROBLEM, lib, logits_ref, without_autocast
+from fastssl.ops.sharded import shards_of
 
 
 @without_autocast
@@ -60,8 +64,10 @@ torch.library.register_fake("fastssl::queue_fwd", _fake, lib=lib)
 contrastive.on_cuda("queue", "queue_fwd", queue_fwd_ref)
 
 
-def forward(problem, groups: int) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, groups: int) -> tuple[Tensor, Tensor]:
     q, k, scale, q_ids, k_ids, *rest = problem
+    if not len(q):  # this rank's share of a batch that others hold
+        return scale.new_zeros(0), scale.new_zeros(q.shape)
     fwd = queue_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.queue_fwd
     return fwd(q, k, scale, q_ids, q_ids if k_ids is None else k_ids, *rest, groups)
 
@@ -74,16 +80,20 @@ class QueueNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, positive, scale, weight, reduction, groups, queue, *vectors):
+    def forward(ctx, q, positive, scale, weight, reduction, shards, queue_sharded, queue, *vectors):
         wide = scale.dtype
-        lse, out = forward((q, queue, scale, *vectors), groups)
+        problem = Problem(q, queue, scale, *vectors)
+        if queue_sharded:
+            lse, out = _over_shards(problem, shards)
+        else:
+            lse, out = forward(problem, 1)
         gap = lse - scale * (q.to(wide) * positive.to(wide)).sum(1)
         loss = softplus(gap)
         if weight is not None:
             loss = loss * weight
         ctx.save_for_backward(q, positive, scale, weight, out, gap)
-        ctx.each = 1 / len(q) if reduction == "mean" else 1.0
-        return reduced(loss, reduction)
+        ctx.each = slope_of_row(reduction, len(q), shards)
+        return reduced(loss, reduction, shards)
 
     @staticmethod
     @once_differentiable
@@ -100,8 +110,23 @@ class QueueNCE(torch.autograd.Function):
             (by_row * difference).to(q.dtype) if need_q else None,
             (-by_row * wide).to(positive.dtype) if need_positive else None,
             (slope * (wide * difference).sum(1)).sum() if need_scale else None,
-            *[None] * 9,
+            *[None] * 10,
         )
+
+
+def _over_shards(problem: Problem, shards: Shards) -> tuple[Tensor, Tensor]:
+    """`forward` where each rank holds a part of the queue: all queries visit all parts."""
+    q, q_ids = gather_rows(problem.q, shards), problem.q_ids
+    q_ids = None if q_ids is None else gather_rows(q_ids, shards)
+    lse, out = forward(problem._replace(q=q, q_ids=q_ids), 1)
+
+    def merge(parts):  # (P, N, 1 + D)
+        lse = parts[..., :1]
+        share = lse.softmax(0).masked_fill(lse.isneginf(), 0)
+        return torch.cat([lse.logsumexp(0), (share * parts[..., 1:]).sum(0)], 1)
+
+    both = exchange_parts(torch.cat([lse.unsqueeze(1), out], 1), shards, merge)
+    return both[:, 0], both[:, 1:]
 
 
 def queue_nce(
@@ -117,6 +142,8 @@ def queue_nce(
     sample_weight: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    group=None,
+    queue_sharded: bool = False,
 ) -> Tensor:
     """InfoNCE of one positive against a queue: -log e^s_i / (e^s_i + sum_j e^<q_i, queue_j>/tau).
 
@@ -134,19 +161,26 @@ def queue_nce(
         sample_weight: (N,) factor of each loss.
         normalize: L2-normalise q and k first, in float32; the queue is taken as it is.
         reduction: "mean" (of the N weighted losses), "sum" or "none" for (N,).
+        group: as in `info_nce`: whose ranks' rows the loss is the mean of.
+        queue_sharded: `queue` (with its ids and bias) is this rank's part of the negatives, and
+            all parts together count; else every rank holds all of them, and nothing is exchanged
+            but the sum of losses.
 
     Returns:
-        A float32 scalar, or (N,).
+        A float32 scalar, or (N,). Over several ranks the scalar is that of the rows of all ranks,
+        equal on each.
 
     Raises:
         TypeError, ValueError: integer features, differing widths or devices, empty batch, wrong
             shapes, non-positive temperature; a queue, bias or weight that requires a gradient.
 
-    Memory: O((N + M) D); the logits are never stored. 2 products of N x M x D in all.
+    Memory: O((N + M) D); the logits are never stored. 2 products of N x M x D in all. With
+        `queue_sharded` N counts the rows of all ranks, whose N (D + 1) fp32 results are exchanged.
 
     Notes: sums accumulate in float32; the gradient made in the forward is kept in float32, so a
         loss scale reaches it before it is rounded. Deterministic. The queue is read in the
-        forward only, so it may be overwritten before the backward.
+        forward only, so it may be overwritten before the backward. Gradients over several ranks as
+        in `info_nce`.
 
     Example:
         >>> q, k, queue = torch.randn(4, 16), torch.randn(4, 16), torch.randn(64, 16)
@@ -156,7 +190,8 @@ def queue_nce(
     Paper: MoCo, arXiv:1911.05722; NNCLR, arXiv:2104.14548.
     """
     name = "queue_nce"
-    check_features(name, q=q, k=k, queue=queue)
+    levels = resolve_levels(name, group)
+    check_features(name, empty=bool(levels) and len(queue) > 0, q=q, k=k, queue=queue)
     if q.dim() != 2 or q.shape != k.shape:
         raise ValueError(
             f"{name}: q and k must both be (N, D), got {tuple(q.shape)} and {tuple(k.shape)}."
@@ -176,10 +211,17 @@ def queue_nce(
     if k is q:  # as two tensors, for the autograd Function
         k = q.view_as(q)
     dtype = common_dtype(q, k, queue)
-    problem, groups = prepare(
+    problem, _ = prepare(
         name, flat(q, dtype), flat(queue, dtype), scale, q_ids, queue_ids, False, bias,
         k_ids_name="queue_ids",
     )  # fmt: skip
     weight = float_vector(name, "sample_weight", sample_weight, q.shape[:1], scale)
     q, queue, scale, *vectors = problem
-    return QueueNCE.apply(q, flat(k, dtype), scale, weight, reduction, groups, queue, *vectors)
+    shards, _ = shards_of(
+        name, group, "gather", q, queue,
+        **{"the reduction": reduction, "queue_sharded": queue_sharded, "ids": q_ids is not None},
+    )  # fmt: skip
+    sharded = queue_sharded and shards is not None
+    return QueueNCE.apply(
+        q, flat(k, dtype), scale, weight, reduction, shards, sharded, queue, *vectors
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from fastssl.dist import Shards, gather_rows, resolve_levels
 from fastssl.ops import contrastive
 from fastssl.ops.checks import (
     check_features,
@@ -22,9 +23,11 @@ from fastssl.ops.checks import (
     reduced,
     scale_of,
     scale_tensor,
+    slope_of_row,
     unit_rows,
 )
 from fastssl.ops.contrastive import lib, without_autocast
+from fastssl.ops.sharded import each_block, shards_of
 
 
 @without_autocast
@@ -95,20 +98,22 @@ class SigLIP(torch.autograd.Function):
     backward, run the pass again."""
 
     @staticmethod
-    def forward(ctx, q, k, scale, bias, q_ids, k_ids, target, weight, reduction, needs):
+    def forward(
+        ctx, q, k, scale, bias, q_ids, k_ids, target, weight, reduction, needs, shards, key_shards
+    ):
         need_q, need_k, need_scalars = needs
         by_row = reduction == "none"
-        ctx.each = 1 / len(q) if reduction == "mean" else 1.0
+        ctx.each, ctx.key_shards = slope_of_row(reduction, len(q), shards), key_shards
         total = scale.new_full((len(q),), ctx.each) if weight is None else weight * ctx.each
-        loss, *grads = _fwd(q)(
-            q, k, scale, bias, q_ids, k_ids, target, total,
+        loss, *grads = _forward(
+            key_shards, q, k, scale, bias, q_ids, k_ids, target, total,
             not by_row and (need_q or (need_scalars and not need_k)), not by_row and need_k,
         )  # fmt: skip
         ctx.save_for_backward(q, k, scale, bias, q_ids, k_ids, target, weight)
         ctx.grads = None if by_row else grads
         if weight is not None:
             loss = loss * weight
-        return reduced(loss, reduction)
+        return reduced(loss, reduction, shards)
 
     @staticmethod
     @once_differentiable
@@ -122,18 +127,43 @@ class SigLIP(torch.autograd.Function):
         else:
             total = torch.full_like(q[:, 0], ctx.each, dtype=dloss.dtype).mul_(dloss)
             total = total if weight is None else total * weight
-            _, dq, dk, dscale, dbias = _fwd(q)(*problem, total, need_q or not need_k, need_k)
+            _, dq, dk, dscale, dbias = _forward(
+                ctx.key_shards, *problem, total, need_q or not need_k, need_k
+            )
         return (
             dq.to(q.dtype) if need_q else None,
             dk.to(q.dtype) if need_k else None,
             dscale if need_scale else None,
             dbias if need_bias else None,
-            *[None] * 6,
+            *[None] * 8,
         )
 
 
-def _fwd(q: Tensor):
-    return siglip_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
+def _forward(
+    key_shards: Shards | None, q, k, scale, bias, q_ids, k_ids, target, weight, need_dq, need_dk
+) -> tuple[Tensor, ...]:
+    """The op; with `key_shards` over the keys of all ranks, whose gradients go to their owners."""
+    fwd = siglip_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.siglip_fwd
+    if key_shards is None:
+        return fwd(q, k, scale, bias, q_ids, k_ids, target, weight, need_dq, need_dk)
+    all_ids = None if k_ids is None else gather_rows(k_ids, key_shards)
+    loss, dq = scale.new_zeros(len(q)), scale.new_zeros(len(q) if need_dq else 0, q.shape[1])
+    dscale, dbias = torch.zeros_like(scale), torch.zeros_like(scale)
+    none = torch.full_like(target, -1)
+    target = torch.where(target < len(k), target, none)
+
+    def compute(step, first, block, piece):
+        own = none if step else torch.where(target < 0, none, target + (key_shards.first - first))
+        ids = None if all_ids is None else all_ids[first : first + len(block)]
+        part, part_dq, part_dk, part_dscale, part_dbias = fwd(
+            q, block, scale, bias, q_ids, ids, own, weight, need_dq, need_dk
+        )
+        for total, x in ((loss, part), (dq, part_dq), (dscale, part_dscale), (dbias, part_dbias)):
+            total += x
+        return part_dk if need_dk else None
+
+    dk = each_block(k, None, key_shards, False, compute, scale.dtype if need_dk else None)
+    return loss, dq, scale.new_zeros(0, q.shape[1]) if dk is None else dk, dscale, dbias
 
 
 def siglip(
@@ -149,6 +179,8 @@ def siglip(
     sample_weight: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    group=None,
+    exchange: str = "auto",
 ) -> Tensor:
     """Sigmoid loss: loss_i = sum_j log(1 + e^(-y_ij x_ij)), x_ij = scale <q_i, k_j> + bias.
 
@@ -164,19 +196,24 @@ def siglip(
         sample_weight: (N,) factor of each row's loss.
         normalize: L2-normalise the rows of q and k first, in float32.
         reduction: "mean" over the N rows (the paper's and open_clip's), "sum" or "none" for (N,).
+        group, exchange: as in `info_nce`: every rank's keys are negatives of every rank's rows; a
+            row's positive is among its own rank's keys, and target counts within those.
 
     Returns:
-        A float32 scalar, or (N,).
+        A float32 scalar, or (N,). Over several ranks the scalar is that of the rows of all ranks,
+        equal on each.
 
     Raises:
         TypeError, ValueError: integer features, differing widths, empty batch, wrong shapes,
-            non-positive scale.
+            non-positive scale; on all ranks, what differs between them and must not.
 
-    Memory: O((N + M) D); the logits are never stored. 3 products of N x M x D in all; with
+    Memory: O((N + M) D), M counting the keys of all ranks if they are gathered and those of this
+        rank round a ring; the logits are never stored. 3 products of N x M x D in all; with
         reduction="none" 4, since the gradient then waits for the upstream one.
 
     Notes: sums accumulate in float32, and the gradient made in the forward is kept in float32 so
-        that a loss scale reaches it before it is rounded. Deterministic.
+        that a loss scale reaches it before it is rounded. Deterministic. Gradients over several
+        ranks as in `info_nce`.
 
     Example:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
@@ -186,7 +223,7 @@ def siglip(
     Paper: SigLIP, arXiv:2303.15343.
     """
     name = "siglip"
-    check_features(name, q=q, k=k)
+    check_features(name, empty=bool(resolve_levels(name, group)), q=q, k=k)
     if q.dim() != 2:
         raise ValueError(f"{name}: q must be (N, D), got {tuple(q.shape)}.")
     check_reduction(name, reduction)
@@ -218,6 +255,11 @@ def siglip(
         grad and (x.requires_grad if isinstance(x, Tensor) else any(t.requires_grad for t in x))
         for x in (q, k, (scale, bias))
     )
+    q, k = flat(q, dtype), flat(k, dtype)
+    shards, key_shards = shards_of(
+        name, group, exchange, q, k,
+        **{"the reduction": reduction, "the options": (q_ids is not None, needs)},
+    )  # fmt: skip
     return SigLIP.apply(
-        flat(q, dtype), flat(k, dtype), scale, bias, q_ids, k_ids, target, weight, reduction, needs
+        q, k, scale, bias, q_ids, k_ids, target, weight, reduction, needs, shards, key_shards
     )
