@@ -1,17 +1,32 @@
 """pytorch-metric-learning's contrastive losses: their arguments, names, defaults and values.
 
 With cosine similarity and the default reducers. Labels alone never build a matrix of all pairs;
-indices from a miner, which has built one, are looked up in it.
+indices from a miner, which has built one, are looked up in it. Over several ranks the rows of all
+of them are one batch, without the library's DistributedLossWrapper: by labels only.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from fastssl.dist import (
+    LOCAL,
+    Level,
+    Shards,
+    agree,
+    all_sum,
+    gather_rows,
+    resolve_levels,
+    scatter_sums,
+)
+from fastssl.losses.ranks import check_group, described, global_mean, sample_ids
 from fastssl.ops import contrastive_lse, info_nce, sup_con
 from fastssl.ops.checks import check_features, int_vector, unit_rows
+from fastssl.ops.sharded import shards_of
 
 Indices = tuple[Tensor, ...]  # (anchors, positives, negatives) or (a1, positives, a2, negatives)
 
@@ -42,10 +57,37 @@ def _zero(embeddings: Tensor) -> Tensor:
     return (embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)) * 0).sum()
 
 
-class _PairLoss(nn.Module):
-    """What the losses share: arguments, checks, and the choice between labels and indices."""
+def _check_indices(name: str, levels: tuple[Level, ...]) -> None:
+    if levels:
+        raise ValueError(
+            f"{name}: indices and miners are for the pairs of one process, got several ranks. "
+            "Give labels alone, or a loss with group=fastssl.LOCAL."
+        )
 
-    def __init__(self, temperature: float, unsupported: dict):
+
+class _GatherRows(torch.autograd.Function):
+    """The rows of all ranks; a row's gradient is the sum of what all of them give it."""
+
+    @staticmethod
+    def forward(ctx, x, shards):
+        ctx.shards = shards
+        return gather_rows(x, shards)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        wide = d.to(torch.promote_types(d.dtype, torch.float32))
+        return scatter_sums(wide, ctx.shards).to(d.dtype), None
+
+
+class _PairLoss(nn.Module):
+    """What the losses share: arguments, checks, and the choice between labels and indices.
+
+    Of each loss, `by_labels` gives this rank's sum and count of what the mean is over. Its keys are
+    those of all ranks if `key_shards` is None, else this rank's.
+    """
+
+    def __init__(self, temperature: float, group, exchange: str, unsupported: dict):
         super().__init__()
         name = type(self).__name__
         if not temperature > 0:
@@ -56,10 +98,13 @@ class _PairLoss(nn.Module):
                     f"{name}: {argument} is not supported: the similarity is the cosine and the "
                     "reducer the default one. Use pytorch-metric-learning's class for others."
                 )
+        check_group(name, group, exchange)
         self.temperature = temperature
+        self.group = group
+        self.exchange = exchange
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return described(f"temperature={self.temperature}", self.group, self.exchange)
 
     def forward(
         self,
@@ -70,9 +115,11 @@ class _PairLoss(nn.Module):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         name = type(self).__name__
-        check_features(name, embeddings=embeddings, ref_emb=ref_emb)
+        levels = resolve_levels(name, self.group)
+        check_features(name, empty=bool(levels), embeddings=embeddings, ref_emb=ref_emb)
         N = len(embeddings)
         if indices_tuple is not None:
+            _check_indices(name, levels)
             pairs = _as_pairs(indices_tuple)
             if all(len(x) <= 1 for x in pairs):  # the library's rule
                 return _zero(embeddings)
@@ -92,12 +139,15 @@ class _PairLoss(nn.Module):
                 own_key = torch.arange(N, device=embeddings.device)
         labels = int_vector(name, "labels", labels, (N,), embeddings.device)
         if ref_emb is not None:
-            ref_labels = int_vector(
-                name, "ref_labels", ref_labels, (len(ref_emb),), embeddings.device
-            )
-            if N * len(ref_emb) <= 2:  # the library's rule: one pair of a kind is none
+            M = len(ref_emb)
+            ref_labels = int_vector(name, "ref_labels", ref_labels, (M,), embeddings.device)
+        shards, key_shards = shards_of(name, self.group, self.exchange, embeddings, ref_emb)
+        if ref_emb is not None:
+            pairs = N * M if shards is None else shards.total * key_shards.total
+            if pairs <= 2:  # the library's rule: one pair of a kind is none
                 return _zero(embeddings)
-        return self.by_labels(embeddings, labels, ref_emb, ref_labels, own_key)
+        sums = self.by_labels(embeddings, labels, ref_emb, ref_labels, own_key, key_shards)
+        return global_mean(*sums, levels)
 
 
 class NTXentLoss(_PairLoss):
@@ -108,6 +158,8 @@ class NTXentLoss(_PairLoss):
 
     Args:
         temperature: tau, positive.
+        group, exchange: whose ranks' rows are one batch, and how keys travel, as in
+            `fastssl.ops.info_nce`. Ours.
         **kwargs: the library's distance, reducer, embedding_regularizer ...: None only.
 
     Shapes: embeddings (N, D), labels (N,) integers, ref_emb (M, D), ref_labels (M,); without
@@ -117,10 +169,11 @@ class NTXentLoss(_PairLoss):
 
     Raises:
         TypeError, ValueError: unsupported arguments, non-positive temperature, neither labels nor
-            indices, float labels, wrong shapes.
+            indices, float labels, wrong shapes, indices and several ranks.
 
     Memory: O((N + M) D) and at most 4 numbers a positive pair, of all classes of a size together;
-        with an indices_tuple the N x M similarities.
+        with an indices_tuple the N x M similarities. Over several ranks M counts the keys of all,
+        which are gathered whatever `exchange` says.
 
     Notes: labels are counted on the host, once a call. ref_labels that is the very tensor given as
         labels leaves out the pairs (i, i), as in the library.
@@ -133,12 +186,20 @@ class NTXentLoss(_PairLoss):
     Paper: SimCLR, arXiv:2002.05709.
     """
 
-    def __init__(self, temperature: float = 0.07, **kwargs):
-        super().__init__(temperature, kwargs)
+    def __init__(self, temperature: float = 0.07, *, group=None, exchange="auto", **kwargs):
+        super().__init__(temperature, group, exchange, kwargs)
 
-    def by_labels(self, embeddings, labels, ref_emb, ref_labels, own_key) -> Tensor:
+    def by_labels(self, embeddings, labels, ref_emb, ref_labels, own_key, key_shards):
         q = unit_rows(embeddings)
         k = None if ref_emb is None else unit_rows(ref_emb)
+        if key_shards is not None:
+            if k is None:
+                k, ref_labels, own_key = q, labels, torch.arange(len(q), device=q.device)
+            k = _GatherRows.apply(k, key_shards)
+            ref_labels = gather_rows(ref_labels, key_shards)
+            own_key = None if own_key is None else own_key + key_shards.first
+        if not len(q):  # but all ranks reduce the gradients of the keys
+            return _zero(q) + _zero(k), torch.zeros((), device=q.device)
         scale = 1 / self.temperature
         lse, _, _ = contrastive_lse(q, k, scale, q_ids=labels, k_ids=ref_labels)  # (N,) negatives
         if k is None:
@@ -154,7 +215,7 @@ class NTXentLoss(_PairLoss):
             losses = softplus(lse[rows].unsqueeze(2) - logits)
             total = total + torch.where(positive, losses, 0).sum()
             pairs = pairs + positive.sum()
-        return total / pairs.clamp(min=1)
+        return total, pairs
 
     def by_indices(self, logits, a1, p, a2, n) -> Tensor:
         if len(a1) == 0 or len(a2) == 0:
@@ -200,6 +261,8 @@ class SupConLoss(_PairLoss):
 
     Args:
         temperature: tau, positive.
+        group, exchange: whose ranks' rows are one batch, and how keys travel, as in
+            `fastssl.ops.info_nce`. Ours.
         **kwargs: the library's distance, reducer, embedding_regularizer ...: None only.
 
     Shapes: embeddings (N, D), labels (N,) integers, ref_emb (M, D), ref_labels (M,); without
@@ -209,7 +272,8 @@ class SupConLoss(_PairLoss):
 
     Raises:
         TypeError, ValueError: unsupported arguments, non-positive temperature, neither labels nor
-            indices, float labels, wrong shapes, a pair that is positive and negative.
+            indices, float labels, wrong shapes, a pair that is positive and negative, indices and
+            several ranks.
 
     Memory: O((N + M) D); with an indices_tuple the N x M similarities.
 
@@ -225,19 +289,27 @@ class SupConLoss(_PairLoss):
     Paper: supervised contrastive learning, arXiv:2004.11362, L_out.
     """
 
-    def __init__(self, temperature: float = 0.1, **kwargs):
-        super().__init__(temperature, kwargs)
+    def __init__(self, temperature: float = 0.1, *, group=None, exchange="auto", **kwargs):
+        super().__init__(temperature, group, exchange, kwargs)
 
-    def by_labels(self, embeddings, labels, ref_emb, ref_labels, own_key) -> Tensor:
-        rows = sup_con(
-            embeddings, ref_emb, labels=labels, k_labels=ref_labels, own_key=own_key,
-            temperature=self.temperature, normalize=True, reduction="none",
-        )  # fmt: skip
+    def by_labels(self, embeddings, labels, ref_emb, ref_labels, own_key, key_shards):
+        group = LOCAL if key_shards is None else self.group
+        if len(embeddings) or key_shards is not None:
+            rows = sup_con(
+                embeddings, ref_emb, labels=labels, k_labels=ref_labels, own_key=own_key,
+                temperature=self.temperature, normalize=True, reduction="none", group=group,
+                exchange=self.exchange,
+            )  # fmt: skip
+        else:
+            rows = _zero(embeddings).expand(0)
         own = 1 if ref_labels is None or own_key is not None else 0  # a key of the row's label
-        ordered = (labels if ref_labels is None else ref_labels).sort().values
+        every = labels if ref_labels is None else ref_labels
+        ordered = (every if key_shards is None else gather_rows(every, key_shards)).sort().values
         first, end = (torch.searchsorted(ordered, labels, right=r) for r in (False, True))
         equal, keys = end - first, len(ordered)
-        return self._reduce(rows, (equal > own) & (equal < keys).any() & (keys - own > 1))
+        negatives = all_sum((equal < keys).sum(), resolve_levels("SupConLoss", self.group))
+        counted = (equal > own) & (negatives > 0) & (keys - own > 1)
+        return torch.where(counted, rows, 0).sum(), counted.sum()
 
     def by_indices(self, logits, a1, p, a2, n) -> Tensor:
         positive = torch.zeros_like(logits, dtype=torch.bool)
@@ -250,19 +322,21 @@ class SupConLoss(_PairLoss):
         lse = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
         mean = logits.masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
         counted = (count > 0) & (kept.sum(1) > 1) & negative.any()
-        return self._reduce(lse - mean, counted)
-
-    @staticmethod
-    def _reduce(rows: Tensor, counted: Tensor) -> Tensor:
-        return torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
+        return torch.where(counted, lse - mean, 0).sum() / counted.sum().clamp(min=1)
 
 
-def _checked(name: str, loss: nn.Module) -> nn.Module:
+def _wrapped(name: str, loss: nn.Module, group, exchange: str | None) -> nn.Module:
+    """loss, with the group and exchange of its wrapper if that has been given any."""
     if not isinstance(loss, _PairLoss):
         raise TypeError(
             f"{name}: loss must be a fastssl.losses.pml NTXentLoss or SupConLoss, "
             f"got {type(loss).__module__}.{type(loss).__name__}."
         )
+    if group is not None or exchange is not None:
+        loss = copy.copy(loss)
+        loss.group = loss.group if group is None else group
+        loss.exchange = loss.exchange if exchange is None else exchange
+        check_group(name, loss.group, loss.exchange)
     return loss
 
 
@@ -274,6 +348,7 @@ class SelfSupervisedLoss(nn.Module):
     Args:
         loss: an `NTXentLoss` or `SupConLoss` of this module.
         symmetric: contrast the rows of both views with each other; else embeddings with ref_emb.
+        group, exchange: in place of those of the loss. Ours.
 
     Shapes: embeddings and ref_emb (N, D). Returns a float32 scalar.
 
@@ -290,9 +365,11 @@ class SelfSupervisedLoss(nn.Module):
     Paper: SimCLR, arXiv:2002.05709.
     """
 
-    def __init__(self, loss: nn.Module, symmetric: bool = True):
+    def __init__(
+        self, loss: nn.Module, symmetric: bool = True, *, group=None, exchange: str | None = None
+    ):
         super().__init__()
-        self.loss = _checked("SelfSupervisedLoss", loss)
+        self.loss = _wrapped("SelfSupervisedLoss", loss, group, exchange)
         self.symmetric = symmetric
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
@@ -301,14 +378,19 @@ class SelfSupervisedLoss(nn.Module):
                 "SelfSupervisedLoss: both views must have one shape, got "
                 f"{tuple(embeddings.shape)} and {tuple(ref_emb.shape)}."
             )
-        N = len(embeddings)
-        row = torch.arange(2 * N, device=embeddings.device)
-        q, k, target, labels = embeddings, ref_emb, None, row[:N]
+        N, loss = len(embeddings), self.loss
+        q, k, target = embeddings, ref_emb, None
         if self.symmetric:
-            q, k, target, labels = torch.cat([q, k]), None, row.roll(N), row % N
-        if isinstance(self.loss, NTXentLoss):  # one positive a row, known beforehand
-            return info_nce(q, k, target=target, temperature=self.loss.temperature, normalize=True)
-        return self.loss(q, labels, ref_emb=k, ref_labels=None if k is None else labels.clone())
+            q, k, target = torch.cat([q, k]), None, torch.arange(2 * N, device=q.device).roll(N)
+        if isinstance(loss, NTXentLoss):  # one positive a row, known beforehand
+            return info_nce(
+                q, k, target=target, temperature=loss.temperature, normalize=True,
+                group=loss.group, exchange=loss.exchange,
+            )  # fmt: skip
+        labels = sample_ids(N, resolve_levels("SelfSupervisedLoss", loss.group), q.device)
+        if k is None:
+            return loss(q, labels.repeat(2))
+        return loss(q, labels, ref_emb=k, ref_labels=labels.clone())
 
 
 class CrossBatchMemory(nn.Module):
@@ -319,6 +401,7 @@ class CrossBatchMemory(nn.Module):
         embedding_size: D.
         memory_size: rows remembered.
         miner: called with (embeddings, labels, memory, its labels) for an indices_tuple.
+        group, exchange: in place of those of the loss. Ours.
 
     Shapes: embeddings (N, D) with N at most memory_size, labels (N,) integers. The batch is stored
         first; then its rows are contrasted with the memory, except each with itself. indices_tuple
@@ -326,13 +409,15 @@ class CrossBatchMemory(nn.Module):
         stored, and the others contrasted. Returns a float32 scalar.
 
     Raises:
-        TypeError, ValueError: another loss, a batch larger than the memory, wrong shapes.
+        TypeError, ValueError: another loss, a batch larger than the memory, wrong shapes, indices
+            or a miner and several ranks.
 
     Memory: memory_size x D, and its normalised copy; with a miner or indices the N x memory_size
         similarities.
 
     Notes: the filling is saved with the state dict. The library takes a batch of one row for its
-        own positive and counts an empty one as a full memory; here neither happens.
+        own positive and counts an empty one as a full memory; here neither happens. Over several
+        ranks the memory takes the rows of all, in rank order, and is equal on all.
 
     Example:
         >>> loss = CrossBatchMemory(SupConLoss(), embedding_size=16, memory_size=64)
@@ -345,9 +430,18 @@ class CrossBatchMemory(nn.Module):
     embedding_memory: Tensor  # (memory_size, D)
     label_memory: Tensor  # (memory_size,)
 
-    def __init__(self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner=None):
+    def __init__(
+        self,
+        loss: nn.Module,
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner=None,
+        *,
+        group=None,
+        exchange: str | None = None,
+    ):
         super().__init__()
-        self.loss = _checked("CrossBatchMemory", loss)
+        self.loss = _wrapped("CrossBatchMemory", loss, group, exchange)
         self.miner = miner
         self.embedding_size = embedding_size
         self.memory_size = memory_size
@@ -376,7 +470,10 @@ class CrossBatchMemory(nn.Module):
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         name = "CrossBatchMemory"
-        check_features(name, embeddings=embeddings)
+        levels = resolve_levels(name, self.loss.group)
+        if indices_tuple is not None or self.miner is not None:
+            _check_indices(name, levels)
+        check_features(name, empty=bool(levels), embeddings=embeddings)
         N = len(embeddings)
         if embeddings.shape[1:] != (self.embedding_size,):
             raise ValueError(
@@ -384,7 +481,7 @@ class CrossBatchMemory(nn.Module):
                 f"got {tuple(embeddings.shape)}."
             )
         labels = int_vector(name, "labels", labels, (N,), embeddings.device)
-        stored = embeddings, labels
+        stored = embeddings.detach(), labels
         if enqueue_mask is not None:
             if indices_tuple is not None:
                 raise ValueError(f"{name}: give indices_tuple or enqueue_mask, got both.")
@@ -393,23 +490,31 @@ class CrossBatchMemory(nn.Module):
                     f"{name}: enqueue_mask must be ({N},) of torch.bool, "
                     f"got {tuple(enqueue_mask.shape)} of {enqueue_mask.dtype}."
                 )
-            stored = embeddings[enqueue_mask], labels[enqueue_mask]
+            stored = embeddings.detach()[enqueue_mask], labels[enqueue_mask]
             embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+        own_slots, queries = slice(None), len(embeddings)
+        if levels:
+            same = {"the width D": embeddings.shape[1], "the dtype": embeddings.dtype}
+            rows = len(embeddings), len(stored[0])
+            sizes, stored_sizes = agree(name, levels, rows, embeddings, **same)
+            shards, queries = Shards(levels, stored_sizes), sum(sizes)
+            own_slots = slice(shards.first, shards.first + len(stored[0]))
+            stored = [gather_rows(x, shards) for x in stored]
         if len(stored[0]) > self.memory_size:
             raise ValueError(
                 f"{name}: a batch must fit into memory_size={self.memory_size}, "
                 f"got {len(stored[0])} rows."
             )
-        slots = self._store(*stored)
+        slots = self._store(*stored)[own_slots]
         rows = self.memory_size if self.has_been_filled else self.queue_idx
         memory, memory_labels = self.embedding_memory[:rows], self.label_memory[:rows]
-        if len(embeddings) * rows <= 2:  # no pairs, or the library's rule as above
+        if queries * rows <= 2:  # no pairs, or the library's rule as above
             return _zero(embeddings)
         own_key = slots if enqueue_mask is None else None
         if self.miner is None and indices_tuple is None:
-            return self.loss.by_labels(
-                embeddings, labels, memory, memory_labels.to(torch.int32), own_key
-            )
+            memory_labels = memory_labels.to(torch.int32)
+            sums = self.loss.by_labels(embeddings, labels, memory, memory_labels, own_key, None)
+            return global_mean(*sums, levels)
         if self.miner is None:
             same = labels.unsqueeze(1) == memory_labels
             indices = (*same.nonzero().unbind(1), *(~same).nonzero().unbind(1))

@@ -1,12 +1,11 @@
 """What the losses ask of a group of ranks, beyond what the ops do."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastssl.dist import GlobalSum, Level, Shards, check_exchange, resolve_levels
+from fastssl.dist import GlobalSum, Level, check_exchange, resolve_levels
 
 
 def check_group(name: str, group, exchange: str = "auto") -> None:
@@ -24,7 +23,10 @@ def described(text: str, group, exchange: str = "auto") -> str:
 
 def place(levels: Sequence[Level]) -> tuple[int, int]:
     """This process's rank among all of the levels, and how many they are."""
-    return Shards(levels, ()).rank, math.prod(level.size for level in levels)
+    rank, world = 0, 1
+    for level in levels:
+        rank, world = rank * level.size + level.rank, world * level.size
+    return rank, world
 
 
 def sample_ids(N: int, levels: Sequence[Level], device) -> Tensor:
