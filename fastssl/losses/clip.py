@@ -2,14 +2,19 @@
 
 from torch import Tensor, nn
 
+from fastssl.dist import resolve_levels
+from fastssl.losses.ranks import check_group, described, place
 from fastssl.ops import info_nce, siglip
 
 
-def _one_process(name: str, world_size: int) -> None:
-    if world_size != 1:
+def _check(name: str, rank: int, world_size: int, group, exchange: str) -> None:
+    check_group(name, group, exchange)
+    own, world = place(resolve_levels(name, group))
+    if (rank, world_size) not in ((0, 1), (own, world)):  # the defaults say nothing
         raise ValueError(
-            f"{name}: world_size must be 1, got {world_size}. "
-            "Negatives of other processes are not gathered yet."
+            f"{name}: rank and world_size must be the group's, {own} and {world}, got {rank} and "
+            f"{world_size}. Leave them out, or initialise torch.distributed before, or give the "
+            "group that they belong to."
         )
 
 
@@ -19,11 +24,13 @@ class ClipLoss(nn.Module):
     loss = mean_i (log sum_j e^l_ij + log sum_j e^l_ji) / 2 - l_ii, l_ij = logit_scale <x_i, y_j>.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, use_horovod: accepted; they choose among equal
-            results of several processes, and change nothing in one.
-        rank, world_size: one process only (0 and 1).
-        store_logits: keep the logits for the backward: one product less for 4 N^2 bytes. Ours.
+        local_loss, gather_with_grad, cache_labels, use_horovod: accepted, and change nothing.
+        rank, world_size: those of the group, or left at 0 and 1; nothing depends on them.
+        store_logits: keep the logits for the backward: one product less for 4 N^2 bytes. One
+            process only. Ours.
         label_smoothing: share in [0, 1) of the target spread evenly over all pairs. Ours.
+        group, exchange: whose ranks' rows are one batch, and how keys travel, as in
+            `fastssl.ops.info_nce`. Ours.
 
     Shapes: image_features and text_features (N, D), normalised by the caller; logit_scale a number
         or one-element tensor; logit_bias is one for all pairs, so it cancels.
@@ -32,9 +39,13 @@ class ClipLoss(nn.Module):
         A float32 scalar, or {"contrastive_loss": scalar} with output_dict=True.
 
     Raises:
-        ValueError: world_size other than 1; and as `fastssl.ops.info_nce`.
+        ValueError: rank or world_size that contradict the group; and as `fastssl.ops.info_nce`.
 
     Memory: O(N D), unless the logits are stored.
+
+    Notes: over several ranks the value is the mean over the pairs of all of them. open_clip's with
+        local_loss is the mean over a rank's own, and relies on gather_with_grad: with it the
+        gradients are those of here, without it not those of the whole batch.
 
     Example:
         >>> image, text = torch.randn(2, 8, 16).unbind()
@@ -55,11 +66,18 @@ class ClipLoss(nn.Module):
         *,
         store_logits: bool = False,
         label_smoothing: float = 0.0,
+        group=None,
+        exchange: str = "auto",
     ):
         super().__init__()
-        _one_process("ClipLoss", world_size)
+        _check("ClipLoss", rank, world_size, group, exchange)
         self.store_logits = store_logits
         self.label_smoothing = label_smoothing
+        self.group = group
+        self.exchange = exchange
+
+    def extra_repr(self) -> str:
+        return described("", self.group, self.exchange)
 
     def forward(
         self,
@@ -76,6 +94,8 @@ class ClipLoss(nn.Module):
             symmetric=True,
             store_logits=self.store_logits,
             label_smoothing=self.label_smoothing,
+            group=self.group,
+            exchange=self.exchange,
         )
         if isinstance(logit_bias, Tensor):  # it cancels; its gradient is 0, not None
             loss = loss + 0.0 * logit_bias.sum()
@@ -90,7 +110,9 @@ class SigLipLoss(nn.Module):
 
     Args:
         cache_labels, dist_impl, chunk_size: accepted; they choose among equal results.
-        rank, world_size: one process only (0 and 1).
+        rank, world_size: those of the group, or left at 0 and 1; nothing depends on them.
+        group, exchange: whose ranks' rows are one batch, and how keys travel, as in
+            `fastssl.ops.siglip`. Ours.
 
     Shapes: image_features and text_features (N, D), normalised by the caller; logit_scale and
         logit_bias numbers or one-element tensors; logit_bias may be None.
@@ -99,9 +121,13 @@ class SigLipLoss(nn.Module):
         A float32 scalar, or {"contrastive_loss": scalar} with output_dict=True.
 
     Raises:
-        ValueError: world_size other than 1, an unknown dist_impl; and as `fastssl.ops.siglip`.
+        ValueError: rank or world_size that contradict the group, an unknown dist_impl; and as
+            `fastssl.ops.siglip`.
 
     Memory: O(N D); the logits are never stored.
+
+    Notes: over several ranks the value is that of all N pairs; open_clip's is the part of a rank's
+        own images, with the same mean over ranks.
 
     Example:
         >>> image, text = torch.randn(2, 8, 16).unbind()
@@ -118,14 +144,22 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int | None = None,
+        *,
+        group=None,
+        exchange: str = "auto",
     ):
         super().__init__()
-        _one_process("SigLipLoss", world_size)
+        _check("SigLipLoss", rank, world_size, group, exchange)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
                 'SigLipLoss: dist_impl must be None, "bidir", "shift", "reduce" or "gather", '
                 f"got {dist_impl!r}."
             )
+        self.group = group
+        self.exchange = exchange
+
+    def extra_repr(self) -> str:
+        return described("", self.group, self.exchange)
 
     def forward(
         self,
@@ -140,5 +174,12 @@ class SigLipLoss(nn.Module):
                 "SigLipLoss: image_features and text_features must have one shape, got "
                 f"{tuple(image_features.shape)} and {tuple(text_features.shape)}."
             )
-        loss = siglip(image_features, text_features, logit_scale=logit_scale, logit_bias=logit_bias)
+        loss = siglip(
+            image_features,
+            text_features,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            group=self.group,
+            exchange=self.exchange,
+        )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -6,24 +6,38 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastssl.dist import LOCAL
-from fastssl.ops import contrastive_lse, info_nce, queue_nce
+from fastssl.dist import LOCAL, Shards, gather_rows, resolve_levels
+from fastssl.losses.ranks import check_group, described, global_mean, place, sample_ids
+from fastssl.ops import info_nce, queue_nce
 from fastssl.ops.checks import unit_rows
 from fastssl.queue import FeatureQueue
 
 
-def _check(name: str, temperature: float, gather_distributed: bool) -> None:
+def _group(name: str, temperature: float, gather_distributed: bool | None, group, exchange: str):
+    """The arguments checked, and the group that two of them name."""
     if not temperature > 0:
         raise ValueError(f"{name}: temperature must be positive, got {temperature}.")
-    if gather_distributed:
+    check_group(name, group, exchange)
+    if gather_distributed is None or group is None:
+        return LOCAL if gather_distributed is False else group
+    if gather_distributed == (group is LOCAL):
         raise ValueError(
-            f"{name}: gather_distributed must be False, got True. "
-            "Negatives of other processes are not gathered yet."
+            f"{name}: gather_distributed={gather_distributed} contradicts group={group!r}. "
+            "Give group alone."
         )
+    return group
 
 
-def _stacked(name: str, out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor]:
+def _stacked(loss: nn.Module, out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor]:
     """Both views' rows, (2 N, D), and the index of each row's other view, (2 N,)."""
+    name = type(loss).__name__
+    # Not when the loss is made: Lightning makes it before the processes meet.
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if loss.gather_distributed and not initialized:
+        raise ValueError(
+            f"{name}: gather_distributed=True needs torch.distributed, which is not initialised. "
+            "Initialise it, or leave gather_distributed out."
+        )
     if out0.shape != out1.shape:
         raise ValueError(
             f"{name}: both views must have one shape, got {tuple(out0.shape)} and "
@@ -44,18 +58,25 @@ class NTXentLoss(nn.Module):
         temperature: tau, positive.
         memory_bank_size: 0, or (rows, D) of the bank: unit rows, random at first, and then the
             last out1. It is renewed after each loss whose out0 requires a gradient.
-        gather_distributed: False only.
+        gather_distributed: False: group=LOCAL. True: an error, not a silent loss of one process,
+            where torch.distributed is not initialised.
+        group, exchange: whose ranks' rows are one batch, and how keys travel, as in
+            `fastssl.ops.info_nce`. Ours.
 
     Shapes: out0 and out1 (N, D), normalised inside in float32. Returns a float32 scalar.
 
     Raises:
-        ValueError: non-positive temperature, a bank without D, views of different shape; and as
-            `fastssl.ops.info_nce`, `fastssl.ops.queue_nce`.
+        ValueError: non-positive temperature, a bank without D, views of different shape, a
+            gather_distributed that contradicts group; and as `fastssl.ops.info_nce`,
+            `fastssl.ops.queue_nce`.
 
     Memory: O(N D), and the bank, which is read without a copy.
 
     Notes: unlike lightly's, the bank is a `fastssl.FeatureQueue` and saved in the state dict, and a
-        batch that reaches over its end goes on at its beginning, where lightly drops the rest.
+        batch that reaches over its end goes on at its beginning, where lightly drops the rest. Over
+        several ranks it takes the rows of all, and is equal on all from the start. The value is the
+        mean over the rows of all ranks, lightly's that over a rank's own; by default lightly does
+        not gather.
 
     Example:
         >>> z0, z1 = torch.randn(2, 8, 16).unbind()
@@ -69,10 +90,15 @@ class NTXentLoss(nn.Module):
         self,
         temperature: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
-        gather_distributed: bool = False,
+        gather_distributed: bool | None = None,
+        *,
+        group=None,
+        exchange: str = "auto",
     ):
         super().__init__()
-        _check("NTXentLoss", temperature, gather_distributed)
+        self.group = _group("NTXentLoss", temperature, gather_distributed, group, exchange)
+        self.gather_distributed = gather_distributed
+        self.exchange = exchange
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else (*memory_bank_size,)
         if size != (0,) and (len(size) != 2 or min(size) < 0):
             raise ValueError(
@@ -81,20 +107,21 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.bank = None
         if size[0]:
-            self.bank = FeatureQueue(*size, group=LOCAL, seed=int(torch.randint(2**31, ())))
+            self.bank = FeatureQueue(*size, group=self.group)
 
     def extra_repr(self) -> str:
         bank = "" if self.bank is None else f", memory_bank_size={tuple(self.bank.features.shape)}"
-        return f"temperature={self.temperature}{bank}"
+        return described(f"temperature={self.temperature}{bank}", self.group, self.exchange)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        z, partner = _stacked("NTXentLoss", out0, out1)
+        z, partner = _stacked(self, out0, out1)
+        options = {"temperature": self.temperature, "group": self.group}
         if self.bank is None:
-            return info_nce(z, target=partner, temperature=self.temperature, normalize=True)
+            return info_nce(z, target=partner, normalize=True, exchange=self.exchange, **options)
         if self.bank.features.device != z.device:
             self.to(z.device)
         q, k = unit_rows(out0), unit_rows(out1)
-        loss = queue_nce(q, k, self.bank.features, temperature=self.temperature)
+        loss = queue_nce(q, k, self.bank.features, **options)
         if q.requires_grad:
             self.bank.enqueue(k)
         return loss
@@ -109,18 +136,19 @@ class DCLLoss(nn.Module):
     Args:
         temperature: tau, positive.
         weight_fn: two views' unit rows (N, D), (N, D) to the weights w (N,) of the first's positive
-            terms; None: 1.
-        gather_distributed: False only.
+            terms; None: 1. Over several ranks it sees this rank's rows.
+        gather_distributed, group, exchange: as in `NTXentLoss`.
 
     Shapes: out0 and out1 (N, D), normalised inside in float32. Returns a float32 scalar.
 
     Raises:
-        ValueError: non-positive temperature, views of different shape; and as
-            `fastssl.ops.contrastive_lse`.
+        ValueError: non-positive temperature, views of different shape, a gather_distributed that
+            contradicts group; and as `fastssl.ops.info_nce`.
 
     Memory: O(N D); the logits are never stored.
 
-    Notes: N = 1 has no negatives: loss 0 and no gradient, where lightly gives -inf.
+    Notes: N = 1 has no negatives: loss 0 and no gradient, where lightly gives -inf. Over several
+        ranks the value is the mean over the rows of all, lightly's that over a rank's own.
 
     Example:
         >>> z0, z1 = torch.randn(2, 8, 16).unbind()
@@ -134,32 +162,49 @@ class DCLLoss(nn.Module):
         self,
         temperature: float = 0.1,
         weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        gather_distributed: bool = False,
+        gather_distributed: bool | None = None,
+        *,
+        group=None,
+        exchange: str = "auto",
     ):
         super().__init__()
-        _check(type(self).__name__, temperature, gather_distributed)
+        self.group = _group(type(self).__name__, temperature, gather_distributed, group, exchange)
+        self.gather_distributed = gather_distributed
+        self.exchange = exchange
         self.temperature = temperature
         self.weight_fn = weight_fn
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return described(f"temperature={self.temperature}", self.group, self.exchange)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        z, partner = _stacked(type(self).__name__, out0, out1)
-        z = unit_rows(z)
-        image = partner % len(out0)
-        lse, _, positive = contrastive_lse(
-            z, scale=1 / self.temperature, q_ids=image, target=partner
-        )
-        if self.weight_fn is not None:
-            z0, z1 = z.chunk(2)
-            positive = positive * torch.cat([self.weight_fn(z0, z1), self.weight_fn(z1, z0)])
-        return torch.where(lse.isneginf(), 0, lse - positive).mean()
+        z, partner = _stacked(self, out0, out1)
+        z, levels = unit_rows(z), resolve_levels(type(self).__name__, self.group)
+        options = {
+            "target": partner, "q_ids": sample_ids(len(out0), levels, z.device).repeat(2),
+            "decoupled": True, "temperature": self.temperature, "group": self.group,
+            "exchange": self.exchange,
+        }  # fmt: skip
+        if self.weight_fn is None:
+            return info_nce(z, **options)
+        z0, z1 = z.chunk(2)
+        w = torch.cat([self.weight_fn(z0, z1), self.weight_fn(z1, z0)])
+        loss, lse = info_nce(z, reduction="none", return_lse=True, **options)
+        lse = torch.where(lse.isneginf(), 0, lse)  # nothing to contrast with: loss is 0 as well
+        total = (w * loss + (1 - w) * lse).sum()  # lse - w positive, for loss = lse - positive
+        return global_mean(total, loss.new_full((), len(loss)), levels)
 
 
-def _von_mises_fisher(z0: Tensor, z1: Tensor, sigma: float) -> Tensor:
-    similarity = (z0.detach().float() * z1.detach().float()).sum(1)  # (N,)
-    return 2 - len(z0) * torch.softmax(similarity / sigma, dim=0)
+def _von_mises_fisher(z0: Tensor, z1: Tensor, sigma: float, group) -> Tensor:
+    """2 - N softmax_i(<z0_i, z1_i> / sigma) over the N rows of all ranks."""
+    wide = torch.promote_types(z0.dtype, torch.float32)
+    logits = (z0.detach().to(wide) * z1.detach().to(wide)).sum(1) / sigma  # (N,)
+    lse, N = logits.logsumexp(0), len(z0)
+    if levels := resolve_levels("DCLWLoss", group):
+        own = torch.stack([lse, lse.new_full((), N)]).unsqueeze(0)
+        lses, counts = gather_rows(own, Shards(levels, (1,) * place(levels)[1])).unbind(1)
+        lse, N = lses.logsumexp(0), counts.sum()
+    return 2 - N * (logits - lse).exp()
 
 
 class DCLWLoss(DCLLoss):
@@ -170,9 +215,10 @@ class DCLWLoss(DCLLoss):
     Args:
         temperature: tau, positive.
         sigma: positive; the smaller, the more the weights differ.
-        gather_distributed: False only.
+        gather_distributed, group, exchange: as in `NTXentLoss`.
 
-    Shapes, Raises, Memory, Notes: as in `DCLLoss`.
+    Shapes, Raises, Memory, Notes: as in `DCLLoss`. Over several ranks the softmax is over the N
+        rows of all, as in one process with them, where lightly's is over a rank's own.
 
     Example:
         >>> z0, z1 = torch.randn(2, 8, 16).unbind()
@@ -183,8 +229,15 @@ class DCLWLoss(DCLLoss):
     """
 
     def __init__(
-        self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False
+        self,
+        temperature: float = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool | None = None,
+        *,
+        group=None,
+        exchange: str = "auto",
     ):
         if not sigma > 0:
             raise ValueError(f"DCLWLoss: sigma must be positive, got {sigma}.")
-        super().__init__(temperature, partial(_von_mises_fisher, sigma=sigma), gather_distributed)
+        super().__init__(temperature, None, gather_distributed, group=group, exchange=exchange)
+        self.weight_fn = partial(_von_mises_fisher, sigma=sigma, group=self.group)

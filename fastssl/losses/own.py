@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastssl.losses.ranks import check_group, described
 from fastssl.ops import info_nce, queue_nce
 
 
 class _Tempered(nn.Module):
     """A temperature, fixed or learnable, and fixed options of an op."""
 
-    def __init__(self, temperature: float, learnable: bool, **options):
+    def __init__(self, temperature: float, learnable: bool, sharding: dict, **options):
         super().__init__()
         name = type(self).__name__
         if not temperature > 0:
@@ -22,11 +23,14 @@ class _Tempered(nn.Module):
             )
         self.temperature = temperature
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable else None
+        check_group(name, **sharding)
+        self.sharding = sharding  # group and, where keys travel, exchange
         self.options = options
 
     def extra_repr(self) -> str:
         values = {"temperature": self.temperature, "learnable": self.logit_scale is not None}
-        return ", ".join(f"{name}={value!r}" for name, value in (values | self.options).items())
+        text = ", ".join(f"{name}={value!r}" for name, value in (values | self.options).items())
+        return described(text, **self.sharding)
 
     def _scale(self) -> float | Tensor:
         if self.logit_scale is None:
@@ -47,7 +51,8 @@ class InfoNCELoss(_Tempered):
         learnable: hold log(1 / tau) as the parameter `logit_scale`, kept below log 100 (CLIP).
         symmetric: average the directions q to k and k to q.
         normalize: L2-normalise the rows first, in float32.
-        decoupled, margin, label_smoothing, row_weight, store_logits, reduction: as in `info_nce`.
+        decoupled, margin, label_smoothing, row_weight, store_logits, reduction, group, exchange:
+            as in `info_nce`.
 
     Shapes: called with q (N, D), k (M, D) or None, and as keywords target, q_ids, k_ids, bias,
         hard_negatives, soft_target, sample_weight, return_lse of `info_nce`. Returns what it does.
@@ -78,15 +83,19 @@ class InfoNCELoss(_Tempered):
         row_weight: float = 0.5,
         store_logits: bool = False,
         reduction: str = "mean",
+        group=None,
+        exchange: str = "auto",
     ):
         super().__init__(
-            temperature, learnable, symmetric=symmetric, normalize=normalize, decoupled=decoupled,
-            margin=margin, label_smoothing=label_smoothing, row_weight=row_weight,
-            store_logits=store_logits, reduction=reduction,
+            temperature, learnable, {"group": group, "exchange": exchange}, symmetric=symmetric,
+            normalize=normalize, decoupled=decoupled, margin=margin,
+            label_smoothing=label_smoothing, row_weight=row_weight, store_logits=store_logits,
+            reduction=reduction,
         )  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor | None = None, **arguments):
-        return info_nce(q, k, logit_scale=self._scale(), **self.options, **arguments)
+        options = self.options | self.sharding
+        return info_nce(q, k, logit_scale=self._scale(), **options, **arguments)
 
 
 class QueueNCELoss(_Tempered):
@@ -98,6 +107,7 @@ class QueueNCELoss(_Tempered):
         temperature, learnable: as in `InfoNCELoss`.
         normalize: L2-normalise q and k first, in float32; the queue is taken as it is.
         reduction: "mean", "sum" or "none".
+        group, queue_sharded: as in `queue_nce`.
 
     Shapes: called with q (N, D), k (N, D), queue (M, D), and as keywords q_ids, queue_ids, bias,
         sample_weight of `queue_nce`. Returns a float32 scalar, or (N,).
@@ -122,8 +132,14 @@ class QueueNCELoss(_Tempered):
         learnable: bool = False,
         normalize: bool = True,
         reduction: str = "mean",
+        group=None,
+        queue_sharded: bool = False,
     ):
-        super().__init__(temperature, learnable, normalize=normalize, reduction=reduction)
+        super().__init__(
+            temperature, learnable, {"group": group}, normalize=normalize, reduction=reduction,
+            queue_sharded=queue_sharded,
+        )  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor, **arguments) -> Tensor:
-        return queue_nce(q, k, queue, logit_scale=self._scale(), **self.options, **arguments)
+        options = self.options | self.sharding
+        return queue_nce(q, k, queue, logit_scale=self._scale(), **options, **arguments)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from fastssl.dist import resolve_levels
+from fastssl.losses.ranks import check_group, described, sample_ids
 from fastssl.ops import contrastive_lse, sup_con
 
 
@@ -17,14 +19,17 @@ class SupConLoss(nn.Module):
         temperature: tau, positive.
         contrast_mode: "all": every row is an anchor i; "one": view 0 only.
         base_temperature: tau_0, positive.
+        group, exchange: whose ranks' rows are one batch, and how keys travel, as in
+            `fastssl.ops.sup_con`. Ours.
 
     Shapes: features (B, V, ...), normalised by the caller; labels (B,) integers, or mask (B, B) of
         weights, which may be asymmetric, or neither: then only views of one sample are positives
-        (SimCLR). Returns a float32 scalar.
+        (SimCLR). A mask is for one process. Returns a float32 scalar.
 
     Raises:
         ValueError: features of less than 3 dimensions, labels together with a mask, a mask of
-            another shape, an unknown contrast_mode; and as `fastssl.ops.sup_con`.
+            another shape, a mask and several ranks, an unknown contrast_mode; and as
+            `fastssl.ops.sup_con`.
 
     Memory: O(B V D), and the given mask; the logits are never stored. With a mask the
         products run in float32.
@@ -45,6 +50,9 @@ class SupConLoss(nn.Module):
         temperature: float = 0.07,
         contrast_mode: str = "all",
         base_temperature: float = 0.07,
+        *,
+        group=None,
+        exchange: str = "auto",
     ):
         super().__init__()
         if not temperature > 0 or not base_temperature > 0:
@@ -58,13 +66,17 @@ class SupConLoss(nn.Module):
             )
         self.temperature = temperature
         self.contrast_mode = contrast_mode
+        check_group("SupConLoss", group, exchange)
         self.base_temperature = base_temperature
+        self.group = group
+        self.exchange = exchange
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r}, "
             f"base_temperature={self.base_temperature}"
         )
+        return described(text, self.group, self.exchange)
 
     def forward(
         self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
@@ -76,17 +88,27 @@ class SupConLoss(nn.Module):
             )
         if labels is not None and mask is not None:
             raise ValueError("SupConLoss: give labels or mask, got both.")
+        levels = resolve_levels("SupConLoss", self.group)
+        if mask is not None and levels:
+            raise ValueError(
+                "SupConLoss: a mask holds the pairs of one process, got one with several ranks. "
+                "Give labels, or SupConLoss(group=fastssl.LOCAL)."
+            )
         B, V = features.shape[:2]
         features = features.flatten(2)
         z = features.transpose(0, 1).flatten(0, 1)  # (V B, D), view by view
-        sample = torch.arange(B, device=z.device)
         if mask is None:
-            labels = sample if labels is None else labels.reshape(-1)
-            arguments = {"temperature": self.temperature}
+            labels = sample_ids(B, levels, z.device) if labels is None else labels.reshape(-1)
+            arguments = {
+                "temperature": self.temperature,
+                "group": self.group,
+                "exchange": self.exchange,
+            }
             if self.contrast_mode == "all":
                 loss = sup_con(z, labels=labels.repeat(V), **arguments)
             else:
-                arguments |= {"k_labels": labels.repeat(V), "own_key": sample}
+                arguments["own_key"] = torch.arange(B, device=z.device)
+                arguments["k_labels"] = labels.repeat(V)
                 loss = sup_con(z[:B], z, labels=labels, **arguments)
         else:
             # In at least fp32: the gradients of the two parts of the loss, which cancel near

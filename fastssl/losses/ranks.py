@@ -1,0 +1,65 @@
+"""What the losses ask of a group of ranks, beyond what the ops do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastssl.dist import (
+    GlobalSum,
+    Level,
+    check_exchange,
+    gather_rows,
+    resolve_levels,
+    scatter_sums,
+)
+
+
+def check_group(name: str, group, exchange: str = "auto") -> None:
+    """Early: at the first call it would stop every rank."""
+    resolve_levels(name, group)
+    check_exchange(name, exchange)
+
+
+def described(text: str, group, exchange: str = "auto") -> str:
+    """A module's `extra_repr`, with the group and exchange that are not the default."""
+    group = "" if group is None else f"group={group!r}"
+    exchange = "" if exchange == "auto" else f"exchange={exchange!r}"
+    return ", ".join(filter(None, (text, group, exchange)))
+
+
+def place(levels: Sequence[Level]) -> tuple[int, int]:
+    """This process's rank among all of the levels, and how many they are."""
+    rank, world = 0, 1
+    for level in levels:
+        rank, world = rank * level.size + level.rank, world * level.size
+    return rank, world
+
+
+def sample_ids(N: int, levels: Sequence[Level], device) -> Tensor:
+    """(N,) integers that no other row has, on any rank."""
+    rank, world = place(levels)
+    return torch.arange(N, device=device) * world + rank
+
+
+def global_mean(total: Tensor, count: Tensor, levels: Sequence[Level]) -> Tensor:
+    """total / count, both summed over the ranks; 0 if nothing was counted."""
+    if levels:
+        total, count = GlobalSum.apply(torch.stack([total, count.to(total)]), levels).unbind()
+    return total / count.clamp(min=1)
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks; a row's gradient is the sum of what all of them give it."""
+
+    @staticmethod
+    def forward(ctx, x, shards):
+        ctx.shards = shards
+        return gather_rows(x, shards)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        wide = d.to(torch.promote_types(d.dtype, torch.float32))
+        return scatter_sums(wide, ctx.shards).to(d.dtype), None
