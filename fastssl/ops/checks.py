@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
 from fastssl.dist import GlobalSum, Shards
 
@@ -167,6 +168,11 @@ def reduced(loss: Tensor, reduction: str, shards: Shards | None = None) -> Tenso
     return total / shards.total if reduction == "mean" else total
 
 
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x); torch's own is x from 20 on, which is not exact in float64."""
+    return -logsigmoid(-x)
+
+
 def slope_of_row(reduction: str, N: int, shards: Shards | None = None) -> float:
     """The derivative of what `reduced` gives by one row's loss."""
     if shards is None or reduction == "none":
@@ -235,7 +241,7 @@ def prepare(
 ) -> tuple[Problem, int]:
     """The kernels' arguments, checked, in one dtype (default: `common_dtype`) and on one device;
     and the groups."""
-    groups = q.shape[0] if q.dim() == 3 else 1
+    groups = max(q.shape[0], 1) if q.dim() == 3 else 1
     q_shape, k_shape = q.shape[:-1], (q if k is None else k).shape[:-1]
     if k is None:
         if k_ids is not None or bias is not None:

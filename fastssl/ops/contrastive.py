@@ -261,11 +261,15 @@ def implementations(op: str = "contrastive") -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------- 7. autograd
 
 
+def by_reference(q: Tensor) -> bool:
+    """fp64 exists for oracles; and kernels do not take no rows, this rank's share of a batch that
+    others hold."""
+    return q.dtype == torch.float64 or not len(q)
+
+
 def forward(problem: Problem, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, scale, q_ids, k_ids, *rest = problem
-    # fp64 exists for oracles and runs the reference on every device.
-    double = q.dtype == torch.float64
-    fwd = contrastive_fwd_ref if double else torch.ops.fastssl.contrastive_fwd
+    fwd = contrastive_fwd_ref if by_reference(q) else torch.ops.fastssl.contrastive_fwd
     k, k_ids = q if k is None else k, q_ids if k_ids is None else k_ids
     return fwd(q, k, scale, q_ids, k_ids, *rest, *args)
 
@@ -297,7 +301,7 @@ def backward(
     need_dk = need_k and not symmetric
     # The scale's gradient comes for free with dq or dk, so one of them is computed for it.
     need_dq = need_q or (need_scale and not need_dk)
-    bwd = contrastive_bwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.contrastive_bwd
+    bwd = contrastive_bwd_ref if by_reference(q) else torch.ops.fastssl.contrastive_bwd
     k, k_ids = q if k is None else k, q_ids if k_ids is None else k_ids
     q_labels, k_labels = labels
     empty = scale.new_empty(0)

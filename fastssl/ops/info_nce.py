@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import softplus
 
 from fastssl.dist import resolve_levels
 from fastssl.ops import contrastive, queue
@@ -17,6 +16,7 @@ from fastssl.ops.checks import (
     prepare,
     reduced,
     scale_of,
+    softplus,
     unit_rows,
 )
 from fastssl.ops.sharded import Sharded, shards_of
@@ -126,7 +126,8 @@ def _without_positive(
     if problem.q_ids is not None:
         return problem
     every_key = torch.arange(first, first + M, device=target.device, dtype=torch.int32)
-    return problem._replace(q_ids=target + first, k_ids=every_key.repeat(groups))
+    every_key = every_key.repeat(groups if len(problem.q) else 0)
+    return problem._replace(q_ids=target + first, k_ids=every_key)
 
 
 def _soft_losses(problem: Problem, target: Tensor, lse: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ def info_nce(
     elif symmetric:
         raise ValueError(f"{name}: symmetric=True takes no target: key i is row i's positive.")
     if hard_negatives is not None:
-        check_features(name, hard_negatives=hard_negatives.reshape(-1, hard_negatives.shape[-1]))
+        check_features(name, empty=not alone, hard_negatives=hard_negatives.flatten(0, -2))
         if hard_negatives.shape[:-2] != rows or hard_negatives.shape[-1] != q.shape[-1]:
             raise ValueError(
                 f"{name}: hard_negatives must be {(*rows, 'H', q.shape[-1])}, "
@@ -317,7 +318,7 @@ def info_nce(
             )
         by_row = info_nce(q, k, q_ids=q_ids, k_ids=k_ids, **options)
         by_col = info_nce(k, q, q_ids=q_ids if k_ids is None else k_ids, k_ids=q_ids, **options)
-        shards, _ = shards_of(name, group, exchange, q, k)
+        shards, _ = shards_of(name, group, exchange, q.flatten(0, -2), k.flatten(0, -2))
         return reduced(row_weight * by_row + (1 - row_weight) * by_col, reduction, shards)
 
     # The gradients of the two parts of a soft loss, which cancel near convergence, are rounded one

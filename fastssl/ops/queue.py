@@ -7,7 +7,6 @@ row_lse_i = log sum_j e^l_ij and out_i = sum_j softmax_ij k_j, so dl/dq_i = scal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import softplus
 
 from fastssl.dist import Shards, exchange_parts, gather_rows, resolve_levels
 from fastssl.ops import contrastive
@@ -22,6 +21,7 @@ from fastssl.ops.checks import (
     reduced,
     scale_of,
     slope_of_row,
+    softplus,
     unit_rows,
 )
 from fastssl.ops.contrastive import PROBLEM, lib, logits_ref, without_autocast
@@ -66,8 +66,8 @@ contrastive.on_cuda("queue", "queue_fwd", queue_fwd_ref)
 
 def forward(problem: Problem, groups: int) -> tuple[Tensor, Tensor]:
     q, k, scale, q_ids, k_ids, *rest = problem
-    if not len(q):  # this rank's share of a batch that others hold
-        return scale.new_zeros(0), scale.new_zeros(q.shape)
+    if not len(q) or not len(k):  # this rank's share of what others hold
+        return scale.new_full((len(q),), -torch.inf), scale.new_zeros(q.shape)
     fwd = queue_fwd_ref if q.dtype == torch.float64 else torch.ops.fastssl.queue_fwd
     return fwd(q, k, scale, q_ids, q_ids if k_ids is None else k_ids, *rest, groups)
 
@@ -191,7 +191,8 @@ def queue_nce(
     """
     name = "queue_nce"
     levels = resolve_levels(name, group)
-    check_features(name, empty=bool(levels) and len(queue) > 0, q=q, k=k, queue=queue)
+    parts = bool(levels) and queue_sharded
+    check_features(name, empty=parts or (bool(levels) and len(queue) > 0), q=q, k=k, queue=queue)
     if q.dim() != 2 or q.shape != k.shape:
         raise ValueError(
             f"{name}: q and k must both be (N, D), got {tuple(q.shape)} and {tuple(k.shape)}."

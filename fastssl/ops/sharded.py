@@ -40,8 +40,8 @@ class Piece(NamedTuple):
     itself: bool = False
 
 
-def pieces(shards: Shards, step: int, itself: bool) -> tuple[int, list[Piece]]:
-    """The block that is here at this step, and what this rank computes with it.
+def pieces(shards: Shards, step: int, itself: bool, N: int) -> tuple[int, list[Piece]]:
+    """The block that is here at this step, and what this rank's N rows compute with it.
 
     With `itself` a rank takes the shards less than half a round behind it. Two that lie half a
     round apart share: the first half of the earlier one's rows is the earlier one's work.
@@ -50,17 +50,16 @@ def pieces(shards: Shards, step: int, itself: bool) -> tuple[int, list[Piece]]:
     each = len(sizes) // ring  # ranks of a block
     node, place = divmod(shards.rank, each)
     block = (node - step) % ring
-    own = sizes[shards.rank]
     ends = list(accumulate(sizes[block * each : (block + 1) * each], initial=0))
-    every = Piece(slice(0, own), slice(0, ends[-1]))
+    every = Piece(slice(0, N), slice(0, ends[-1]))
     if not itself or 0 < 2 * step < ring:
         return block, [every]
     if step and node < block:
-        return block, [every._replace(rows=slice(0, own // 2))]
+        return block, [every._replace(rows=slice(0, N // 2))]
     found = []
     for member in range(each):
         first, last = ends[member], ends[member + 1]
-        piece = Piece(slice(0, own), slice(first, last))
+        piece = Piece(slice(0, N), slice(first, last))
         if step:
             behind, round_, earlier = 1, 2, False  # half a round, and the other one is the earlier
         else:
@@ -70,7 +69,7 @@ def pieces(shards: Shards, step: int, itself: bool) -> tuple[int, list[Piece]]:
         if behind == 0:
             piece = piece._replace(itself=True)
         elif 2 * behind == round_ and earlier:
-            piece = piece._replace(rows=slice(0, own // 2))
+            piece = piece._replace(rows=slice(0, N // 2))
         elif 2 * behind == round_:
             piece = piece._replace(keys=slice(first + (last - first) // 2, last))
         found.append(piece)
@@ -88,6 +87,7 @@ def each_block(
     whole: Tensor | None,
     shards: Shards,
     itself: bool,
+    N: int,
     compute: Callable,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
@@ -95,6 +95,7 @@ def each_block(
 
     Args:
         keys: (M, D) of this rank. whole: those of all ranks, if they have been gathered.
+        N: this rank's rows.
         dtype: where compute returns the gradient of its piece's keys, or None, the dtype of their
             sums, which are this function's result.
     """
@@ -102,7 +103,7 @@ def each_block(
     sizes, places = shards.blocks, list(accumulate(shards.blocks, initial=0))
     last, total = last_step(shards, itself), None
     for step in range(last + 1):
-        at, work = pieces(shards, step, itself)
+        at, work = pieces(shards, step, itself, N)
         coming = None
         if step < last:
             coming = permute(block, shards.levels[0], 1, sizes[(at - 1) % len(sizes)])
@@ -267,7 +268,7 @@ def sharded_fwd(
 
     keys = q if itself else k
     whole = None if ring else gather_rows(keys, shards)
-    each_block(keys, whole, shards, itself, compute)
+    each_block(keys, whole, shards, itself, len(q), compute)
     col_lse, by_col = scale.new_empty(0), scale.new_empty(0)
     if cross:
         parts = exchange_parts(parts, shards, _merge)
@@ -338,7 +339,7 @@ def sharded_bwd(
         return part_dk
 
     dtype = scale.dtype if need_keys else None
-    dk = each_block(q if itself else k, whole, shards, itself, compute, dtype)
+    dk = each_block(q if itself else k, whole, shards, itself, len(q), compute, dtype)
     if need_bias:
         dbias = exchange_parts(dbias, shards, lambda parts: parts.sum(0))
     if itself and need_q:

@@ -162,7 +162,7 @@ def _forward(
             total += x
         return part_dk if need_dk else None
 
-    dk = each_block(k, None, key_shards, False, compute, scale.dtype if need_dk else None)
+    dk = each_block(k, None, key_shards, False, len(q), compute, scale.dtype if need_dk else None)
     return loss, dq, scale.new_zeros(0, q.shape[1]) if dk is None else dk, dscale, dbias
 
 
@@ -238,7 +238,7 @@ def siglip(
         target = torch.arange(N, device=q.device, dtype=torch.int32)
     else:
         target = int_vector(name, "target", target, (N,), q.device)
-        check_target(name, target.clamp(min=0), M)
+        check_target(name, target.clamp(min=0), max(M, 1))
     if isinstance(sample_weight, Tensor) and sample_weight.requires_grad:
         raise ValueError(f"{name}: sample_weight takes no gradient here. Use .detach().")
     if k_ids is None and N == M:

@@ -6,7 +6,7 @@ one label share the sum: only the normaliser looks at every pair.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad
 
 from fastssl.dist import resolve_levels
 from fastssl.ops.checks import (
@@ -19,6 +19,7 @@ from fastssl.ops.checks import (
     int_vector,
     reduced,
     scale_of,
+    softplus,
     unit_rows,
 )
 from fastssl.ops.contrastive import Contrastive
@@ -113,14 +114,19 @@ def sup_con(
     weight = float_vector(name, "sample_weight", sample_weight, q.shape[:1], scale)
 
     shards, key_shards = shards_of(
-        name, group, exchange, q, k, **{"the reduction": reduction, "positives": positives}
+        name,
+        group,
+        exchange,
+        q,
+        k,
+        **{"the reduction": reduction, "the options": (positives, k is None, own_key is not None)},
     )
     first = 0 if shards is None else shards.first
     q_ids = k_ids = target = None
     if own_key is not None:
         own_key = int_vector(name, "own_key", own_key, q.shape[:1], q.device)
         target = own_key.clamp(min=0)
-        check_target(name, target, len(k))
+        check_target(name, target, max(len(k), 1))
         q_ids = torch.arange(first, first + len(q), device=q.device, dtype=torch.int32)
         slot = torch.where(own_key < 0, len(k), own_key).long()  # one more, for rows without a key
         k_ids = q_ids.new_full((len(k) + 1,), -1).scatter(0, slot, q_ids)[:-1]
@@ -136,8 +142,8 @@ def sup_con(
     if positives == "out":
         lse, _, own, positive, _, count = sums(problem, target)
         if own_key is not None:
-            own_label = (labels if k_labels is None else k_labels).index_select(0, target)
-            among = (own_key >= 0) & (own_label == labels)
+            of_keys = pad(labels if k_labels is None else k_labels, (0, 1))  # a rank may have none
+            among = (own_key >= 0) & (of_keys.index_select(0, target) == labels)
             positive, count = positive - torch.where(among, own, 0), count - among.to(count.dtype)
         loss = lse - positive / count.clamp(min=1)
     else:
