@@ -166,7 +166,7 @@ results: dict[str, list[dict]] = {}  # rows by module
 def extra_memory(module: str, params: dict, provider: str, call) -> float:
     """MiB of peak memory of one call above inputs and outputs."""
     if params["device"] == "cuda":
-        return _peak(call, "cuda")
+        return peak(call, "cuda")
     job = json.dumps({"module": module, "params": params, "provider": provider})
     out = subprocess.run(
         [sys.executable, str(HERE / "harness.py"), job],
@@ -184,7 +184,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _peak(call, device: str) -> float:
+def peak(call, device: str) -> float:
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -204,7 +204,7 @@ def _peak_alone(module: str, params: dict, provider: str) -> float:
     make = importlib.import_module(module).make
     # A small call first: libraries, thread pools and their buffers are not this call's memory.
     make(**params | {"N": 64, "M": 64})[provider]()
-    return _peak(make(**params)[provider], params["device"])
+    return peak(make(**params)[provider], params["device"])
 
 
 # ----------------------------------------------------------------------------------- results

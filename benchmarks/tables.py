@@ -15,15 +15,25 @@ NAMES = {
 }
 LIMIT = """Of the limit: the time of fastssl over that of the algorithm's own products and
 exponentials, timed bare in the same run (float32)."""
+SHARDED = """One batch over several processes under gloo on the same CPU, one thread each; N rows
+(of each view) in all. A step takes the slowest rank's time; extra memory is rank 0's. fastssl by
+its two exchanges, open_clip with `local_loss` and `gather_with_grad`, lightly with
+`gather_distributed`."""
+
+
+def provenance(result: dict, threads: str) -> str:
+    env = result["environment"]
+    return (
+        f"{env['device']}, {threads}, {', '.join(env['cpu_features'])}; "
+        f"torch {env['torch']}, open_clip {env['open_clip_torch']}, lightly {env['lightly']}, "
+        f"pytorch-metric-learning {env['pytorch-metric-learning']}; "
+        f"{env['date']}, commit {env['commit']}."
+    )
 
 
 def table(result: dict) -> str:
-    env = result["environment"]
     lines = [
-        f"{env['device']}, {env['threads']} threads, {', '.join(env['cpu_features'])}; "
-        f"torch {env['torch']}, open_clip {env['open_clip_torch']}, lightly {env['lightly']}, "
-        f"pytorch-metric-learning {env['pytorch-metric-learning']}; "
-        f"{env['date']}, commit {env['commit']}.",
+        provenance(result, f"{result['environment']['threads']} threads"),
         "",
         "| loss | N x D | dtype | fastssl | baseline | speed-up | of the limit | extra memory "
         "| baseline's |",
@@ -42,19 +52,41 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def sharded_table(result: dict) -> str:
+    lines = [
+        provenance(result, "1 thread a rank"),
+        "",
+        "| loss | ranks | N x D | dtype | exchange | fastssl | baseline | speed-up | extra memory "
+        "| baseline's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        peer = row["baseline"]
+        for exchange, speedup in row["speedup"].items():
+            lines.append(
+                f"| {NAMES[row['case']]} | {row['world']} | {row['N']} x {row['D']} "
+                f"| {row['dtype']} | {exchange if row['world'] > 1 else ''} "
+                f"| {row['times'][exchange]['median_ms']:.2f} ms "
+                f"| {peer} {row['times'][peer]['median_ms']:.2f} ms | {speedup:.2f} x "
+                f"| {mebibytes(row.get('extra_mib', {}), exchange)} "
+                f"| {mebibytes(row.get('extra_mib', {}), peer)} |"
+            )
+    return "\n".join(lines)
+
+
 def mebibytes(row: dict, field: str) -> str:
     return f"{max(row[field], 0):.0f} MiB" if field in row else ""
 
 
-def results() -> list[dict]:
-    """Of the contrastive losses: a machine's own file, or that part of gpu-check's report."""
+def results(name: str) -> list[dict]:
+    """Those of a bench module: a machine's own file, or that part of gpu-check's report."""
     found = []
     for path in sorted(ROOT.glob("benchmarks/results/*/*.json")):
         result = json.loads(path.read_text())
-        if path.stem == "contrastive":
+        if path.stem == name:
             found.append(result)
-        elif path.stem == "gpu-check" and "contrastive" in result:
-            found.append(result["contrastive"])
+        elif path.stem == "gpu-check" and name in result:
+            found.append(result[name])
     return found
 
 
@@ -63,7 +95,10 @@ def main() -> None:
     text = readme.read_text()
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    tables = "\n\n".join([LIMIT, *map(table, results())])
+    parts = [LIMIT, *map(table, results("contrastive"))]
+    if sharded := results("sharded"):
+        parts += [SHARDED, *map(sharded_table, sharded)]
+    tables = "\n\n".join(parts)
     readme.write_text(f"{head}{BEGIN}\n{tables}\n{END}{tail}")
 
 
