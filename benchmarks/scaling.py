@@ -29,22 +29,22 @@ def wire_bytes(loss: str, exchange: str, rows: int, D: int, item: int, W: int, e
     elif exchange == "gather":
         features = hops * (keys + sums)
     elif loss == "nt_xent":  # half round, and the sums straight home
-        features = W // 2 * 2 * keys + (W // 2 + 1) * sums
+        features = W // 2 * (2 * keys + sums)
     else:  # round once more in the backward, but for a gradient that the forward makes
-        features = hops * keys * (1 if loss == "siglip" else 2) + W * sums
+        features = hops * (keys * (1 if loss == "siglip" else 2) + sums)
     # By column a log-sum-exp to merge, then it and its upstream gradient to every rank.
-    numbers = 3 * SUM * rows if loss in ("clip", "nt_xent") else 0
+    numbers = 3 * SUM * rows * each if loss in ("clip", "nt_xent") else 0
     agreement, mean = 128 * each, 2 * SUM / W
     return features + hops * (numbers + agreement + mean)
 
 
 def hybrid_bytes(loss: str, rows: int, D: int, item: int, nodes: int, each: int):
-    """(between nodes, inside a node): keys gathered in a node, which go round the nodes."""
-    between = wire_bytes(loss, "ring", each * rows, D, item, nodes, each)
-    inside = wire_bytes(loss, "gather", rows, D, item, each)
-    if loss != "siglip":  # gathered a second time, in the backward
-        inside += (each - 1) * rows * D * item
-    return between, inside
+    """(between nodes, inside a node): rows go round the nodes, gathered in a node at each step."""
+    between = wire_bytes(loss, "ring", rows, D, item, nodes, each)
+    steps = nodes // 2 + 1 if loss == "nt_xent" else nodes
+    features = (each - 1) * rows * D * ((1 if loss == "siglip" else 2) * item + SUM)
+    numbers = wire_bytes(loss, "gather", rows, 0, item, each)
+    return between, steps * features + numbers
 
 
 def link(W: int) -> float:
@@ -61,19 +61,19 @@ def floors(N: int, D: int, W: int) -> dict[str, float | None]:
     product = 2 * N * N * D / W / PRODUCT
     keys, sums = N // W * D * 2, N // W * D * SUM
 
-    def around(steps: int, block: int, rate: float) -> float:
-        forward = max(product, steps * block * keys / rate)
-        return forward + max(3 * product, steps * block * (keys + sums) / rate)
+    def around(steps: int, rate: float) -> float:
+        forward = max(product, steps * keys / rate)
+        return forward + max(3 * product, steps * (keys + sums) / rate)
 
     found = {
         "compute": 4 * product,
         "gather": 4 * product + wire_bytes("clip", "gather", N // W, D, 2, W) / link(W),
-        "ring": around(W, 1, link(W)),
+        "ring": around(W, link(W)),
         "hybrid": None,
     }
     if W > NODE:
         inside = hybrid_bytes("clip", N // W, D, 2, W // NODE, NODE)[1]
-        found["hybrid"] = around(W // NODE, NODE, INFINIBAND) + inside / NVLINK
+        found["hybrid"] = around(W // NODE, INFINIBAND) + inside / NVLINK
     return found
 
 

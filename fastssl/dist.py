@@ -124,6 +124,10 @@ class Shards(NamedTuple):
         members = range(first, first + self.levels[i].size * below, below)
         return [sum(self.sizes[m : m + below]) for m in members]
 
+    def seen_from(self, place: int) -> "Shards":
+        """As this rank's counterpart at that place of the first level sees them."""
+        return self._replace(levels=(self.levels[0]._replace(rank=place), *self.levels[1:]))
+
     @property
     def blocks(self) -> list[int]:
         """Rows of each block that is in one place at a time: the ring's members, or all at once."""

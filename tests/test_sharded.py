@@ -464,7 +464,7 @@ def test_every_pair_is_computed_once(nodes, each, ring, uneven):
             shards = Shards(tuple(level for level in levels if level.size > 1), sizes, ring)
             before, rows = times.sum(), range(starts[-1])
             for step in range(sharded.last_step(shards, itself) + 1):
-                at, found = sharded.pieces(shards, step, itself)
+                at, found = sharded.pieces(shards, step, itself, sizes[rank])
                 first = sum(shards.blocks[:at])
                 for piece in found:
                     own = rows[starts[rank] : starts[rank + 1]][piece.rows]

@@ -210,12 +210,9 @@ BLOCK = ROWS * D  # elements of a rank's keys
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_ring_holds_two_blocks(ranks, loss):
-    *_, three = most(ranks.run(hold, 3, loss, "ring"))
-    largest, keys, everything = most(ranks.run(hold, 4, loss, "ring"))
+    largest, keys, _ = most(ranks.run(hold, 4, loss, "ring"))
     assert largest == BLOCK < (4 * ROWS) * ROWS  # elements; the second: all keys by own rows
     assert keys <= 2 * BLOCK * torch.bfloat16.itemsize
-    if loss != "nt_xent":  # whose ring of three passes a single block on
-        assert everything - three < 100 * ROWS  # the log-sum-exps of one more rank
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -99,14 +99,18 @@ def each_block(
         dtype: where compute returns the gradient of its piece's keys, or None, the dtype of their
             sums, which are this function's result.
     """
-    block = gather_rows(keys, shards, shards.ring) if whole is None else whole
     sizes, places = shards.blocks, list(accumulate(shards.blocks, initial=0))
+    each, level = len(shards.sizes) // len(sizes), shards.levels[0]
     last, total = last_step(shards, itself), None
+
+    def rows(at: int) -> int:  # of this rank's counterpart
+        return shards.sizes[at % len(sizes) * each + shards.rank % each]
+
     for step in range(last + 1):
         at, work = pieces(shards, step, itself, N)
-        coming = None
-        if step < last:
-            coming = permute(block, shards.levels[0], 1, sizes[(at - 1) % len(sizes)])
+        there = shards.seen_from(at) if shards.ring else shards
+        coming = permute(keys, level, 1, rows(at - 1)) if step < last else None
+        block = gather_rows(keys, there, shards.ring) if whole is None else whole
         gradient = None
         for piece in work:
             if piece.rows.start == piece.rows.stop or piece.keys.start == piece.keys.stop:
@@ -119,16 +123,18 @@ def each_block(
                 gradient[piece.keys] += part
         if dtype is not None:
             gradient = torch.zeros_like(block, dtype=dtype) if gradient is None else gradient
-            if total is not None:
-                gradient += total.wait()
-            if last and step < last:  # behind its keys
-                total = permute(gradient, shards.levels[0], 1, sizes[(at - 1) % len(sizes)])
-            elif last:  # straight home
-                total = permute(gradient, shards.levels[0], -last, sizes[(at + last) % len(sizes)])
-        block = None if coming is None else coming.wait()
+            gradient = scatter_sums(gradient, there, shards.ring)
+            if step == 0:
+                own = gradient
+            else:
+                if total is not None:
+                    gradient += total.wait()
+                hops = 1 if step < last else -last  # behind its keys, in the end straight home
+                total = permute(gradient, level, hops, rows(at - hops))
+        keys, block = None if coming is None else coming.wait(), None
     if dtype is None:
         return None
-    return scatter_sums(total.wait() if last else gradient, shards, shards.ring)
+    return own if total is None else own + total.wait()
 
 
 # ------------------------------------------------------------------------ what the ranks agree on

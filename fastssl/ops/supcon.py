@@ -113,14 +113,11 @@ def sup_con(
         )
     weight = float_vector(name, "sample_weight", sample_weight, q.shape[:1], scale)
 
+    given = {"k": k is not None, "own_key": own_key is not None}
     shards, key_shards = shards_of(
-        name,
-        group,
-        exchange,
-        q,
-        k,
-        **{"the reduction": reduction, "the options": (positives, k is None, own_key is not None)},
-    )
+        name, group, exchange, q, k,
+        **{"the reduction": reduction, "positives": positives, "what is given": given},
+    )  # fmt: skip
     first = 0 if shards is None else shards.first
     q_ids = k_ids = target = None
     if own_key is not None:
