@@ -208,8 +208,8 @@ def info_nce(
             rows, any number of them; row i's positive is among its own keys, and target counts
             within those. Groups of problems (3-D q) stay where they are.
         exchange: how keys reach other ranks: "gather" all of them, "ring" block by block (with a
-            mesh of two dimensions: gathered inside a node, round the nodes), or "auto": by a ring
-            where all keys would take more than 1 GiB.
+            mesh of two dimensions: gathered inside a node, round the nodes), or "auto": a ring over
+            such a mesh, and where all keys would take more than 1 GiB.
 
     Returns:
         A float32 scalar, or (N,); with return_lse a pair. Over several ranks the scalar is that of

@@ -160,7 +160,9 @@ def shards_of(
     if not sum(rows) or not sum(sizes):
         raise ValueError(f"{name}: the batches of all {len(rows)} ranks are empty. Skip this step.")
     bytes_gathered = sum(sizes) * q.shape[1] * q.dtype.itemsize
-    ring = exchange == "ring" or (exchange == "auto" and bytes_gathered > GATHERED_BYTES)
+    ring = exchange == "ring"
+    if exchange == "auto":  # round nodes a rank receives only its counterparts' keys
+        ring = len(levels) == 2 or bytes_gathered > GATHERED_BYTES
     return Shards(levels, rows), Shards(levels, sizes, ring)
 
 
