@@ -85,12 +85,21 @@ def resolve_levels(name: str, group=None) -> tuple[Level, ...]:
     return tuple(Level.of(g) for g in groups if g.size() > 1)
 
 
+def world_size(levels: Sequence[Level]) -> int:
+    return math.prod([level.size for level in levels])
+
+
 class Shards(NamedTuple):
     """The rows of one call over the ranks, which are numbered with the outer level first."""
 
     levels: tuple[Level, ...]
     sizes: tuple[int, ...]  # rows of each rank
     ring: bool = False  # the first level passes rows on instead of gathering them
+
+    @classmethod
+    def named(cls, groups: Sequence[str], sizes: Sequence[int], ring: bool) -> "Shards":
+        groups = map(dist.distributed_c10d._resolve_process_group, groups)
+        return cls(tuple(Level.of(group) for group in groups), tuple(sizes), ring)
 
     @property
     def rank(self) -> int:
@@ -110,7 +119,7 @@ class Shards(NamedTuple):
 
     def along(self, i: int) -> list[int]:
         """Rows of each member of level i, with all that belongs to it on the levels below."""
-        below = math.prod([level.size for level in self.levels[i + 1 :]])
+        below = world_size(self.levels[i + 1 :])
         first = 0
         for level in self.levels[:i]:
             first = first * level.size + level.rank
@@ -232,7 +241,7 @@ class GlobalSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, levels):
-        ctx.world = math.prod([level.size for level in levels])
+        ctx.world = world_size(levels)
         return all_sum(x, levels)
 
     @staticmethod
@@ -318,7 +327,7 @@ def agree(name: str, levels: tuple[Level, ...], rows: Sequence[int], like: Tenso
     Raises:
         ValueError: on all ranks, naming those that differ.
     """
-    world = math.prod([level.size for level in levels])
+    world = world_size(levels)
     if not host_may_wait(like):
         return [(n,) * world for n in rows]
     for level in reversed(levels):

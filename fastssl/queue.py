@@ -1,12 +1,10 @@
 """A first-in, first-out queue of features: MoCo's negatives, NNCLR's support set."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.dist import LOCAL, Shards, agree, gather_rows, resolve_levels
+from fastssl.dist import LOCAL, Shards, agree, gather_rows, resolve_levels, world_size
 
 
 class FeatureQueue(nn.Module):
@@ -71,7 +69,7 @@ class FeatureQueue(nn.Module):
         levels = resolve_levels("FeatureQueue", group)
         self.group = LOCAL if sharded else group
         if sharded and levels:
-            ranks = Shards(levels, (1,) * math.prod(level.size for level in levels))
+            ranks = Shards(levels, (1,) * world_size(levels))
             if size % ranks.total:
                 raise ValueError(
                     f"FeatureQueue: size must be a multiple of the {ranks.total} ranks it is "

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels.launch import (
+    Side,
     capability_of,
     constants,
     device_of,
@@ -189,8 +190,9 @@ def merge_parts(part_ptr, out_ptr, parts, length, block, BLOCK: tl.constexpr,
 @triton.jit(do_not_specialize=["N", "M", "groups", "span"])
 def contrastive_bwd_kernel(
     x_ptr, y_ptr, scale_ptr, unit_ptr, x_bias_ptr, y_bias_ptr, x_ids_ptr, y_ids_ptr,
-    x_limit_ptr, y_limit_ptr, x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr,
-    y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr,
+    x_limit_ptr, y_limit_ptr,
+    x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr, x_label_ptr, x_alike_ptr,
+    y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, y_label_ptr, y_alike_ptr,
     dx_ptr, dscale_ptr, dbias_ptr, N, M, groups, span, stride_xn, stride_ym,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, KEEP_EQUAL: tl.constexpr, SELF: tl.constexpr, SPLIT: tl.constexpr,
@@ -216,9 +218,8 @@ def contrastive_bwd_kernel(
     mask_n = offs_n < N
     idx_n = tl.minimum(offs_n, N - 1)
     scale = tl.load(scale_ptr)
-    x_lse, x_dlse, x_target, x_dpos = load_side(
-        x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr, first_n + idx_n, mask_n
-    )
+    x_side = load_side(x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr, x_label_ptr, x_alike_ptr,
+                       first_n + idx_n, mask_n)  # fmt: skip
     x = load_rows(x_ptr, start_n, N, stride_xn, 0, D, BLOCK_N, BLOCK_D)
     dx = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dscale = tl.zeros((BLOCK_N,), tl.float32)
@@ -231,13 +232,12 @@ def contrastive_bwd_kernel(
         logits = tile_logits(c, scale, x_bias_ptr, y_bias_ptr, x_ids_ptr, y_ids_ptr, x_limit_ptr,
                              y_limit_ptr, idx_n, first_n + idx_n, offs_m, at_m, M,
                              KEEP_EQUAL, SELF)  # fmt: skip
-        y_lse, y_dlse, y_target, y_dpos = load_side(
-            y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, at_m, offs_m < M
-        )
+        y_side = load_side(y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, y_label_ptr,
+                           y_alike_ptr, at_m, offs_m < M)  # fmt: skip
         g = tile_gradient(
-            logits, offs_n, offs_m, x_lse, x_dlse, y_lse, y_dlse,
-            x_target, x_dpos, y_target, y_dpos, x_lse_ptr is not None, y_lse_ptr is not None,
+            logits, x_side, y_side, offs_n, offs_m, M, x_lse_ptr is not None, y_lse_ptr is not None,
             x_target_ptr is not None, y_target_ptr is not None,
+            x_alike_ptr is not None or y_alike_ptr is not None, SELF,
         )  # fmt: skip
         if dscale_ptr is not None:
             dscale += tl.sum(g * c, 1)
@@ -370,38 +370,54 @@ def contrastive_bwd(
     bias: Tensor | None,  # (G M,)
     limit: Tensor | None,  # (G N,)
     target: Tensor | None,  # (G N,)
+    q_labels: Tensor | None,  # (G N,)
+    k_labels: Tensor | None,  # (G M,)
     logits: Tensor,  # (G N, M) or (0, 0)
     row_lse: Tensor,  # (G N,) or (0,)
     col_lse: Tensor,  # (G M,) or (0,)
     drow: Tensor,  # (G N,) or (0,)
     dcol: Tensor,  # (G M,) or (0,)
     dpos: Tensor,  # (G N,) or (0,)
+    drow_alike: Tensor,  # (G N,) or (0,)
+    dcol_alike: Tensor,  # (G M,) or (0,)
     symmetric: bool,
     groups: int,
     need_dq: bool,
     need_dk: bool,
     need_dbias: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq (G N, D), dk (G M, D) or (0, D), dscale () and dbias (G M,) or (0,).
 
-    `symmetric` takes neither bias, limit nor dcol: q against itself has none.
+    dq and dk are of q's dtype, or fp32 with `wide`. `symmetric` takes neither bias, limit, dcol
+    nor dcol_alike: q against itself has none.
     """
     q, k = plain_rows(q), plain_rows(k)
-    unit = unit_for(drow, dcol, dpos) if q.dtype == torch.float16 else None
-    drow, dcol, dpos = (d.contiguous() if d.numel() else None for d in (drow, dcol, dpos))
-    row_side = (None, None) if drow is None else (row_lse, drow)
-    col_side = (None, None) if dcol is None else (col_lse, dcol)
-    q_side = (*row_side, *((None, None) if dpos is None else (target, dpos)))
-    k_side = q_side if symmetric else (*col_side, None, None)
+    upstream = drow, dcol, dpos, drow_alike, dcol_alike
+    unit = unit_for(*upstream) if q.dtype == torch.float16 else None
+    drow, dcol, dpos, q_alike, k_alike = (d.contiguous() if d.numel() else None for d in upstream)
+    if q_alike is None and k_alike is None:
+        q_labels = k_labels = None
+    q_side, k_side = Side(label=q_labels, alike=q_alike), Side(label=k_labels, alike=k_alike)
+    if drow is not None:
+        q_side = q_side._replace(lse=row_lse, dlse=drow)
+    if dpos is not None:
+        q_side = q_side._replace(target=target, dpos=dpos)
+    if dcol is not None:
+        k_side = k_side._replace(lse=col_lse, dlse=dcol)
+    if symmetric:
+        k_side = q_side
     problem = q, k, scale, q_ids, k_ids, keep_equal, bias, limit
     sides = q_side, k_side, symmetric, groups
-    dq, dk = q.new_empty(len(q) * need_dq, q.shape[1]), k.new_empty(len(k) * need_dk, k.shape[1])
+    like = scale if wide else q
+    dq = like.new_empty(len(q) * need_dq, q.shape[1])
+    dk = like.new_empty(len(k) * need_dk, k.shape[1])
     dscale = dbias = None
     with device_of(q):
         if logits.numel() and (need_dq or need_dk):
             # Logits do not give their products back, so dscale is a dot with the fp32 sums.
             factor = torch.ones_like(scale) if unit is None else unit
-            dq_sum, dk_sum = scale.new_empty(dq.shape), scale.new_empty(dk.shape)
+            dq_sum, dk_sum = (d if wide else scale.new_empty(d.shape) for d in (dq, dk))
             _, dbias = panel_gradient(
                 *problem, logits, *sides, factor, None, dq_sum, dk_sum, False, need_dbias
             )
@@ -442,7 +458,8 @@ def _owner(
 ):  # fmt: skip
     """Fills dx (G N, D) for D <= 256; dscale () and dbias (G N,), the latter where x is k."""
     (n_all, D), N, M = x.shape, len(x) // groups, len(y) // groups
-    known = constants("bwd", capability_of(x), x.dtype, D)
+    kind = "bwd" if x_side.alike is None and y_side.alike is None else "alike"
+    known = constants(kind, capability_of(x), x.dtype, D)
     blocks, splits, span = splits_of(x, N, M, groups, known)
     part = dx if splits == 1 else scale.new_empty(splits, n_all, D)
     dscale = scale.new_empty(splits * blocks) if need_dscale else None

@@ -1,6 +1,7 @@
 """What the launchers of the similarity kernels share: block sizes, splits, the unit of fp16."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,8 +10,20 @@ from torch import Tensor
 WIDEST_IN_REGISTERS = 256
 
 
+class Side(NamedTuple):
+    """What the gradient needs of one side's rows, in the kernels' order; None where absent."""
+
+    lse: Tensor | None = None
+    dlse: Tensor | None = None
+    target: Tensor | None = None
+    dpos: Tensor | None = None
+    label: Tensor | None = None
+    alike: Tensor | None = None
+
+
 def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, D: int) -> dict[str, int]:
-    """Block sizes, warps and stages for kind "fwd", "store", "bwd" (also the queue's) or "panel".
+    """Block sizes, warps and stages for kind "fwd", "store", "bwd" (also the queue's), "alike" (the
+    "bwd" of sums over pairs of equal labels) or "panel".
 
     16-bit features up to 256 wide: the owner's tile stays in shared memory or registers and the
     partner's tiles are pipelined. Wider ones, and fp32, whose products run on the plain units and
@@ -33,7 +46,8 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, D: int) -
     elif width <= 128:
         sizes = (128, 64 if width <= 32 else 32, 256, 8, 3)
     else:
-        sizes = (64, 64, 256, 8, 2)
+        # Labels and their coefficients take registers that 64 rows of gradients would need.
+        sizes = (32 if kind == "alike" else 64, 64, 256, 8, 2)
     block_n, block_m, block_d, num_warps, num_stages = sizes
     return {
         "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": min(block_d, width),

@@ -103,8 +103,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 @triton.jit(do_not_specialize="N M groups first_group first_n first_m blocks_n blocks_m".split())
 def contrastive_panel_kernel(
     x_ptr, y_ptr, scale_ptr, factor_ptr, y_bias_ptr, x_ids_ptr, y_ids_ptr, x_limit_ptr,
-    logits_ptr, x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr,
-    y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, panel_ptr, dscale_ptr, dbias_ptr,
+    logits_ptr, x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr, x_label_ptr, x_alike_ptr,
+    y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, y_label_ptr, y_alike_ptr,
+    panel_ptr, dscale_ptr, dbias_ptr,
     N, M, groups, first_group, first_n, first_m, blocks_n, blocks_m, stride_pg, stride_pn,
     stride_xn, stride_ym,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -140,16 +141,14 @@ def contrastive_panel_kernel(
         logits_ptr += tl.cast(group * N + start_n, tl.int64) * M + start_m
         cells = tl.arange(0, BLOCK_N)[:, None] * M + tl.arange(0, BLOCK_M)[None, :]
         logits = tl.load(logits_ptr + cells, mask=mask_n[:, None] & mask_m[None, :], other=-INF)
-    x_lse, x_dlse, x_target, x_dpos = load_side(
-        x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr, at_n, mask_n
-    )
-    y_lse, y_dlse, y_target, y_dpos = load_side(
-        y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, at_m, mask_m
-    )
+    x_side = load_side(x_lse_ptr, x_dlse_ptr, x_target_ptr, x_dpos_ptr, x_label_ptr, x_alike_ptr,
+                       at_n, mask_n)  # fmt: skip
+    y_side = load_side(y_lse_ptr, y_dlse_ptr, y_target_ptr, y_dpos_ptr, y_label_ptr, y_alike_ptr,
+                       at_m, mask_m)  # fmt: skip
     g = tile_gradient(
-        logits, offs_n, offs_m, x_lse, x_dlse, y_lse, y_dlse,
-        x_target, x_dpos, y_target, y_dpos, x_lse_ptr is not None, y_lse_ptr is not None,
+        logits, x_side, y_side, offs_n, offs_m, M, x_lse_ptr is not None, y_lse_ptr is not None,
         x_target_ptr is not None, y_target_ptr is not None,
+        x_alike_ptr is not None or y_alike_ptr is not None, SELF,
     )  # fmt: skip
     g = tl.where(mask_n[:, None], g, 0.0)  # (BLOCK_N, BLOCK_M)
     if dscale_ptr is not None:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from fastssl.kernels.contrastive import contrastive_fwd
 from fastssl.kernels.launch import (
+    Side,
     capability_of,
     constants,
     device_of,
@@ -139,10 +140,10 @@ def queue_fwd(
     with device_of(q):
         if not in_registers(q.dtype, D):
             row_lse = contrastive_fwd(*problem, None, True, False, False, groups, False)[0]
-            side = row_lse, torch.ones_like(row_lse), None, None
+            side = Side(row_lse, torch.ones_like(row_lse))
             factor = torch.full_like(scale, LIFT if half else 1.0)
             panel_gradient(
-                *problem, None, side, (None,) * 4, False, groups,
+                *problem, None, side, Side(), False, groups,
                 factor, factor.reciprocal() if half else None, out, k[:0], False, False,
             )  # fmt: skip
             return row_lse, out

@@ -88,30 +88,43 @@ def load_lse(ptr, at):
 
 
 @triton.jit
-def load_side(lse_ptr, dlse_ptr, target_ptr, dpos_ptr, at, mask):
-    """What the gradient needs of one side's rows; zeros stand for what is absent."""
+def load_side(lse_ptr, dlse_ptr, target_ptr, dpos_ptr, label_ptr, alike_ptr, at, mask):
+    """What the gradient needs of one side's rows; zeros stand for what is absent: older Tritons
+    return no None."""
     lse = tl.zeros_like(at).to(tl.float32)
-    dlse, dpos, target = lse, lse, at
+    dlse, target, dpos, label, alike = lse, at, lse, tl.zeros_like(at), lse
     if lse_ptr is not None:
         lse = load_lse(lse_ptr, at)
         dlse = tl.load(dlse_ptr + at)
     if target_ptr is not None:
         target = tl.where(mask, tl.load(target_ptr + at), -1)
         dpos = tl.load(dpos_ptr + at)
-    return lse, dlse, target, dpos
+    if label_ptr is not None:
+        label = tl.load(label_ptr + at)
+    if alike_ptr is not None:
+        alike = tl.load(alike_ptr + at)
+    return lse, dlse, target, dpos, label, alike
 
 
 @triton.jit
-def tile_gradient(logits, offs_n, offs_m, x_lse, x_dlse, y_lse, y_dlse, x_target, x_dpos, y_target,
-                  y_dpos, X_LSE: tl.constexpr, Y_LSE: tl.constexpr, X_TARGET: tl.constexpr,
-                  Y_TARGET: tl.constexpr):  # fmt: skip
-    """G_ij = dlse_i e^(l_ij - lse_i) + dlse_j e^(l_ij - lse_j), plus dpos where j = t_i or i = t_j.
+def tile_gradient(logits, x_side, y_side, offs_n, offs_m, M, X_LSE: tl.constexpr,
+                  Y_LSE: tl.constexpr, X_TARGET: tl.constexpr, Y_TARGET: tl.constexpr,
+                  ALIKE: tl.constexpr, SELF: tl.constexpr):  # fmt: skip
+    """G_ij = dlse_i e^(l_ij - lse_i) + dlse_j e^(l_ij - lse_j), plus dpos where j = t_i or i = t_j,
+    plus alike_i + alike_j where the labels are equal, left out or not, but for self-pairs.
 
     One exponential and a pivot could serve both sums when the lses lie close together, but the
     branch for when they do not keeps both forms of the tile alive: 30 to 60 registers a thread,
     which the accumulator needs.
     """
+    x_lse, x_dlse, x_target, x_dpos, x_label, x_alike = x_side
+    y_lse, y_dlse, y_target, y_dpos, y_label, y_alike = y_side
     g = tl.zeros_like(logits)
+    if ALIKE:
+        alike = (x_label[:, None] == y_label[None, :]) & (offs_m < M)[None, :]
+        if SELF:
+            alike &= offs_n[:, None] != offs_m[None, :]
+        g += tl.where(alike, x_alike[:, None] + y_alike[None, :], 0.0)
     if X_LSE:
         g += x_dlse[:, None] * exp_of(logits - x_lse[:, None])
     if Y_LSE:

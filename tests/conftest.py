@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from ranks import Ranks
 
 import fastssl
 
@@ -28,6 +29,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes under gloo, started once: see `ranks.py`."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 # Which products the CPU kernels run on: as found, all of the library's, everything in fp32.

@@ -34,7 +34,8 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 IDS = {"x_ids_ptr", "y_ids_ptr"}
 LIMITS = {"x_limit_ptr", "y_limit_ptr"}
 BIASES = {"x_bias_ptr", "y_bias_ptr"}
-ALL = IDS | LIMITS | BIASES
+ALIKE = {"x_label_ptr", "x_alike_ptr", "y_label_ptr", "y_alike_ptr"}
+ALL = IDS | LIMITS | BIASES | ALIKE
 Y_SIDE = {"y_lse_ptr", "y_dlse_ptr", "y_target_ptr", "y_dpos_ptr"}
 # Optional arguments a launch leaves out (None) and the mask by index, first the largest launches:
 # these are compiled at every width, the others at one.
@@ -47,6 +48,7 @@ FWD = (
 )
 BWD = (
     (LIMITS | BIASES | {"dbias_ptr"}, True),  # the symmetric gradient
+    (ALIKE | LIMITS | BIASES | {"dbias_ptr"}, True),  # and that without labels
     ({"y_bias_ptr", "x_limit_ptr", "x_target_ptr", "x_dpos_ptr"}, False),  # dk with everything
     ({"x_bias_ptr", "y_limit_ptr", "y_target_ptr", "y_dpos_ptr", "dbias_ptr"}, False),  # dq
     (ALL | Y_SIDE | {"dbias_ptr"}, False),  # dq of rows
@@ -57,7 +59,11 @@ PANEL = (
     ({"y_bias_ptr", "x_limit_ptr", "dbias_ptr", "logits_ptr"}, True),  # the symmetric gradient
     ({"y_target_ptr", "y_dpos_ptr", "dscale_ptr"}, False),  # from stored logits
     (ALL | Y_SIDE | {"x_target_ptr", "x_dpos_ptr", "dscale_ptr", "dbias_ptr", "logits_ptr"}, False),
-    ({"y_target_ptr", "y_dpos_ptr", "panel_ptr", "factor_ptr", "logits_ptr"}, False),  # sums only
+    (  # sums only, of all pairs
+        {"x_label_ptr", "y_label_ptr", "y_target_ptr", "y_dpos_ptr"}
+        | {"panel_ptr", "factor_ptr", "logits_ptr"},
+        False,
+    ),
 )
 QUEUE = (set(), IDS | {"y_bias_ptr", "x_limit_ptr"})
 SIGLIP = (set(), IDS | {"panel_ptr", "factor_ptr", "weight_ptr", "dscale_ptr", "dbias_ptr"})
@@ -68,9 +74,9 @@ def _cases(capability, dtype):
     unit = set() if dtype == torch.float16 else {"unit_ptr"}
     lift = {"LIFT": queue.LIFT if dtype == torch.float16 else 1.0}
     for D in WIDTHS:
-        fwd, store, bwd, panel = (
+        fwd, store, bwd, alike, panel = (
             launch.constants(kind, capability, dtype, D) | {"KEEP_EQUAL": D == 128}
-            for kind in ("fwd", "store", "bwd", "panel")
+            for kind in ("fwd", "store", "bwd", "alike", "panel")
         )
         for absent, index in FWD if D == 128 else FWD[:1]:
             yield contrastive.contrastive_fwd_kernel, fwd | {"SELF": index}, absent
@@ -78,11 +84,12 @@ def _cases(capability, dtype):
             absent = {"x_bias_ptr", "y_limit_ptr"}
             yield contrastive.contrastive_fwd_kernel, store | {"SELF": False}, absent
         if launch.in_registers(dtype, D):
-            for absent, index in BWD if D == 128 else BWD[:2]:
-                known = bwd | {"SELF": index, "SPLIT": False}
+            for absent, index in BWD if D == 128 else BWD[:3]:
+                known = bwd if absent >= ALIKE else alike
+                known = known | {"SELF": index, "SPLIT": False}
                 yield contrastive.contrastive_bwd_kernel, known, absent | unit
-            known = bwd | {"SELF": BWD[1][1], "SPLIT": True}
-            yield contrastive.contrastive_bwd_kernel, known, BWD[1][0] | unit
+            known = bwd | {"SELF": BWD[2][1], "SPLIT": True}
+            yield contrastive.contrastive_bwd_kernel, known, BWD[2][0] | ALIKE | unit
             for absent in QUEUE if D == 128 else QUEUE[:1]:
                 yield queue.queue_fwd_kernel, bwd | lift, absent
         # Panels go in steps of BLOCK_D: wider ones compile to the same code.
@@ -102,7 +109,7 @@ def _argument_type(name, known, dtype):
         return "*" + DTYPES[dtype]
     if name == "dx_ptr":
         return "*fp32" if known.get("SPLIT") else "*" + DTYPES[dtype]
-    if name.endswith(("ids_ptr", "target_ptr")):
+    if name.endswith(("ids_ptr", "label_ptr", "target_ptr")):
         return "*i32"
     return "*fp32" if name.endswith("_ptr") else "i32"
 

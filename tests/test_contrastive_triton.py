@@ -34,9 +34,17 @@ def problem(q, k, scale, q_ids=None, k_ids=None, bias=None, target=None, limit=N
     return q, k, number(scale), q_ids, k_ids, equal, bias, limit, target
 
 
+def backward(run, args, forward, upstream, *needs, labels=(None, None), wide=False):
+    """The op's backward after its forward; of the five upstream gradients the last may be left out:
+    those of the sums over pairs of equal labels."""
+    upstream = [*upstream, *[forward[0].new_empty(0)] * (5 - len(upstream))]
+    return run(*args, *labels, forward[3], *forward[:2], *upstream, *needs, wide)
+
+
 def check(
     args, rows=True, cols=True, symmetric=False, groups=1, store=False,
     need_dq=True, need_dk=True, need_dbias=None,
+    labels=(None, None), alike=(False, False), upstream=None, wide=False,
 ):  # fmt: skip
     """Both directions of the op against fp64 and plain torch; returns what the kernels gave."""
     need_dk = need_dk and not symmetric
@@ -45,35 +53,54 @@ def check(
     got = kernels.contrastive_fwd(*args, *flags)
     exact = contrastive_fwd_ref(*double(args), *flags)
     plain = contrastive_fwd_ref(*args, *flags)
-    grads = [torch.randn_like(x) / len(args[0]) for x in got[:3]]
+    if upstream is None:
+        upstream = [torch.randn_like(x) / len(args[0]) for x in got[:3]]
+        for x, given in zip(args[:2], alike, strict=True):
+            # Smaller, as they count for many pairs.
+            upstream.append(torch.randn(len(x) * given, device=DEVICE) / len(args[0]) / 10)
     needs = symmetric, groups, need_dq, need_dk, need_dbias
-
-    def backward(run, args, forward, grads):
-        return run(*args, forward[3], *forward[:2], *grads, *needs)
-
+    rest = {"labels": labels, "wide": wide}
     results = [
-        (*got, *backward(kernels.contrastive_bwd, args, got, grads)),
-        (*exact, *backward(contrastive_bwd_ref, double(args), exact, double(grads))),
-        (*plain, *backward(contrastive_bwd_ref, args, plain, grads)),
+        (*got, *backward(kernels.contrastive_bwd, args, got, upstream, *needs, **rest)),
+        (
+            *exact,
+            *backward(contrastive_bwd_ref, double(args), exact, double(upstream), *needs, **rest),
+        ),
+        (*plain, *backward(contrastive_bwd_ref, args, plain, upstream, *needs, **rest)),
     ]
+    largest = max(
+        [float(x[x.isfinite()].abs().max()) for x in exact[:3] if x.isfinite().any()] + [1]
+    )
     names = "row_lse", "col_lse", "pos", "logits", "dq", "dk", "dscale", "dbias"
     for name, a, b, c in zip(names, *results, strict=True):
-        assert a.dtype == (args[0].dtype if name in ("dq", "dk") else torch.float32), name
+        narrow = name in ("dq", "dk") and not wide
+        assert a.dtype == (args[0].dtype if narrow else torch.float32), name
         if name == "dscale":
-            check_dscale(a, b, c, args, exact[:3], grads, store)
-        else:
-            no_worse(name, a, b, c, 3 if name.startswith("d") else 2)
+            check_dscale(a, b, c, args, largest, upstream, store, labels, groups)
+            continue
+        magnitude = float(b.abs().max()) if name.startswith("d") and b.numel() else 0.0
+        if name == "dbias":
+            # Sums of coefficients, each with the rounding of a log-sum-exp and of a logit.
+            magnitude *= largest
+        elif wide:
+            # They, too, come from coefficients rounded to the features' dtype.
+            magnitude *= torch.finfo(args[0].dtype).eps / torch.finfo(torch.float32).eps
+        no_worse(name, a, b, c, 3 if name.startswith("d") else 2, magnitude)
     return results[0]
 
 
-def check_dscale(got, exact, plain, args, stats, grads, store):
+def check_dscale(got, exact, plain, args, largest, upstream, store, labels, groups):
     """dscale sums terms of both signs, so its floor is that of the terms: each coefficient carries
     the rounding of a log-sum-exp and of a logit. From stored logits it comes from coefficients
     rounded to the features' dtype."""
-    terms = (
-        sum(x.abs().sum() for x in grads) * args[0].norm(dim=1).max() * args[1].norm(dim=1).max()
-    )
-    largest = max([float(x[x.isfinite()].abs().max()) for x in stats if x.isfinite().any()] + [1])
+    q, k = args[:2]
+    terms = sum(x.abs().sum() for x in upstream[:3])
+    equal = torch.ones(groups, len(q) // groups, len(k) // groups, device=DEVICE)
+    if labels[0] is not None:
+        equal *= labels[0].view(groups, -1, 1) == labels[1].view(groups, 1, -1)
+    for d, pairs in zip(upstream[3:], (equal.sum(2), equal.sum(1)), strict=True):
+        terms += (d.abs() * pairs.flatten()).sum() if d.numel() else 0
+    terms *= q.norm(dim=1).max() * k.norm(dim=1).max()
     eps = torch.finfo(torch.float32).eps * largest
     eps += torch.finfo(args[0].dtype).eps if store else 0
     limit = 3 * (plain - exact).abs() + eps * terms
@@ -169,6 +196,106 @@ def test_needs(need_dq, need_dk, D, dtype):
         check(args, need_dq=need_dq, need_dk=need_dk, need_dbias=need_dbias)
 
 
+ALIKE = pytest.mark.parametrize("alike", [(True, False), (False, True), (True, True)], ids=str)
+
+
+def labels_of(n, m):
+    return integers(5, n), integers(5, m)
+
+
+@dtypes
+@ALIKE
+@pytest.mark.parametrize("N, M, D", [(130, 150, 24), (40, 70, 136), (40, 70, 264)])
+def test_alike(N, M, D, alike, dtype):
+    """Coefficients for pairs of equal labels, or for all pairs: left out of the sums or not."""
+    q, k = features(N, D, dtype), features(M, D, dtype)
+    q_ids, k_ids, bias, target = extras(N, M)
+    everything = q_ids, k_ids, bias, target, limits(q, k)
+    for labels in ((None, None), labels_of(N, M)):
+        check(problem(q, k, 10), False, False, labels=labels, alike=alike)
+        check(problem(q, k, 10), False, True, labels=labels, alike=alike)
+        for equal in (False, True):
+            check(problem(q, k, 10, *everything, equal), labels=labels, alike=alike)
+    for need_dq, need_dk in ((True, False), (False, True), (False, False)):
+        args = problem(q, k, 10, *everything)
+        check(args, need_dq=need_dq, need_dk=need_dk, labels=labels, alike=alike)
+
+
+@dtypes
+@pytest.mark.parametrize("N, D", [(1, 24), (2, 264), (7, 24), (70, 264), (130, 24)])
+def test_alike_symmetric(N, D, dtype):
+    """A row is not alike to itself."""
+    for groups in (1, 3):
+        z, target = features(groups * N, D, dtype), integers(N, groups * N)
+        ids, own = integers(max(2, N // 2), groups * N), integers(5, groups * N)
+        rest = {"cols": False, "symmetric": True, "groups": groups, "alike": (True, False)}
+        for labels in ((None, None), (own, own)):
+            check(problem(z, z, 10), labels=labels, **rest)
+            check(problem(z, z, 10, ids, ids, None, target), labels=labels, **rest)
+            check(problem(z, z, 10, own, own, equal=True), labels=labels, **rest)
+
+
+@dtypes
+@ALIKE
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("N, M, D", [(1, 2, 24), (130, 70, 24), (40, 70, 264)])
+def test_alike_groups(N, M, D, store, alike, dtype):
+    q, k = features(3 * N, D, dtype), features(3 * M, D, dtype)
+    q_ids, k_ids, bias, target = extras(N, M, 3)
+    args = problem(q, k, 10, q_ids, k_ids, bias, target, limits(q, k, 3))
+    for labels in ((None, None), labels_of(3 * N, 3 * M)):
+        check(args, groups=3, store=store, labels=labels, alike=alike)
+
+
+@dtypes
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("D", [32, 264])
+def test_alike_near_convergence(D, store, dtype):
+    """Rows of a label are equal and far from all others: the parts of a coefficient cancel but for
+    a few parts in a thousand, which rounding them one by one would lose."""
+    own, other = integers(6, 70), integers(6, 90)
+    own[:6] = other[:6] = torch.arange(6, device=DEVICE)
+    basis = torch.eye(D, device=DEVICE).to(dtype)
+
+    def upstream(labels, against, left_out=0):
+        pairs = (labels[:, None] == against).sum(1) - left_out
+        d = 0.5 + torch.rand(len(labels), device=DEVICE)
+        return d, torch.where(pairs > 0, -d / pairs, 0)
+
+    empty = torch.empty(0, device=DEVICE)
+    drow, drow_alike = upstream(own, other)
+    dcol, dcol_alike = upstream(other, own)
+    check(
+        problem(basis[own], basis[other], 8), store=store, labels=(own, other),
+        upstream=[drow, dcol, empty, drow_alike, dcol_alike],
+    )  # fmt: skip
+    if not store:
+        drow, drow_alike = upstream(own, own, 1)
+        z = basis[own]
+        check(
+            problem(z, z, 8), cols=False, symmetric=True, labels=(own, own),
+            upstream=[drow, empty, empty, drow_alike, empty],
+        )  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("N, D", [(40, 24), (130, 24), (40, 264)])
+def test_wide(N, D, store, dtype):
+    """Gradients in fp32 from features of any dtype, also where they are too small for fp16."""
+    q, k = features(3 * N, D, dtype), features(3 * 70, D, dtype)
+    args = problem(q, k, 10, *extras(N, 70, 3))
+    rest = {"groups": 3, "store": store, "wide": True}
+    check(args, labels=labels_of(3 * N, 3 * 70), alike=(True, True), **rest)
+    sizes = 3 * N, 3 * 70, 3 * N, 0, 0
+    got = check(args, upstream=[torch.rand(n, device=DEVICE) * 1e-9 for n in sizes], **rest)
+    assert got[4].any() and got[4].abs().max() < 1e-7
+    if not store:
+        upstream = torch.rand(3 * N, device=DEVICE) * 1e-9, *[q.new_empty(0).float()] * 4
+        args = problem(q, q, 10)
+        check(args, cols=False, symmetric=True, groups=3, wide=True, upstream=upstream)
+
+
 @dtypes
 def test_several_panels(dtype, monkeypatch):
     """Panels that split rows and columns; that hold a few groups; and pieces of sums alone."""
@@ -181,6 +308,8 @@ def test_several_panels(dtype, monkeypatch):
     check(args)
     check(args, need_dq=False, need_dk=False)
     check(args, store=True)
+    for store in (False, True):
+        check(args, store=store, labels=labels_of(257, 130), alike=(True, True), wide=True)
     q, k = features(5 * 50, D, dtype), features(5 * 40, D, dtype)
     check(problem(q, k, 10, *extras(50, 40, 5)), groups=5)
 
@@ -256,10 +385,10 @@ def test_small_gradients(D, store, dtype):
     forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)
     grads = [torch.rand_like(x) * 1e-5 for x in forward[:3]]
     needs = False, 1, True, True, True
-    got = kernels.contrastive_bwd(*args, forward[3], *forward[:2], *grads, *needs)
+    got = backward(kernels.contrastive_bwd, args, forward, grads, *needs)
     exact = contrastive_fwd_ref(*double(args), True, True, False, 1, store)
-    exact = contrastive_bwd_ref(*double(args), exact[3], *exact[:2], *double(grads), *needs)
-    plain = contrastive_bwd_ref(*args, forward[3], *forward[:2], *grads, *needs)
+    exact = backward(contrastive_bwd_ref, double(args), exact, double(grads), *needs)
+    plain = backward(contrastive_bwd_ref, args, forward, grads, *needs)
     tiny = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     for a, b, c in zip(got, exact, plain, strict=True):
         rounding = torch.finfo(dtype).eps if store and a is got[2] else 1e-6
@@ -280,13 +409,10 @@ def test_nan(D, dtype):
             for a, b in zip(forward, exact, strict=True):
                 assert torch.equal(a.isnan(), b.isnan())
             grads = [torch.ones_like(x) for x in forward[:3]]
-            statistics = forward[3], *forward[:2], *grads
             needs = False, 1, True, True, False
-            got = kernels.contrastive_bwd(*args, *statistics, *needs)
-            statistics = exact[3], *exact[:2], *double(grads)
-            for a, b in zip(
-                got, contrastive_bwd_ref(*double(args), *statistics, *needs), strict=True
-            ):
+            got = backward(kernels.contrastive_bwd, args, forward, grads, *needs)
+            exact = backward(contrastive_bwd_ref, double(args), exact, double(grads), *needs)
+            for a, b in zip(got, exact, strict=True):
                 assert (a.isnan() | ~b.isnan()).all()
 
 
@@ -297,8 +423,11 @@ def test_repeats_to_the_bit(D, store, dtype):
     args = problem(features(70, D, dtype), features(150, D, dtype), 10, *extras(70, 150))
     forward = kernels.contrastive_fwd(*args, True, True, False, 1, store)
     assert same_bits(lambda: kernels.contrastive_fwd(*args, True, True, False, 1, store))
-    rest = forward[3], *forward[:2], *(torch.randn_like(x) for x in forward[:3])
-    assert same_bits(lambda: kernels.contrastive_bwd(*args, *rest, False, 1, True, True, True))
+    grads = [torch.randn_like(x) for x in forward[:3]] + [
+        torch.randn(n, device=DEVICE) for n in (70, 150)
+    ]
+    needs = False, 1, True, True, True
+    assert same_bits(lambda: backward(kernels.contrastive_bwd, args, forward, grads, *needs))
 
 
 def test_target_out_of_range():

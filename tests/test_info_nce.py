@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracle import assert_no_worse
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import normalize as unit
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -544,3 +545,33 @@ def test_huge_upstream_gradients_stay_finite():
     row, col, _ = contrastive_lse(q, k, cols=True)
     (1e13 * (row.sum() + col.sum())).backward()
     assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", ["soft", "smooth"])
+def test_oracle_near_convergence_of_spread_targets(target, dtype):
+    """Targets spread over equal keys: what the sum pushes and what the targets pull cancels."""
+    x = unit(torch.randn(5, 24, dtype=torch.float64)).repeat_interleave(6, 0)
+    q, k = (unit(x + 0.01 * torch.randn_like(x)).to(dtype) for _ in range(2))
+    if target == "soft":
+        t = torch.block_diag(*[torch.full((6, 6), 1 / 6, dtype=torch.float64)] * 5)
+        options, scale = {"soft_target": t}, 40.0
+    else:  # of equal keys each is as likely as the others, so almost all of the target is spread
+        q, k = torch.ones_like(q[:30]), torch.ones_like(k[:30]) + 0.01 * k
+        t = 0.99 / 30 + 0.01 * torch.eye(30, dtype=torch.float64)
+        options, scale = {"label_smoothing": 0.99}, 0.02
+
+    def run(loss_of, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k)]
+        return torch.autograd.grad(loss_of(*leaves), leaves)
+
+    def ours(q, k):
+        return info_nce(q, k, logit_scale=scale, **options)
+
+    def peer(q, k):
+        return -(t.to(q.dtype) * (scale * q @ k.T).log_softmax(1)).sum(1).mean()
+
+    # In any dtype a coefficient carries the float32 rounding of its row's log-sum-exp.
+    rounding = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    for xs in zip(run(ours, dtype), run(peer, torch.float64), run(peer, dtype), strict=True):
+        assert_no_worse(*xs, 3, magnitude=rounding * scale * scale / 30)

@@ -9,6 +9,7 @@ from oracle import assert_no_worse
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
+from fastssl import LOCAL
 from fastssl.losses import (
     ClipLoss,
     DCLLoss,
@@ -384,19 +385,22 @@ x23, x24 = torch.ones(2, 3), torch.ones(2, 4)
         (lambda: NTXentLoss(temperature=0), "NTXentLoss: temperature must be positive, got 0"),
         (lambda: NTXentLoss(memory_bank_size=64), r"must be 0 or \(rows, D\), got 64"),
         (lambda: NTXentLoss(memory_bank_size=(64, -8)), r"\(rows, D\), got \(64, -8\)"),
-        (lambda: NTXentLoss(gather_distributed=True), "not gathered yet"),
+        (lambda: NTXentLoss(gather_distributed=True)(x23, x23), "torch.distributed, which is not"),
+        (lambda: NTXentLoss(gather_distributed=True, group=LOCAL), "True contradicts group=fast"),
+        (lambda: NTXentLoss(exchange="rings"), 'exchange must be "auto", "gather" or "ring"'),
         (lambda: NTXentLoss()(x23, torch.ones(3, 3)), "NTXentLoss: both views must have one shape"),
         (lambda: NTXentLoss(memory_bank_size=(9, 3))(x24, x24), "queue must have q's width D=4"),
         (lambda: DCLLoss(temperature=-1.0), "DCLLoss: temperature must be positive, got -1.0"),
-        (lambda: DCLLoss(gather_distributed=True), "DCLLoss: gather_distributed must be False"),
+        (lambda: DCLLoss(gather_distributed=True)(x23, x23), "DCLLoss: gather_distributed=True"),
         (lambda: DCLLoss()(x23, x24), "DCLLoss: both views must have one shape"),
         (lambda: DCLWLoss(sigma=0.0), "DCLWLoss: sigma must be positive, got 0.0"),
         (lambda: DCLWLoss(temperature=0.0), "DCLWLoss: temperature must be positive"),
-        (lambda: ClipLoss(world_size=2), "ClipLoss: world_size must be 1, got 2"),
+        (lambda: ClipLoss(world_size=2), "group's, 0 and 1, got 0 and 2. Leave"),
+        (lambda: ClipLoss(rank=1), "ClipLoss: rank and world_size .* got 1 and 1"),
         (lambda: ClipLoss()(x23, x24, 1.0), "q's width D=3"),
         (lambda: ClipLoss()(x23, x23, 0.0), "logit_scale must be positive"),
         (lambda: ClipLoss()(x23, x23.to("meta"), 1.0), "one device, got cpu and meta"),
-        (lambda: SigLipLoss(world_size=2), "SigLipLoss: world_size must be 1, got 2"),
+        (lambda: SigLipLoss(world_size=2), "SigLipLoss: rank and world_size must"),
         (lambda: SigLipLoss(dist_impl="ring"), "dist_impl must be None.*got 'ring'"),
         (lambda: SigLipLoss()(x23, torch.ones(5, 3), 1.0, 0.0), "must have one shape"),
         (lambda: SupConLoss(temperature=0.0), "SupConLoss: temperature and base_temp"),
@@ -414,6 +418,14 @@ x23, x24 = torch.ones(2, 3), torch.ones(2, 4)
 def test_error_messages(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_repr_names_what_is_not_the_default():
+    assert repr(ClipLoss()) == "ClipLoss()"
+    assert repr(NTXentLoss(0.5)) == "NTXentLoss(temperature=0.5)"
+    assert repr(SigLipLoss(group=LOCAL)) == "SigLipLoss(group=fastssl.LOCAL)"
+    assert repr(NTXentLoss(0.5, gather_distributed=False)).endswith("0.5, group=fastssl.LOCAL)")
+    assert repr(InfoNCELoss(exchange="ring")).endswith("reduction='mean', exchange='ring')")
 
 
 def test_float_labels_are_refused():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import assert_no_worse
 
+from fastssl import LOCAL
 from fastssl.losses import NTXentLoss as LightlyNTXentLoss
 from fastssl.losses import pml as ours
 
@@ -226,6 +227,14 @@ def test_cross_batch_memory_resumes():
     assert torch.equal(bank.embedding_memory, copy.embedding_memory)
 
 
+def test_a_wrapper_says_more_than_its_loss():
+    loss = ours.SupConLoss(exchange="ring")
+    assert ours.SelfSupervisedLoss(loss).loss is loss
+    wrapped = ours.CrossBatchMemory(loss, 8, group=LOCAL).loss
+    assert repr(wrapped) == "SupConLoss(temperature=0.1, group=fastssl.LOCAL, exchange='ring')"
+    assert loss.group is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N", [12, 65])
 @pytest.mark.parametrize("use", ["labels", "references", "indices"])
@@ -268,6 +277,7 @@ bank = ours.CrossBatchMemory(ours.SupConLoss(), 8, 6)
     [
         (lambda: ours.NTXentLoss(0.0), ValueError, "NTXentLoss: temperature must be positive"),
         (lambda: ours.NTXentLoss(distance=1), TypeError, "NTXentLoss: distance is not supported"),
+        (lambda: ours.SupConLoss(exchange="all"), ValueError, "SupConLoss: exchange must be"),
         (lambda: ours.SupConLoss(reducer=1), TypeError, "SupConLoss: reducer is not supported"),
         (lambda: ours.SupConLoss()(z), ValueError, "give labels or indices_tuple, got neither"),
         (lambda: ours.SupConLoss()(z, labels.float()), TypeError, "must be an integer tensor"),

@@ -143,7 +143,7 @@ X, L = torch.ones(2, 4), torch.arange(2)
     [
         (lambda: FeatureQueue(0, 4), ValueError, "size and dim must be at least 1, got 0, 4."),
         (lambda: FeatureQueue(4, 4, dtype=torch.int64), TypeError, "dtype must be floating point"),
-        (lambda: FeatureQueue(4, 4, group="local"), TypeError, "fastssl.LOCAL, a process group or a DeviceMesh"),
+        (lambda: FeatureQueue(4, 4, group="local"), TypeError, "a process group or a DeviceMesh"),
         (lambda: FeatureQueue(4, 3).enqueue(X), ValueError, r"x must be \(B, 3\).*got \(2, 4\)."),
         (lambda: FeatureQueue(4, 4).enqueue(X[0]), ValueError, r"x must be \(B, 4\).*got \(4,\)."),
         (lambda: FeatureQueue(4, 4).enqueue(L), TypeError, "floating-point tensor, got torch.int6"),

@@ -1,268 +1,45 @@
 """pytorch-metric-learning's contrastive losses: their arguments, names, defaults and values.
 
 With cosine similarity and the default reducers. Labels alone never build a matrix of all pairs;
-indices from a miner, which has built one, are looked up in it.
+indices from a miner, which has built one, are looked up in it. Over several ranks the rows of all
+of them are one batch, without the library's DistributedLossWrapper: by labels only.
 """
 
-from collections.abc import Iterator
+import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
-from fastssl.ops import contrastive_lse, info_nce, sup_con
-from fastssl.ops.checks import check_features, int_vector, unit_rows
+from fastssl.dist import Shards, agree, gather_rows, resolve_levels
+from fastssl.losses.pairs import (
+    Indices,
+    NTXentLoss,
+    PairLoss,
+    SupConLoss,
+    as_pairs,
+    as_triplets,
+    check_indices,
+    zero_of,
+)
+from fastssl.losses.ranks import check_group, global_mean, sample_ids
+from fastssl.ops import info_nce
+from fastssl.ops.checks import check_features, int_vector
 
-Indices = tuple[Tensor, ...]  # (anchors, positives, negatives) or (a1, positives, a2, negatives)
-
-
-def _as_pairs(indices_tuple: Indices) -> Indices:
-    """(a1, p, a2, n): anchors and positives, anchors and negatives."""
-    if len(indices_tuple) == 3:
-        a, p, n = indices_tuple
-        return a, p, a, n
-    if len(indices_tuple) != 4:
-        raise ValueError(
-            f"indices_tuple must hold 3 tensors (triplets) or 4 (pairs), got {len(indices_tuple)}."
-        )
-    return indices_tuple
-
-
-def _as_triplets(indices_tuple: Indices) -> Indices:
-    """(a, p, n): every positive of an anchor with every negative."""
-    if len(indices_tuple) == 3:
-        return indices_tuple
-    a1, p, a2, n = _as_pairs(indices_tuple)
-    i, j = (a1.unsqueeze(1) == a2).nonzero().unbind(1)
-    return a1[i], p[i], n[j]
+__all__ = ["CrossBatchMemory", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
 
 
-def _zero(embeddings: Tensor) -> Tensor:
-    """With a graph, as the library's."""
-    return (embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)) * 0).sum()
-
-
-class _PairLoss(nn.Module):
-    """What the losses share: arguments, checks, and the choice between labels and indices."""
-
-    def __init__(self, temperature: float, unsupported: dict):
-        super().__init__()
-        name = type(self).__name__
-        if not temperature > 0:
-            raise ValueError(f"{name}: temperature must be positive, got {temperature}.")
-        for argument, value in unsupported.items():
-            if value is not None:
-                raise TypeError(
-                    f"{name}: {argument} is not supported: the similarity is the cosine and the "
-                    "reducer the default one. Use pytorch-metric-learning's class for others."
-                )
-        self.temperature = temperature
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor | None = None,
-        indices_tuple: Indices | None = None,
-        ref_emb: Tensor | None = None,
-        ref_labels: Tensor | None = None,
-    ) -> Tensor:
-        name = type(self).__name__
-        check_features(name, embeddings=embeddings, ref_emb=ref_emb)
-        N = len(embeddings)
-        if indices_tuple is not None:
-            pairs = _as_pairs(indices_tuple)
-            if all(len(x) <= 1 for x in pairs):  # the library's rule
-                return _zero(embeddings)
-            q = unit_rows(embeddings)
-            k = q if ref_emb is None else unit_rows(ref_emb)
-            wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-            with torch.autocast(q.device.type, enabled=False):
-                logits = q.to(wide) @ k.to(wide).T / self.temperature
-            return self.by_indices(logits, *(x.to(q.device) for x in pairs))
-        if labels is None:
-            raise ValueError(f"{name}: give labels or indices_tuple, got neither.")
-        own_key = None
-        if ref_emb is not None:
-            if ref_labels is None:
-                raise ValueError(f"{name}: ref_labels is needed with ref_emb and no indices_tuple.")
-            if ref_labels is labels:  # the library's sign that row i and key i are one
-                own_key = torch.arange(N, device=embeddings.device)
-        labels = int_vector(name, "labels", labels, (N,), embeddings.device)
-        if ref_emb is not None:
-            ref_labels = int_vector(
-                name, "ref_labels", ref_labels, (len(ref_emb),), embeddings.device
-            )
-            if N * len(ref_emb) <= 2:  # the library's rule: one pair of a kind is none
-                return _zero(embeddings)
-        return self.by_labels(embeddings, labels, ref_emb, ref_labels, own_key)
-
-
-class NTXentLoss(_PairLoss):
-    """NT-Xent of every positive pair; drop-in for pytorch-metric-learning's NTXentLoss.
-
-    loss = mean over positive pairs (a, p) of -log e^l_ap / (e^l_ap + sum_n e^l_an),
-    l_ij = <z_i, z_j> / tau of normalised rows, n the rows of other labels.
-
-    Args:
-        temperature: tau, positive.
-        **kwargs: the library's distance, reducer, embedding_regularizer ...: None only.
-
-    Shapes: embeddings (N, D), labels (N,) integers, ref_emb (M, D), ref_labels (M,); without
-        ref_emb, embeddings against themselves. indices_tuple: a miner's triplets or pairs in place
-        of all pairs. Returns a float32 scalar; 0, with a graph, where there are no positive or no
-        negative pairs.
-
-    Raises:
-        TypeError, ValueError: unsupported arguments, non-positive temperature, neither labels nor
-            indices, float labels, wrong shapes.
-
-    Memory: O((N + M) D) and at most 4 numbers a positive pair, of all classes of a size together;
-        with an indices_tuple the N x M similarities.
-
-    Notes: labels are counted on the host, once a call. ref_labels that is the very tensor given as
-        labels leaves out the pairs (i, i), as in the library.
-
-    Example:
-        >>> z, labels = torch.randn(8, 16), torch.arange(8) // 4
-        >>> NTXentLoss()(z, labels).shape
-        torch.Size([])
-
-    Paper: SimCLR, arXiv:2002.05709.
-    """
-
-    def __init__(self, temperature: float = 0.07, **kwargs):
-        super().__init__(temperature, kwargs)
-
-    def by_labels(self, embeddings, labels, ref_emb, ref_labels, own_key) -> Tensor:
-        q = unit_rows(embeddings)
-        k = None if ref_emb is None else unit_rows(ref_emb)
-        scale = 1 / self.temperature
-        lse, _, _ = contrastive_lse(q, k, scale, q_ids=labels, k_ids=ref_labels)  # (N,) negatives
-        if k is None:
-            k, ref_labels, own_key = q, labels, torch.arange(len(q), device=q.device)
-        wide = lse.dtype
-        total, pairs = _zero(embeddings), torch.zeros((), device=q.device)
-        for rows, is_row, keys, is_key in _label_blocks(labels, ref_labels):
-            with torch.autocast(q.device.type, enabled=False):
-                logits = scale * (q[rows].to(wide) @ k[keys].to(wide).mT)  # (C, n, m)
-            positive = is_row.unsqueeze(2) & is_key.unsqueeze(1)
-            if own_key is not None:
-                positive &= keys.unsqueeze(1) != own_key[rows].unsqueeze(2)
-            losses = softplus(lse[rows].unsqueeze(2) - logits)
-            total = total + torch.where(positive, losses, 0).sum()
-            pairs = pairs + positive.sum()
-        return total / pairs.clamp(min=1)
-
-    def by_indices(self, logits, a1, p, a2, n) -> Tensor:
-        if len(a1) == 0 or len(a2) == 0:
-            return _zero(logits)
-        negative = logits[a2, n]
-        # log-sum-exp by anchor, a pair counting as often as it is given
-        most = torch.full_like(logits[:, 0], -torch.inf).scatter_reduce(
-            0, a2, negative.detach(), "amax"
-        )
-        most = most.clamp(min=torch.finfo(most.dtype).min)  # anchors without a negative
-        each = (negative - most[a2]).exp()
-        lse = torch.zeros_like(most).index_add(0, a2, each).log() + most
-        return softplus(lse[a1] - logits[a1, p]).mean()
-
-
-def _label_blocks(labels: Tensor, k_labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows and keys of each label, (C, n) and (C, m) with masks, labels of a size together.
-
-    Sizes are rounded up to powers of 2, so blocks hold at most 4 times the pairs of equal labels.
-    """
-    N, M = len(labels), len(k_labels)
-    values, number = torch.unique(torch.cat([labels, k_labels]), return_inverse=True)
-    sides = []
-    for of in number.split([N, M]):
-        count = torch.bincount(of, minlength=len(values))
-        sides.append((of.argsort(stable=True), count.cumsum(0) - count, count))
-    exponents = torch.stack([count for *_, count in sides]).double().log2().ceil()  # -inf: none
-    for exponent in exponents[:, exponents.isfinite().all(0)].unique(dim=1).T:
-        members = (exponents == exponent.unsqueeze(1)).all(0).nonzero()  # (C, 1)
-        block = []
-        for (order, first, count), width in zip(sides, exponent.exp2().tolist(), strict=True):
-            offset = torch.arange(int(width), device=order.device)
-            inside = offset < count[members]
-            block += [order[torch.where(inside, first[members] + offset, 0)], inside]
-        yield tuple(block)
-
-
-class SupConLoss(_PairLoss):
-    """Supervised contrastive loss; drop-in for pytorch-metric-learning's SupConLoss.
-
-    loss_i = log sum_{j != i} e^l_ij - mean over positives p of l_ip, l_ij = <z_i, z_j> / tau of
-    normalised rows; the mean over rows of loss_i > 0, which are those that have a positive.
-
-    Args:
-        temperature: tau, positive.
-        **kwargs: the library's distance, reducer, embedding_regularizer ...: None only.
-
-    Shapes: embeddings (N, D), labels (N,) integers, ref_emb (M, D), ref_labels (M,); without
-        ref_emb, embeddings against themselves. indices_tuple: a miner's triplets or pairs in place
-        of all pairs. Returns a float32 scalar; 0, with a graph, where there are no positive or no
-        negative pairs.
-
-    Raises:
-        TypeError, ValueError: unsupported arguments, non-positive temperature, neither labels nor
-            indices, float labels, wrong shapes, a pair that is positive and negative.
-
-    Memory: O((N + M) D); with an indices_tuple the N x M similarities.
-
-    Notes: a loss_i too small for float32 counts in the mean, where the library, rounding it to 0,
-        leaves it out. ref_labels that is the very tensor given as labels leaves out the pairs
-        (i, i), as in the library.
-
-    Example:
-        >>> z, labels = torch.randn(8, 16), torch.arange(8) // 4
-        >>> SupConLoss()(z, labels).shape
-        torch.Size([])
-
-    Paper: supervised contrastive learning, arXiv:2004.11362, L_out.
-    """
-
-    def __init__(self, temperature: float = 0.1, **kwargs):
-        super().__init__(temperature, kwargs)
-
-    def by_labels(self, embeddings, labels, ref_emb, ref_labels, own_key) -> Tensor:
-        rows = sup_con(
-            embeddings, ref_emb, labels=labels, k_labels=ref_labels, own_key=own_key,
-            temperature=self.temperature, normalize=True, reduction="none",
-        )  # fmt: skip
-        own = 1 if ref_labels is None or own_key is not None else 0  # a key of the row's label
-        ordered = (labels if ref_labels is None else ref_labels).sort().values
-        first, end = (torch.searchsorted(ordered, labels, right=r) for r in (False, True))
-        equal, keys = end - first, len(ordered)
-        return self._reduce(rows, (equal > own) & (equal < keys).any() & (keys - own > 1))
-
-    def by_indices(self, logits, a1, p, a2, n) -> Tensor:
-        positive = torch.zeros_like(logits, dtype=torch.bool)
-        negative = torch.zeros_like(positive)
-        positive[a1, p] = True
-        negative[a2, n] = True
-        if (positive & negative).any():
-            raise ValueError("SupConLoss: a pair of indices_tuple is both positive and negative.")
-        kept, count = positive | negative, positive.sum(1)
-        lse = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
-        mean = logits.masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
-        counted = (count > 0) & (kept.sum(1) > 1) & negative.any()
-        return self._reduce(lse - mean, counted)
-
-    @staticmethod
-    def _reduce(rows: Tensor, counted: Tensor) -> Tensor:
-        return torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
-
-
-def _checked(name: str, loss: nn.Module) -> nn.Module:
-    if not isinstance(loss, _PairLoss):
+def _wrapped(name: str, loss: nn.Module, group, exchange: str | None) -> nn.Module:
+    """loss, with the group and exchange of its wrapper if that has been given any."""
+    if not isinstance(loss, PairLoss):
         raise TypeError(
             f"{name}: loss must be a fastssl.losses.pml NTXentLoss or SupConLoss, "
             f"got {type(loss).__module__}.{type(loss).__name__}."
         )
+    if group is not None or exchange is not None:
+        loss = copy.copy(loss)
+        loss.group = loss.group if group is None else group
+        loss.exchange = loss.exchange if exchange is None else exchange
+        check_group(name, loss.group, loss.exchange)
     return loss
 
 
@@ -274,6 +51,7 @@ class SelfSupervisedLoss(nn.Module):
     Args:
         loss: an `NTXentLoss` or `SupConLoss` of this module.
         symmetric: contrast the rows of both views with each other; else embeddings with ref_emb.
+        group, exchange: in place of those of the loss. Ours.
 
     Shapes: embeddings and ref_emb (N, D). Returns a float32 scalar.
 
@@ -290,9 +68,11 @@ class SelfSupervisedLoss(nn.Module):
     Paper: SimCLR, arXiv:2002.05709.
     """
 
-    def __init__(self, loss: nn.Module, symmetric: bool = True):
+    def __init__(
+        self, loss: nn.Module, symmetric: bool = True, *, group=None, exchange: str | None = None
+    ):
         super().__init__()
-        self.loss = _checked("SelfSupervisedLoss", loss)
+        self.loss = _wrapped("SelfSupervisedLoss", loss, group, exchange)
         self.symmetric = symmetric
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
@@ -301,14 +81,19 @@ class SelfSupervisedLoss(nn.Module):
                 "SelfSupervisedLoss: both views must have one shape, got "
                 f"{tuple(embeddings.shape)} and {tuple(ref_emb.shape)}."
             )
-        N = len(embeddings)
-        row = torch.arange(2 * N, device=embeddings.device)
-        q, k, target, labels = embeddings, ref_emb, None, row[:N]
+        N, loss = len(embeddings), self.loss
+        q, k, target = embeddings, ref_emb, None
         if self.symmetric:
-            q, k, target, labels = torch.cat([q, k]), None, row.roll(N), row % N
-        if isinstance(self.loss, NTXentLoss):  # one positive a row, known beforehand
-            return info_nce(q, k, target=target, temperature=self.loss.temperature, normalize=True)
-        return self.loss(q, labels, ref_emb=k, ref_labels=None if k is None else labels.clone())
+            q, k, target = torch.cat([q, k]), None, torch.arange(2 * N, device=q.device).roll(N)
+        if isinstance(loss, NTXentLoss):  # one positive a row, known beforehand
+            return info_nce(
+                q, k, target=target, temperature=loss.temperature, normalize=True,
+                group=loss.group, exchange=loss.exchange,
+            )  # fmt: skip
+        labels = sample_ids(N, resolve_levels("SelfSupervisedLoss", loss.group), q.device)
+        if k is None:
+            return loss(q, labels.repeat(2))
+        return loss(q, labels, ref_emb=k, ref_labels=labels.clone())
 
 
 class CrossBatchMemory(nn.Module):
@@ -319,6 +104,7 @@ class CrossBatchMemory(nn.Module):
         embedding_size: D.
         memory_size: rows remembered.
         miner: called with (embeddings, labels, memory, its labels) for an indices_tuple.
+        group, exchange: in place of those of the loss. Ours.
 
     Shapes: embeddings (N, D) with N at most memory_size, labels (N,) integers. The batch is stored
         first; then its rows are contrasted with the memory, except each with itself. indices_tuple
@@ -326,13 +112,15 @@ class CrossBatchMemory(nn.Module):
         stored, and the others contrasted. Returns a float32 scalar.
 
     Raises:
-        TypeError, ValueError: another loss, a batch larger than the memory, wrong shapes.
+        TypeError, ValueError: another loss, a batch larger than the memory, wrong shapes, indices
+            or a miner and several ranks.
 
     Memory: memory_size x D, and its normalised copy; with a miner or indices the N x memory_size
         similarities.
 
     Notes: the filling is saved with the state dict. The library takes a batch of one row for its
-        own positive and counts an empty one as a full memory; here neither happens.
+        own positive and counts an empty one as a full memory; here neither happens. Over several
+        ranks the memory takes the rows of all, in rank order, and is equal on all.
 
     Example:
         >>> loss = CrossBatchMemory(SupConLoss(), embedding_size=16, memory_size=64)
@@ -345,9 +133,18 @@ class CrossBatchMemory(nn.Module):
     embedding_memory: Tensor  # (memory_size, D)
     label_memory: Tensor  # (memory_size,)
 
-    def __init__(self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner=None):
+    def __init__(
+        self,
+        loss: nn.Module,
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner=None,
+        *,
+        group=None,
+        exchange: str | None = None,
+    ):
         super().__init__()
-        self.loss = _checked("CrossBatchMemory", loss)
+        self.loss = _wrapped("CrossBatchMemory", loss, group, exchange)
         self.miner = miner
         self.embedding_size = embedding_size
         self.memory_size = memory_size
@@ -376,7 +173,10 @@ class CrossBatchMemory(nn.Module):
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         name = "CrossBatchMemory"
-        check_features(name, embeddings=embeddings)
+        levels = resolve_levels(name, self.loss.group)
+        if indices_tuple is not None or self.miner is not None:
+            check_indices(name, levels)
+        check_features(name, empty=bool(levels), embeddings=embeddings)
         N = len(embeddings)
         if embeddings.shape[1:] != (self.embedding_size,):
             raise ValueError(
@@ -384,7 +184,7 @@ class CrossBatchMemory(nn.Module):
                 f"got {tuple(embeddings.shape)}."
             )
         labels = int_vector(name, "labels", labels, (N,), embeddings.device)
-        stored = embeddings, labels
+        stored = embeddings.detach(), labels
         if enqueue_mask is not None:
             if indices_tuple is not None:
                 raise ValueError(f"{name}: give indices_tuple or enqueue_mask, got both.")
@@ -393,23 +193,31 @@ class CrossBatchMemory(nn.Module):
                     f"{name}: enqueue_mask must be ({N},) of torch.bool, "
                     f"got {tuple(enqueue_mask.shape)} of {enqueue_mask.dtype}."
                 )
-            stored = embeddings[enqueue_mask], labels[enqueue_mask]
+            stored = embeddings.detach()[enqueue_mask], labels[enqueue_mask]
             embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask]
+        own_slots, queries = slice(None), len(embeddings)
+        if levels:
+            same = {"the width D": embeddings.shape[1], "the dtype": embeddings.dtype}
+            rows = len(embeddings), len(stored[0])
+            sizes, stored_sizes = agree(name, levels, rows, embeddings, **same)
+            shards, queries = Shards(levels, stored_sizes), sum(sizes)
+            own_slots = slice(shards.first, shards.first + len(stored[0]))
+            stored = [gather_rows(x, shards) for x in stored]
         if len(stored[0]) > self.memory_size:
             raise ValueError(
                 f"{name}: a batch must fit into memory_size={self.memory_size}, "
                 f"got {len(stored[0])} rows."
             )
-        slots = self._store(*stored)
+        slots = self._store(*stored)[own_slots]
         rows = self.memory_size if self.has_been_filled else self.queue_idx
         memory, memory_labels = self.embedding_memory[:rows], self.label_memory[:rows]
-        if len(embeddings) * rows <= 2:  # no pairs, or the library's rule as above
-            return _zero(embeddings)
+        if queries * rows <= 2:  # no pairs, or the library's rule as above
+            return zero_of(embeddings)
         own_key = slots if enqueue_mask is None else None
         if self.miner is None and indices_tuple is None:
-            return self.loss.by_labels(
-                embeddings, labels, memory, memory_labels.to(torch.int32), own_key
-            )
+            memory_labels = memory_labels.to(torch.int32)
+            sums = self.loss.by_labels(embeddings, labels, memory, memory_labels, own_key, None)
+            return global_mean(*sums, levels)
         if self.miner is None:
             same = labels.unsqueeze(1) == memory_labels
             indices = (*same.nonzero().unbind(1), *(~same).nonzero().unbind(1))
@@ -420,7 +228,7 @@ class CrossBatchMemory(nn.Module):
             positives = 3 if len(indices) == 3 else 2
             indices = (*(x[other] for x in indices[:positives]), *indices[positives:])
         if indices_tuple is not None:
-            given = (_as_triplets if len(indices) == 3 else _as_pairs)(indices_tuple)
+            given = (as_triplets if len(indices) == 3 else as_pairs)(indices_tuple)
             indices = tuple(torch.cat([x, y.to(x)]) for x, y in zip(indices, given, strict=True))
         return self.loss(embeddings, indices_tuple=indices, ref_emb=memory)
 

@@ -1,12 +1,19 @@
 """What the losses ask of a group of ranks, beyond what the ops do."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastssl.dist import GlobalSum, Level, Shards, check_exchange, resolve_levels
+from fastssl.dist import (
+    GlobalSum,
+    Level,
+    check_exchange,
+    gather_rows,
+    resolve_levels,
+    scatter_sums,
+)
 
 
 def check_group(name: str, group, exchange: str = "auto") -> None:
@@ -24,7 +31,10 @@ def described(text: str, group, exchange: str = "auto") -> str:
 
 def place(levels: Sequence[Level]) -> tuple[int, int]:
     """This process's rank among all of the levels, and how many they are."""
-    return Shards(levels, ()).rank, math.prod(level.size for level in levels)
+    rank, world = 0, 1
+    for level in levels:
+        rank, world = rank * level.size + level.rank, world * level.size
+    return rank, world
 
 
 def sample_ids(N: int, levels: Sequence[Level], device) -> Tensor:
@@ -38,3 +48,18 @@ def global_mean(total: Tensor, count: Tensor, levels: Sequence[Level]) -> Tensor
     if levels:
         total, count = GlobalSum.apply(torch.stack([total, count.to(total)]), levels).unbind()
     return total / count.clamp(min=1)
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks; a row's gradient is the sum of what all of them give it."""
+
+    @staticmethod
+    def forward(ctx, x, shards):
+        ctx.shards = shards
+        return gather_rows(x, shards)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        wide = d.to(torch.promote_types(d.dtype, torch.float32))
+        return scatter_sums(wide, ctx.shards).to(d.dtype), None

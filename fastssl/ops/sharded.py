@@ -27,7 +27,7 @@ from fastssl.dist import (
 )
 from fastssl.ops import contrastive
 from fastssl.ops.checks import Problem
-from fastssl.ops.contrastive import Upstream, alike_counts, alike_sums
+from fastssl.ops.contrastive import PROBLEM, Upstream, alike_counts, alike_sums, lib
 
 # ------------------------------------------------------------------- which pairs a rank computes
 
@@ -175,6 +175,15 @@ class Keys(NamedTuple):
         return cls(*(None if x is None else gather_rows(x, shards) for x in own))
 
 
+def _own_target(
+    target: Tensor | None, shards: Shards, step: int, first: int, piece: Piece, itself: bool
+) -> Tensor | None:
+    """The targets' places in this block, if it holds the rank's own keys."""
+    if target is None or step or itself != piece.itself:
+        return None
+    return target if itself else target + (shards.first - first)
+
+
 def _part(x: Tensor | None, where: slice) -> Tensor | None:
     return None if x is None else x[where]
 
@@ -202,6 +211,161 @@ def _merge(parts: Tensor) -> Tensor:
     return torch.cat([parts[..., :1].logsumexp(0), parts[..., 1:].sum(0)], 1)
 
 
+# The two passes are ops, so that torch.compile sees the same graph on all ranks, whatever each of
+# them computes: it may recompute a forward in the backward, and a collective that only one rank
+# recomputes would wait for ever. Their schemas are `contrastive`'s, with an optional k.
+
+PROBLEM = PROBLEM.replace("Tensor k,", "Tensor? k,")
+SHARDS = "str[] groups, int[] sizes, bool ring"
+lib.define(
+    f"sharded_fwd({PROBLEM}Tensor? target, Tensor? q_labels, Tensor? k_labels, bool cols,"
+    f" bool alike, {SHARDS}) -> (Tensor row_lse, Tensor col_lse, Tensor pos, Tensor by_row,"
+    " Tensor by_col, Tensor count, Tensor all_ids, Tensor all_bias, Tensor all_labels,"
+    " Tensor whole)"
+)
+lib.define(
+    f"sharded_bwd({PROBLEM}Tensor? target, Tensor? q_labels, Tensor? k_labels, Tensor? all_ids,"
+    " Tensor? all_bias, Tensor? all_labels, Tensor? whole, Tensor row_lse, Tensor col_lse,"
+    " Tensor? drow, Tensor? dcol, Tensor? dpos, Tensor? drow_alike, Tensor? dcol_alike,"
+    f" bool need_q, bool need_k, bool need_scale, bool need_bias, {SHARDS})"
+    " -> (Tensor dq, Tensor dk, Tensor dscale, Tensor dbias)"
+)
+
+
+def sharded_fwd(
+    q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, q_labels, k_labels, cols, alike,
+    groups, sizes, ring,
+):  # fmt: skip
+    """row_lse (N,), col_lse (M,), pos (N,), the sums and counts of `alike_sums`, the `Keys`, and
+    the gathered keys; empty where there is nothing."""
+    problem = Problem(q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
+    itself, labels, shards = k is None, (q_labels, k_labels), Shards.named(groups, sizes, ring)
+    every = Keys.gather(problem, labels, shards)
+    cross = cols or itself
+    row_lse = scale.new_full((len(q),), -torch.inf)
+    pos = scale.new_zeros(0 if target is None else len(q))
+    by_row = scale.new_zeros(len(q) if alike else 0)
+    parts = scale.new_zeros(shards.total, 1 + alike)
+    parts[:, 0] = -torch.inf
+
+    def compute(step, first, block, piece):
+        keys, part, part_labels = _problem(problem, labels, every, first, block, piece)
+        own = _own_target(target, shards, step, first, piece, itself)
+        row, col, own_pos, _ = contrastive.forward(
+            part, own, True, cross and not piece.itself, piece.itself, 1, False
+        )
+        row_lse[piece.rows] = torch.logaddexp(row_lse[piece.rows], row)
+        if own is not None:
+            pos.copy_(own_pos)
+        if col.numel():
+            parts[keys, 0] = torch.logaddexp(parts[keys, 0], col)
+        if alike:
+            sums, col_sums = alike_sums(part, *part_labels, 1, col.numel() > 0)
+            by_row[piece.rows] += sums
+            if col.numel():
+                parts[keys, 1] += col_sums
+
+    keys = q if itself else k
+    whole = None if ring else gather_rows(keys, shards)
+    each_block(keys, whole, shards, itself, compute)
+    col_lse, by_col = scale.new_empty(0), scale.new_empty(0)
+    if cross:
+        parts = exchange_parts(parts, shards, _merge)
+        if itself:
+            row_lse = torch.logaddexp(row_lse, parts[:, 0])
+            by_row = by_row + parts[:, 1] if alike else by_row
+        else:
+            col_lse = parts[:, 0].clone()
+            by_col = parts[:, 1].clone() if alike else by_col
+    count = alike_counts(scale, shards.total, itself, q_labels, every.labels)
+    found = (scale.new_empty(0) if x is None else x for x in every)
+    whole = keys.new_empty(0) if whole is None else whole
+    return row_lse, col_lse, pos, by_row, by_col, count, *found, whole
+
+
+def _fwd_fake(
+    q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, q_labels, k_labels, cols, alike,
+    groups, sizes, ring,
+):  # fmt: skip
+    N, M, total = len(q), 0 if k is None else len(k), sum(sizes)
+    new = scale.new_empty
+    return (
+        new(N), new(M if cols else 0), new(0 if target is None else N), new(N if alike else 0),
+        new(M if cols and alike else 0), new(() if q_labels is None else N),
+        *(new(0) if x is None else x.new_empty(total) for x in (q_ids, bias, q_labels)),
+        q.new_empty(0 if ring else (total, q.shape[1])),
+    )  # fmt: skip
+
+
+def sharded_bwd(
+    q, k, scale, q_ids, k_ids, keep_equal, bias, limit, target, q_labels, k_labels,
+    all_ids, all_bias, all_labels, whole, row_lse, col_lse,
+    drow, dcol, dpos, drow_alike, dcol_alike, need_q, need_k, need_scale, need_bias,
+    groups, sizes, ring,
+):  # fmt: skip
+    """dq (N, D), dk (M, D), dscale () and dbias (M,), or empty."""
+    problem = Problem(q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
+    itself, labels, shards = k is None, (q_labels, k_labels), Shards.named(groups, sizes, ring)
+    every = Keys(all_ids, all_bias, all_labels)
+    need_keys = need_q if itself else need_k
+    # What the columns weigh: with q against itself, what its rows weigh as rows.
+    columns = (row_lse, drow, drow_alike) if itself else (col_lse, dcol, dcol_alike)
+    columns = _gather_columns(columns, shards)
+    dq = scale.new_zeros(len(q) if need_q else 0, q.shape[1])
+    dbias = scale.new_zeros(shards.total if need_bias else 0, 1)
+    dscale = torch.zeros_like(scale)
+
+    def compute(step, first, block, piece):
+        keys, part, part_labels = _problem(problem, labels, every, first, block, piece)
+        own = None if dpos is None else _own_target(target, shards, step, first, piece, itself)
+        lse, dlse, dalike = (None if piece.itself else _part(x, keys) for x in columns)
+        upstream = Upstream(
+            _part(drow, piece.rows), dlse, None if own is None else dpos,
+            _part(drow_alike, piece.rows), dalike,
+        )  # fmt: skip
+        empty = scale.new_empty(0)
+        statistics = empty.view(0, 0), row_lse[piece.rows], empty if lse is None else lse
+        part_dq, part_dk, part_dscale, *_, part_dbias, _ = contrastive.backward(
+            part, own, part_labels, statistics, upstream, 1,
+            (need_q, need_keys and not piece.itself, need_scale, need_bias), wide=True,
+        )  # fmt: skip
+        if need_q:
+            dq[piece.rows] += part_dq
+        if need_scale:
+            dscale.add_(part_dscale)
+        if need_bias:
+            dbias[keys, 0] += part_dbias
+        return part_dk
+
+    dtype = scale.dtype if need_keys else None
+    dk = each_block(q if itself else k, whole, shards, itself, compute, dtype)
+    if need_bias:
+        dbias = exchange_parts(dbias, shards, lambda parts: parts.sum(0))
+    if itself and need_q:
+        dq += dk
+    dk = scale.new_empty(0, q.shape[1]) if dk is None or itself else dk
+    return dq.to(q.dtype), dk.to(q.dtype), dscale, dbias.flatten()
+
+
+def _bwd_fake(q, k, scale, *args):
+    need_q, need_k, _, need_bias, _, _, _ = args[-7:]
+    M = 0 if k is None else len(k)
+    return (
+        q.new_empty(len(q) if need_q else 0, q.shape[1]),
+        q.new_empty(M if need_k else 0, q.shape[1]),
+        scale.new_empty(()),
+        scale.new_empty(M if need_bias else 0),
+    )
+
+
+for name, run, fake in (
+    ("sharded_fwd", sharded_fwd, _fwd_fake),
+    ("sharded_bwd", sharded_bwd, _bwd_fake),
+):
+    lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastssl::{name}", fake, lib=lib)
+
+
 class Sharded(torch.autograd.Function):
     """`Contrastive` with the keys of all ranks; targets count within the rank's own keys."""
 
@@ -211,109 +375,41 @@ class Sharded(torch.autograd.Function):
         q_labels, k_labels, shards,
     ):  # fmt: skip
         problem = Problem(q, k, scale, q_ids, k_ids, keep_equal, bias, limit)
-        itself, labels = k is None, (q_labels, k_labels)
-        every = Keys.gather(problem, labels, shards)
-        cross = cols or itself
-        row_lse = scale.new_full((len(q),), -torch.inf)
-        pos = scale.new_zeros(0 if target is None else len(q))
-        by_row = scale.new_zeros(len(q) if alike else 0)
-        parts = scale.new_zeros(shards.total, 1 + alike)
-        parts[:, 0] = -torch.inf
-
-        def compute(step, first, block, piece):
-            keys, part, part_labels = _problem(problem, labels, every, first, block, piece)
-            own = None if target is None or step or itself != piece.itself else target
-            if own is not None and not itself:
-                own = own + (shards.first - first)
-            row, col, own_pos, _ = contrastive.forward(
-                part, own, True, cross and not piece.itself, piece.itself, 1, False
-            )
-            row_lse[piece.rows] = torch.logaddexp(row_lse[piece.rows], row)
-            if own is not None:
-                pos.copy_(own_pos)
-            if col.numel():
-                parts[keys, 0] = torch.logaddexp(parts[keys, 0], col)
-            if alike:
-                sums, col_sums = alike_sums(part, *part_labels, 1, col.numel() > 0)
-                by_row[piece.rows] += sums
-                if col.numel():
-                    parts[keys, 1] += col_sums
-
-        whole = None if shards.ring else gather_rows(q if itself else k, shards)
-        each_block(q if itself else k, whole, shards, itself, compute)
-        col_lse, by_col = scale.new_empty(0), scale.new_empty(0)
-        if cross:
-            col_lse, *rest = exchange_parts(parts, shards, _merge).unbind(1)
-            by_col = rest[0] if alike else by_col
-        if itself:
-            row_lse, col_lse = torch.logaddexp(row_lse, col_lse), scale.new_empty(0)
-            by_row, by_col = (by_row + by_col, scale.new_empty(0)) if alike else (by_row, by_col)
-        count = alike_counts(scale, shards.total, itself, q_labels, every.labels)
-        ctx.mark_non_differentiable(count)
+        names = [level.name for level in shards.levels], list(shards.sizes), shards.ring
+        *out, all_ids, all_bias, all_labels, whole = torch.ops.fastssl.sharded_fwd(
+            *problem, target, q_labels, k_labels, cols, alike, *names
+        )
+        ctx.mark_non_differentiable(out[5])
         ctx.save_for_backward(
-            q, k, scale, q_ids, k_ids, bias, limit, target, q_labels, k_labels, *every,
-            whole, row_lse, col_lse,
+            q, k, scale, q_ids, k_ids, bias, limit, target, q_labels, k_labels,
+            None if q_ids is None else all_ids, None if bias is None else all_bias,
+            None if q_labels is None else all_labels, None if shards.ring else whole, *out[:2],
         )  # fmt: skip
-        ctx.keep_equal, ctx.shards = keep_equal, shards
+        ctx.keep_equal, ctx.names, ctx.cols, ctx.alike = keep_equal, names, cols, alike
         ctx.set_materialize_grads(False)
-        return row_lse, col_lse, pos, by_row, by_col, count
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drow, dcol, dpos, drow_alike, dcol_alike, _):
-        q, k, scale, q_ids, k_ids, bias, limit, target, *labels = ctx.saved_tensors[:10]
-        *every, whole, row_lse, col_lse = ctx.saved_tensors[10:]
-        shards, every, itself = ctx.shards, Keys(*every), k is None
+        q, k, scale, q_ids, k_ids, bias, limit, target, *rest = ctx.saved_tensors
         problem = Problem(q, k, scale, q_ids, k_ids, ctx.keep_equal, bias, limit)
-        need_q, need_k, need_scale, need_bias = contrastive.needed(ctx)
-        need_k = need_q if itself else need_k
-        # What the columns weigh: with q against itself, what its rows weigh as rows.
-        columns = (row_lse, drow, drow_alike) if itself else (col_lse, dcol, dcol_alike)
-        columns = _gather_columns(columns, shards)
-        dq = torch.zeros_like(q, dtype=scale.dtype)
-        dbias = scale.new_zeros(shards.total if need_bias else 0, 1)
-        dscale = torch.zeros_like(scale)
-
-        def compute(step, first, block, piece):
-            keys, part, part_labels = _problem(problem, labels, every, first, block, piece)
-            own = None if dpos is None or step or itself != piece.itself else target
-            if own is not None and not itself:
-                own = own + (shards.first - first)
-            lse, dlse, dalike = (None if piece.itself else _part(x, keys) for x in columns)
-            upstream = Upstream(
-                _part(drow, piece.rows), dlse, None if own is None else dpos,
-                _part(drow_alike, piece.rows), dalike,
-            )  # fmt: skip
-            empty = scale.new_empty(0)
-            statistics = empty.view(0, 0), row_lse[piece.rows], empty if lse is None else lse
-            part_dq, part_dk, part_dscale, *_, part_dbias, _ = contrastive.backward(
-                part, own, part_labels, statistics, upstream, 1,
-                (need_q, need_k and not piece.itself, need_scale, need_bias), wide=True,
-            )  # fmt: skip
-            if need_q:
-                dq[piece.rows] += part_dq
-            if need_scale:
-                dscale.add_(part_dscale)
-            if need_bias:
-                dbias[keys, 0] += part_dbias
-            return part_dk
-
-        keys = q if itself else k
-        dk = each_block(keys, whole, shards, itself, compute, scale.dtype if need_k else None)
-        if need_bias:
-            dbias = exchange_parts(dbias, shards, lambda parts: parts.sum(0)).squeeze(1)
-        if itself and need_q:
-            dq += dk
-        return (
-            dq.to(q.dtype) if need_q else None,
-            dk.to(q.dtype) if need_k and not itself else None,
-            dscale if need_scale else None,
-            None,
-            None,
-            None,
-            dbias if need_bias else None,
-            *[None] * 7,
+        # An output that nobody asked for gets None, or an empty tensor under torch.compile.
+        upstream = (
+            drow,
+            dcol if ctx.cols else None,
+            None if target is None else dpos,
+            drow_alike if ctx.alike else None,
+            dcol_alike if ctx.alike and ctx.cols else None,
         )
+        needs = contrastive.needed(ctx)
+        dq, dk, dscale, dbias = torch.ops.fastssl.sharded_bwd(
+            *problem, target, *rest, *upstream, *needs, *ctx.names
+        )
+        grads = [
+            x if need else None for x, need in zip((dq, dk, dscale, dbias), needs, strict=True)
+        ]
+        return *grads[:3], None, None, None, grads[3], *[None] * 7
 
 
 def _gather_columns(own: tuple, shards: Shards) -> list[Tensor | None]:
@@ -321,6 +417,6 @@ def _gather_columns(own: tuple, shards: Shards) -> list[Tensor | None]:
     there = [x for x in own[1:] if x is not None]
     if not there:
         return [None, None, None]
-    every = iter(gather_rows(torch.stack([own[0], *there], 1), shards).unbind(1))
-    lse = next(every)
-    return [lse, *(None if x is None else next(every).contiguous() for x in own[1:])]
+    every = gather_rows(torch.stack([own[0], *there], 1), shards)
+    every = iter(every.T.contiguous().unbind(0))
+    return [next(every), *(None if x is None else next(every) for x in own[1:])]
