@@ -321,8 +321,9 @@ def agree(name: str, levels: tuple[Level, ...], rows: Sequence[int], like: Tenso
     A few numbers of each rank travel before every call, for no rank can know that another has a
     short last batch, or features of another width: exchanged as they are, those would hang or give
     a wrong loss. They go through the group's CPU backend if it has one (as "cpu:gloo,cuda:nccl"
-    does); else reading them waits for the GPU. Inside torch.compile and while a CUDA graph is
-    captured nothing is exchanged, and all ranks must have equal shapes.
+    does); else reading them waits for the GPU. Before the first call in a group its members meet.
+    Inside torch.compile and while a CUDA graph is captured nothing is exchanged, and all ranks must
+    have equal shapes.
 
     Raises:
         ValueError: on all ranks, naming those that differ.

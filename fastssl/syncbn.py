@@ -1,6 +1,7 @@
 """Batch normalisation over the batches of all ranks. Import it as `fastssl.dist.SyncBatchNorm`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -50,7 +51,7 @@ class _Normalize(torch.autograd.Function):
         ctx.eps, ctx.levels = eps, levels
         ctx.mark_non_differentiable(count, mean, var)
         affine = (None if p is None else p.to(wide) for p in (weight, bias))
-        y = torch.batch_norm(x, *affine, mean, var, False, 0.0, eps, x.is_cuda)
+        y = F.batch_norm(x, mean, var, *affine, eps=eps)
         return y, count, mean, var
 
     @staticmethod
@@ -100,12 +101,12 @@ class SyncBatchNorm(_BatchNorm):
 
     Memory: x is kept for the backward; its gradient is formed in fp32.
 
-    Notes: the forward sends one vector (count, sums, sums of squares: 8 (2 C + 1) bytes) through an
-        all-reduce, the backward another (sums of dy and of dy * xhat: 8 C bytes, 16 C for fp64
-        input), so 2 (W - 1) / W times that leaves a rank, for any W. Moments are taken in fp32
-        around each rank's own mean (fp64 input: fp64) and added up in fp64. No wait for the GPU,
-        also where momentum is None. Gradients are those of the sum of all ranks' objectives: after
-        DistributedDataParallel's mean parameter gradients equal those of one process.
+    Notes: the forward all-reduces one vector (count, sums, sums of squares: 8 (2 C + 1) bytes), the
+        backward another (sums of dy and of dy * xhat: 8 C bytes, 16 C for fp64 input); of both
+        2 (W - 1) / W times as much leaves each rank. Moments are taken in fp32 (fp64 input: fp64)
+        around each rank's own mean and added up in fp64. No wait for the GPU, also where momentum
+        is None, but at the first call. Gradients are those of the sum of all ranks' objectives:
+        after DistributedDataParallel's mean parameter gradients equal those of one process.
 
     Example:
         >>> norm = SyncBatchNorm(16)
@@ -144,7 +145,7 @@ class SyncBatchNorm(_BatchNorm):
         if not levels:
             return super().forward(x)
         self._check_input_dim(x)
-        if not self._agreed:
+        if host_may_wait(x) and not self._agreed:
             same = {"num_features": self.num_features, "the dtype": x.dtype}
             agree("SyncBatchNorm", levels, (), x, **same)
             self._agreed = True
