@@ -6,7 +6,10 @@ DistributedDataParallel's mean parameters get the gradient of one process with t
 """
 
 import enum
+import json
 import math
+import time
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -254,22 +257,86 @@ class GlobalSum(torch.autograd.Function):
 # ------------------------------------------------------------------------------ agreement of ranks
 
 
+def host_may_wait(x: Tensor) -> bool:
+    """Whether values can be read: not in torch.compile, nor while a CUDA graph is captured."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or capturing)
+
+
+_met = weakref.WeakSet()  # process groups in which all members have met
+
+
+def _meet(name: str, level: Level, seconds: float = 30) -> None:
+    """Before the first call in a group: its members wait for each other at the default store, where
+    each says at which group it waits. A collective would hang where two wait at different ones.
+
+    After so many seconds a member goes on: whoever comes later finds what it has said.
+
+    Raises:
+        ValueError: on all ranks, and ever again, where two members wait at different groups.
+    """
+    group = dist.distributed_c10d._resolve_process_group(level.name)
+    if group in _met or not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
+
+    def key(what: str, *whose) -> str:
+        return "/".join(["fastssl", what, *map(str, whose)])
+
+    store.set(key("at", me), json.dumps([level.name, ranks]))
+    store.set(key("here", level.name, me), "")
+    begun, pause, look = time.monotonic(), 1e-3, 0.3
+    while True:
+        all_here = store.check([key("here", level.name, r) for r in ranks])
+        if store.check([key("failed", level.name)]):
+            raise ValueError(f"{name}: {store.get(key('failed', level.name)).decode()}")
+        waited = time.monotonic() - begun
+        if all_here or waited > seconds:
+            break
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+        if waited < look:
+            continue
+        look += min(look, 2)  # what follows is W requests
+        for r in ranks:
+            if not store.check([key("at", r)]):
+                continue
+            other, others = json.loads(store.get(key("at", r)))
+            # Nobody leaves a meeting before all are there, or it fails: r is stuck, and this rank.
+            ways_out = [("here", other, me), ("here", level.name, r)]
+            ways_out += [("failed", other), ("failed", level.name)]
+            if me in others and not any(store.check([key(*way)]) for way in ways_out):
+                one, two = sorted([(me, ranks), (r, others)])
+                failure = (
+                    f"group must be the same on all ranks, got ranks {one[1]} on rank {one[0]} and "
+                    f"ranks {two[1]} on rank {two[0]}, which would wait for each other for ever. "
+                    "Give the ranks of a group the same calls in the same order."
+                )
+                for failed in (level.name, other):
+                    store.set(key("failed", failed), failure)
+    if all_here:
+        _met.add(group)
+
+
 def agree(name: str, levels: tuple[Level, ...], rows: Sequence[int], like: Tensor, **same: object):
     """The rows of every rank, one tuple for each entry of `rows`; what is `same` must agree.
 
     A few numbers of each rank travel before every call, for no rank can know that another has a
     short last batch, or features of another width: exchanged as they are, those would hang or give
     a wrong loss. They go through the group's CPU backend if it has one (as "cpu:gloo,cuda:nccl"
-    does); else reading them waits for the GPU. Inside torch.compile and while a CUDA graph is
-    captured nothing is exchanged, and all ranks must have equal shapes.
+    does); else reading them waits for the GPU. Before the first call in a group its members meet.
+    Inside torch.compile and while a CUDA graph is captured nothing is exchanged, and all ranks must
+    have equal shapes.
 
     Raises:
         ValueError: on all ranks, naming those that differ.
     """
     world = world_size(levels)
-    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if not host_may_wait(like):
         return [(n,) * world for n in rows]
+    for level in reversed(levels):
+        _meet(name, level)
     group = dist.distributed_c10d._resolve_process_group(levels[0].name)
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else like.device
     values = [name, *(repr(value) for value in same.values())]
@@ -299,3 +366,6 @@ def _texts(text: str, levels: tuple[Level, ...], world: int, device) -> list[str
 def check_exchange(name: str, exchange: str) -> None:
     if exchange not in ("auto", "gather", "ring"):
         raise ValueError(f'{name}: exchange must be "auto", "gather" or "ring", got {exchange!r}.')
+
+
+from fastssl.syncbn import SyncBatchNorm  # noqa: E402, F401 (which is made of what is above)

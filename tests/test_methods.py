@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.config import PretrainConfig
 from fastssl.data import Batch, load
+from fastssl.dist import SyncBatchNorm
 from fastssl.methods import METHODS, SimCLR, method_class
 from fastssl.methods.recipes import RECIPES, resolve
 from fastssl.models import build_backbone
@@ -60,6 +62,18 @@ def test_recipes_fill_every_field_and_nothing_else(name, data):
     assert unset == {"image_size", "log_every"}
     assert set(RECIPES[name]) == {"digits", "patches", "folder"}
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("backbone", ["resnet_small", "vit_small"])
+def test_batch_norms_can_be_shared_over_ranks(name, backbone):
+    method = method_class(name)(build_backbone(backbone, 3, 32))
+    keys = list(method.state_dict())
+    norms = [m for m in method.modules() if isinstance(m, _BatchNorm)]
+    converted = SyncBatchNorm.convert_sync_batchnorm(method)
+    assert list(converted.state_dict()) == keys
+    shared = [m for m in converted.modules() if isinstance(m, _BatchNorm)]
+    assert len(shared) == len(norms) and all(type(m) is SyncBatchNorm for m in shared)
 
 
 def test_unknown_method():

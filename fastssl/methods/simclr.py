@@ -5,7 +5,7 @@ representations", arXiv 2002.05709.
 
 What differs: the loss is the mean over the 2 B views (the released code sums the two halves); the
 head has no normalisation after its last layer; images of up to 64 pixels get milder crops and no
-blur; BatchNorm statistics are shared over ranks on CUDA only.
+blur.
 """
 
 import torch.nn.functional as F

@@ -18,6 +18,7 @@ from ..augment import augment
 from ..augment.random import step_seed
 from ..config import PretrainConfig
 from ..data import Batch, batches, epoch_order
+from ..dist import SyncBatchNorm
 from ..methods import method_class
 from . import folder, setup
 from .backbones import export_backbone, seeded_backbone
@@ -44,9 +45,9 @@ def pretrain(config: PretrainConfig) -> Run:
     """Pretrain a backbone without labels.
 
     One process under plain `python`; under `torchrun` one per rank, with the global batch split
-    over them. Results do not depend on `workers`; the order and the augmentation of the samples
-    do not depend on the number of ranks either. BatchNorm statistics are per rank on the CPU and
-    shared over ranks on CUDA, where torch can do it.
+    over them: the loss takes the negatives of all ranks and BatchNorm their statistics, so that
+    the weights are those of one process but for rounding. Results do not depend on `workers`; the
+    order and the augmentation of the samples do not depend on the number of ranks either.
 
     An interrupt (SIGINT or SIGTERM) finishes the current step, saves, says how to resume and raises
     KeyboardInterrupt; a second SIGINT stops at once. A resumed run computes the same bits as one
@@ -100,8 +101,8 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         method = method_class(config.method)(backbone, **config.method_args)
         method = method.to(ranks.device, memory_format=torch.channels_last)
-        if ranks.world > 1 and ranks.device.type == "cuda":
-            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        if ranks.world > 1:
+            method = SyncBatchNorm.convert_sync_batchnorm(method)
         self.method = method.train()
         self.views = method.views(config.image_size, source)
         self.optimizer = setup.build_optimizer(config, method)
