@@ -239,6 +239,17 @@ def all_sum(x: Tensor, levels: Sequence[Level]) -> Tensor:
     return x
 
 
+def all_logsumexp(x: Tensor, levels: tuple[Level, ...]) -> Tensor:
+    """log sum e^x over the ranks, for each of the numbers (n,): the bytes of an all-reduce, no
+    number that could overflow, and the same bits on all ranks."""
+    if not levels:
+        return x
+    world, n = world_size(levels), len(x)
+    shards = Shards(levels, tuple(n * (r + 1) // world - n * r // world for r in range(world)))
+    own = exchange_parts(x.unsqueeze(1), shards, lambda parts: parts.logsumexp(0))
+    return gather_rows(own, shards).squeeze(1)
+
+
 class GlobalSum(torch.autograd.Function):
     """The sum over ranks. Each rank's result depends on each rank's x, hence the backward's
     factor: upstream gradients are taken to be equal on all ranks, as those of one loss are."""

@@ -2,8 +2,17 @@
 
 from fastssl.ops.contrastive import contrastive_lse
 from fastssl.ops.info_nce import info_nce
+from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
 from fastssl.ops.supcon import sup_con
 
-__all__ = ["contrastive_lse", "info_nce", "queue_nce", "siglip", "sup_con"]
+__all__ = [
+    "contrastive_lse",
+    "info_nce",
+    "queue_nce",
+    "siglip",
+    "sinkhorn",
+    "sinkhorn_bias",
+    "sup_con",
+]
