@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl import GradCache
+from fastssl import LOCAL, GradCache
 from fastssl.ops import info_nce
 
 N, D = 10, 6
@@ -303,15 +303,16 @@ def test_error_messages(call, error, message):
 
 
 def _on_rank(rank, world, rendezvous):
-    """DDP around the cache: gradients are the mean of the ranks', reduced once a step."""
+    """DDP around the cache: the gradients of one process, reduced once a step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     try:
         torch.manual_seed(0)
         batches, encoder = [views() for _ in range(world)], tower()
-        losses = [contrast(encoder(a[: 7 + r]), encoder(b[: 7 + r])) for r, (a, b) in
-                  enumerate(batches)]  # fmt: skip
-        want = grads_of(sum(losses) / world, encoder)
+        whole = (
+            torch.cat([x[: 7 + r] for r, x in enumerate(xs)]) for xs in zip(*batches, strict=True)
+        )
+        want = grads_of(contrast(*map(encoder, whole), group=LOCAL), encoder)
         with pytest.raises(ValueError, match=r"Wrap the cache: DDP\(GradCache\(encoder, chunk\)\)"):
             GradCache(DistributedDataParallel(tower()), 3)
         ddp = DistributedDataParallel(GradCache(encoder, 3))

@@ -368,7 +368,7 @@ def compiled(group, case):
     results = []
     for wrap in (
         lambda loss: loss,
-        lambda loss: torch.compile(loss, fullgraph=True, backend="eager"),
+        lambda loss: torch.compile(loss, fullgraph=True, backend="aot_eager"),
     ):
         loss = wrap(make(**options, group=group))
         leaves = [part[mine].clone().requires_grad_() for part in (x, y)]

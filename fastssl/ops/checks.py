@@ -193,7 +193,9 @@ class UnitRows(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         ctx.save_for_backward(x, length)
-        return (wide / length.clamp(min=1e-12)).to(x.dtype)
+        y = wide / length.clamp(min=1e-12)
+        # No cast that does nothing: compiled by torch 2.11 its gradient would be wrong.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
