@@ -104,50 +104,65 @@ FASTSSL_CLONES void add_columns(const float* x, int64_t rows, int64_t n, float* 
   }
 }
 
+// (max, sum) of columns takes in that of other rows.
+FASTSSL_CLONES void merge_columns(float* max, double* sum, const float* other_max,
+                                  const double* other_sum, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    const float top = other_max[k] > max[k] ? other_max[k] : max[k];
+    sum[k] = sum[k] * exp_poly(max[k] - top) + other_sum[k] * exp_poly(other_max[k] - top);
+    max[k] = top;
+  }
+}
+
 struct Scores {
   Tensor t;
-  int64_t B, K;
+  ScalarType dtype;
+  const void* data;
+  int64_t stride, B, K, tasks;
   float scale;
   const float* bias;
 
   Scores(const Tensor& scores, double scale, const std::optional<Tensor>& bias)
       : t(scores.stride(1) == 1 || scores.size(1) == 1 ? scores : torch::stable::contiguous(scores)),
-        B(scores.size(0)), K(scores.size(1)), scale(static_cast<float>(scale)),
+        dtype(t.scalar_type()), data(t.const_data_ptr()), stride(t.stride(0)), B(t.size(0)),
+        K(t.size(1)), scale(static_cast<float>(scale)),
         bias(bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr) {
-    const auto dtype = scores.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                         dtype == ScalarType::Half,
                     "sinkhorn: scores must be float32, bfloat16 or float16");
+    // Fixed shares of the rows, none of them tiny.
+    tasks = std::min({int64_t(torch::stable::get_num_threads()), B, (B * K + (1 << 14) - 1) >> 14});
+    tasks = std::max<int64_t>(1, tasks);
     STD_TORCH_CHECK(!bias || (bias->numel() == K && bias->scalar_type() == ScalarType::Float &&
                               bias->is_contiguous()),
                     "sinkhorn: bias must be a contiguous float32 tensor of ", K, " elements");
   }
   // Logits of n columns of a row, from column k0 on; returns the largest.
   float row(int64_t b, int64_t k0, int64_t n, float* x) const {
-    const int64_t at = b * t.stride(0) + k0;
+    const int64_t at = b * stride + k0;
     const float* some = bias ? bias + k0 : nullptr;
-    if (t.scalar_type() == ScalarType::Float)
-      return logits_fp32(static_cast<const float*>(t.const_data_ptr()) + at, n, scale, some, x);
-    const uint16_t* s = static_cast<const uint16_t*>(t.const_data_ptr()) + at;
-    return t.scalar_type() == ScalarType::Half ? logits_fp16(s, n, scale, some, x)
-                                               : logits_bf16(s, n, scale, some, x);
+    if (dtype == ScalarType::Float)
+      return logits_fp32(static_cast<const float*>(data) + at, n, scale, some, x);
+    const uint16_t* s = static_cast<const uint16_t*>(data) + at;
+    return dtype == ScalarType::Half ? logits_fp16(s, n, scale, some, x)
+                                     : logits_bf16(s, n, scale, some, x);
   }
-  // f(task, first row, last row) over fixed shares of the rows; how many there are.
-  int64_t tasks() const {
-    const int64_t threads = torch::stable::get_num_threads();
-    return std::max<int64_t>(1, std::min({threads, B, (B * K + (1 << 14) - 1) >> 14}));
-  }
+  // f(task, first row, last row).
   template <class F>
   void each_task(const F& f) const {
-    const int64_t n = tasks();
-    parallel_tasks(n, [&](int64_t task) { f(task, B * task / n, B * (task + 1) / n); });
+    parallel_tasks(tasks, [&](int64_t task) { f(task, B * task / tasks, B * (task + 1) / tasks); });
+  }
+  // f(first column, last column) over shares of the columns.
+  template <class F>
+  void each_columns(const F& f) const {
+    parallel_tasks(tasks, [&](int64_t task) { f(K * task / tasks, K * (task + 1) / tasks); });
   }
 };
 
 // log sum_b e^x_bk of each column, from maxima and sums that the tasks merge.
 void column_lse(const Scores& p, float* out) {
-  std::vector<float> max(p.tasks() * p.K, kFloor);
-  std::vector<double> sum(p.tasks() * p.K, 0.0);
+  std::vector<float> max(p.tasks * p.K, kFloor);
+  std::vector<double> sum(p.tasks * p.K, 0.0);
   p.each_task([&](int64_t task, int64_t begin, int64_t end) {
     std::vector<float> block(kRows * kColumns, 0.f);
     for (int64_t b = begin; b < end; b += kRows)
@@ -157,19 +172,17 @@ void column_lse(const Scores& p, float* out) {
         add_columns(block.data(), rows, n, &max[task * p.K + k], &sum[task * p.K + k]);
       }
   });
-  for (int64_t k = 0; k < p.K; ++k) {
-    float top = kFloor;
-    for (int64_t task = 0; task < p.tasks(); ++task) top = std::max(top, max[task * p.K + k]);
-    double total = 0.0;
-    for (int64_t task = 0; task < p.tasks(); ++task)
-      total += sum[task * p.K + k] * std::exp(double(max[task * p.K + k]) - top);
-    out[k] = static_cast<float>(top + std::log(total));
-  }
+  p.each_columns([&](int64_t begin, int64_t end) {
+    for (int64_t task = 1; task < p.tasks; ++task)
+      merge_columns(&max[0] + begin, &sum[0] + begin, &max[task * p.K] + begin,
+                    &sum[task * p.K] + begin, end - begin);
+    for (int64_t k = begin; k < end; ++k) out[k] = max[k] + std::log(static_cast<float>(sum[k]));
+  });
 }
 
 // log sum_b softmax_k(x_b)_k of each column.
 void share_sums(const Scores& p, float* out) {
-  std::vector<double> totals(p.tasks() * p.K, 0.0);
+  std::vector<double> totals(p.tasks * p.K, 0.0);
   p.each_task([&](int64_t task, int64_t begin, int64_t end) {
     std::vector<float> x(p.K), sum(p.K, 0.f);
     for (int64_t b = begin; b < end; ++b) {
@@ -179,11 +192,13 @@ void share_sums(const Scores& p, float* out) {
       if ((b - begin) % 64 == 63 || b + 1 == end) flush(&totals[task * p.K], sum.data(), p.K);
     }
   });
-  for (int64_t k = 0; k < p.K; ++k) {
-    double total = 0.0;
-    for (int64_t task = 0; task < p.tasks(); ++task) total += totals[task * p.K + k];
-    out[k] = static_cast<float>(std::log(total));
-  }
+  p.each_columns([&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double total = 0.0;
+      for (int64_t task = 0; task < p.tasks; ++task) total += totals[task * p.K + k];
+      out[k] = std::log(static_cast<float>(total));
+    }
+  });
 }
 
 Tensor sinkhorn_pass(Tensor scores, double scale, std::optional<Tensor> bias) {

@@ -22,13 +22,21 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
-from fastssl.kernels import contrastive, launch, panels, queue, siglip  # noqa: E402
+from fastssl.kernels import (  # noqa: E402
+    contrastive,
+    launch,
+    panels,
+    prototypes,
+    queue,
+    siglip,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 SHARED_BYTES = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 768)
+PROTOTYPES = (17, 3000, 8192, 16000, 65536)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 IDS = {"x_ids_ptr", "y_ids_ptr"}
@@ -102,6 +110,18 @@ def _cases(capability, dtype):
         yield contrastive.contrastive_finish_kernel, contrastive.finish_constants(D), set()
     yield queue.queue_merge_kernel, queue.merge_constants(256), set()
     yield contrastive.contrastive_bwd_reduce_kernel, contrastive.reduce_constants(), set()
+    for K in PROTOTYPES:
+        sizes = {"K": K, "STRIDE": K}
+        by_columns = prototypes.columns_constants(K) | sizes
+        yield prototypes.sinkhorn_columns_kernel, by_columns, {"bias_ptr", "lse_ptr", "codes_ptr"}
+        if K > prototypes.WIDEST_IN_REGISTERS:
+            yield prototypes.sinkhorn_lse_kernel, prototypes.lse_constants() | sizes, set()
+            known, kernel = by_columns, prototypes.sinkhorn_columns_kernel
+        else:
+            known, kernel = prototypes.rows_constants(K) | sizes, prototypes.sinkhorn_rows_kernel
+        yield kernel, known, {"codes_ptr"}
+        yield kernel, known, {"part_ptr"}
+    yield prototypes.sinkhorn_merge_kernel, prototypes.merge_constants(), set()
 
 
 def _argument_type(name, known, dtype):
@@ -111,7 +131,9 @@ def _argument_type(name, known, dtype):
         return "*fp32" if known.get("SPLIT") else "*" + DTYPES[dtype]
     if name.endswith(("ids_ptr", "label_ptr", "target_ptr")):
         return "*i32"
-    return "*fp32" if name.endswith("_ptr") else "i32"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "fp32" if name == "scale" else "i32"
 
 
 def _compile(case):

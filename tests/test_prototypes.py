@@ -67,9 +67,10 @@ def test_oracle(B, K, epsilon, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
-def test_layouts(layout, device):
-    scores = cosines(33, 50, torch.float32).to(device)
+def test_layouts(layout, dtype, device):
+    scores = cosines(33, 50, dtype).to(device)
     other = (
         scores.T.contiguous().T if layout == "transposed" else torch.cat([scores] * 2, 1)[:, 50:]
     )
@@ -120,12 +121,42 @@ def test_defined_results(dtype):
     rest = [0, 1, 3, 4]
     torch.testing.assert_close(got[:, rest], sinkhorn(scores[:, rest], 0.05))
     torch.testing.assert_close(sinkhorn(scores[:, :1], 0.05), torch.ones(9, 1, dtype=dtype))
-    scores[4, 1] = torch.nan
-    assert sinkhorn(scores, 0.05)[:, 1].isnan().all()
+    for bad in (torch.nan, torch.inf):
+        assert sinkhorn(scores.index_fill(1, torch.tensor(1), bad), 0.05).isnan().all()
+    assert sinkhorn(scores.index_fill(0, torch.tensor(4), -torch.inf), 0.05).isnan().all()
+    assert sinkhorn(scores[:0], 0.05).shape == (0, 5) and not sinkhorn_bias(scores[:0], 0.05).any()
+    share = torch.tensor([1.0, 2, 1, 0, 3])
+    got = sinkhorn(scores, 0.05, marginal=share)
+    assert (got[:, 2:4] == 0).all() and sinkhorn_bias(scores, 0.05, marginal=share)[3] == -torch.inf
+    rest = [0, 1, 4]
+    torch.testing.assert_close(got[:, rest], sinkhorn(scores[:, rest], 0.05, marginal=share[rest]))
     assert sinkhorn(torch.zeros(3, 4, dtype=dtype, requires_grad=True), 0.1).requires_grad is False
     torch.testing.assert_close(
         sinkhorn(torch.zeros(3, 4, dtype=dtype), 0.1), torch.full((3, 4), 0.25).to(dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_the_rows(threads, dtype):
+    before, scores = torch.get_num_threads(), cosines(70, 3000, dtype)
+    torch.set_num_threads(threads)
+    try:
+        got = sinkhorn(scores, 0.05)
+    finally:
+        torch.set_num_threads(before)
+    true = loop(scores, 0.05, 3)
+    assert (got - true).abs().max() <= 3e-6 * true.max()
+
+
+def test_scores_and_queue_of_two_dtypes():
+    scores = cosines(20, 7, torch.float64)
+    true = sinkhorn(scores, 0.1)[12:]
+    for dtypes in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        own, queue = scores[12:].to(dtypes[0]), scores[:12].to(dtypes[1])
+        got = sinkhorn(own, 0.1, queue_scores=queue)
+        assert got.dtype == own.dtype
+        torch.testing.assert_close(got.double(), true, atol=1e-6, rtol=1e-5)
 
 
 def test_underflow_of_a_prototype_corrects_itself():
@@ -162,8 +193,12 @@ def test_opcheck_and_repeat(dtype, device):
 
 def test_compiles_without_a_graph_break():
     scores = cosines(9, 21, torch.float32)
-    compiled = torch.compile(lambda x: sinkhorn(x, 0.05), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(scores), sinkhorn(scores, 0.05))
+    marginal = torch.arange(1.0, 22)
+
+    def run(x):
+        return sinkhorn(x, 0.05, marginal=marginal, queue_scores=x[:2])
+
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(scores), run(scores))
 
 
 @pytest.mark.parametrize(
@@ -184,9 +219,15 @@ def test_compiles_without_a_graph_break():
             r"marginal must be a tensor of shape \(4,\), got \(3,\)",
         ),
         (
+            lambda x: sinkhorn(x, 0.1, marginal=torch.tensor([1.0, -1, 1, 1])),
+            ValueError,
+            "^sinkhorn: marginal must hold finite numbers >= 0.*got -1 to 1",
+        ),
+        (
             lambda x: sinkhorn(x, 0.1, queue_scores=torch.ones(2, 5)),
             ValueError,
-            r"queue_scores must have scores's groups and prototypes, got \(2, 5\)",
+            r"^sinkhorn: queue_scores must have scores's groups, prototypes and device, "
+            r"got \(2, 5\)",
         ),
     ],
 )
@@ -198,24 +239,41 @@ def test_error_messages(call, error, text):
 # --------------------------------------------------------------------------------- several ranks
 
 
-def on_rank(group, sizes, dtype):
+def on_rank(group, sizes, K, dtype):
+    """Two problems at once; each rank has its rows of the batch and two of the queue."""
     generator = torch.Generator().manual_seed(1)
-    scores = torch.randn(sum(sizes), 11, generator=generator, dtype=torch.float64).to(dtype)
-    queue = torch.randn(2 * len(sizes), 11, generator=generator, dtype=torch.float64).to(dtype)
-    options = {"marginal": torch.arange(1.0, 12), "n_iters": 4}
-    truth = sinkhorn(scores, 0.3, queue_scores=queue, group=fastssl.LOCAL, **options)
+    rows = sum(sizes), 2 * len(sizes)
+    batch, queue = (
+        torch.randn(2, n, K, generator=generator, dtype=torch.float64).to(dtype) for n in rows
+    )
+    options = {"marginal": torch.arange(1.0, K + 1), "n_iters": 4}
+    truth = sinkhorn(batch, 0.3, queue_scores=queue, group=fastssl.LOCAL, **options)
     rank, first = group.rank(), sum(sizes[: group.rank()])
-    own, queue = scores[first : first + sizes[rank]], queue[2 * rank : 2 * rank + 2]
-    got = sinkhorn(own, 0.3, queue_scores=queue, group=group, **options)
-    bias = sinkhorn_bias(own, 0.3, queue_scores=queue, group=group, **options)
-    return got, truth[first : first + sizes[rank]], bias
+    own = slice(first, first + sizes[rank])
+    options |= {"queue_scores": queue[:, 2 * rank : 2 * rank + 2], "group": group}
+    got = sinkhorn(batch[:, own], 0.3, **options)
+    return got, truth[:, own], sinkhorn_bias(batch[:, own], 0.3, **options)
 
 
-@pytest.mark.parametrize("sizes", [(5,), (6, 3), (4, 0, 7), (1, 2, 3, 4)])
+@pytest.mark.parametrize(
+    "sizes, K", [((5,), 11), ((6, 3), 11), ((4, 0, 7), 11), ((1, 2, 3, 4), 11), ((1, 0, 3, 4), 1)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_over_ranks_as_in_one_process(sizes, dtype, ranks):
-    found = ranks.run(on_rank, len(sizes), sizes, dtype)
+def test_over_ranks_as_in_one_process(sizes, K, dtype, ranks):
+    found = ranks.run(on_rank, len(sizes), sizes, K, dtype)
     for got, truth, bias in found:
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
         torch.testing.assert_close(got, truth, atol=tolerance, rtol=tolerance)
         assert torch.equal(bias, found[0][2]), "the bias must be equal on all ranks"
+
+
+def that_differ(group):
+    scores = torch.randn(3, 4 + group.rank())
+    with pytest.raises(ValueError, match="sinkhorn: the groups and prototypes must be the same"):
+        sinkhorn(scores, 0.1, group=group)
+    with pytest.raises(ValueError, match="epsilon must be the same on all ranks, got 0.1 on rank"):
+        sinkhorn_bias(scores[:, :4], 0.1 + group.rank(), group=group)
+
+
+def test_ranks_that_differ(ranks):
+    ranks.run(that_differ, 2)

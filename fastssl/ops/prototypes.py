@@ -62,7 +62,7 @@ def _wide(scores: Tensor) -> torch.dtype:
 
 def _log_sums(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     run = sinkhorn_pass_ref if scores.dtype == torch.float64 else torch.ops.fastssl.sinkhorn_pass
-    return run(scores, scale, bias)
+    return run(scores, scale, None if bias is None else bias.to(_wide(scores)))
 
 
 def check_scores(name: str, epsilon: float, **scores: Tensor | None) -> None:
@@ -84,15 +84,73 @@ def check_scores(name: str, epsilon: float, **scores: Tensor | None) -> None:
                 f"got {tuple(x.shape)}."
             )
         first = first or (label, x)
-        if (x.shape[:-2], x.shape[-1]) != (first[1].shape[:-2], first[1].shape[-1]):
+        other, y = first
+        if (x.shape[:-2], x.shape[-1], x.device) != (y.shape[:-2], y.shape[-1], y.device):
             raise ValueError(
-                f"{name}: {label} must have {first[0]}'s groups and prototypes, got "
-                f"{tuple(x.shape)} beside {tuple(first[1].shape)}."
+                f"{name}: {label} must have {other}'s groups, prototypes and device, got "
+                f"{tuple(x.shape)} on {x.device} beside {tuple(y.shape)} on {y.device}."
             )
     if not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
         raise ValueError(
             f"{name}: epsilon must be a positive number, got {epsilon!r}. Typical: 0.02 to 0.07."
         )
+
+
+def _bias(
+    name: str,
+    scores: Tensor,
+    epsilon: float,
+    n_iters: int,
+    marginal: Tensor | None,
+    queue_scores: Tensor | None,
+    group,
+) -> Tensor:
+    check_scores(name, epsilon, scores=scores, queue_scores=queue_scores)
+    if not isinstance(n_iters, int) or n_iters < 0:
+        raise ValueError(f"{name}: n_iters must be an integer >= 0, got {n_iters!r}.")
+    K, groups, dtype = scores.shape[-1], scores.shape[:-2], _wide(scores)
+    share = torch.zeros(K, dtype=dtype, device=scores.device)
+    if marginal is not None:
+        if not isinstance(marginal, Tensor) or marginal.shape != (K,):
+            got = tuple(marginal.shape) if isinstance(marginal, Tensor) else marginal
+            raise ValueError(f"{name}: marginal must be a tensor of shape {(K,)}, got {got}.")
+        marginal = marginal.to(device=scores.device, dtype=dtype)
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not (bool((marginal >= 0).all()) and 0 < marginal.sum() < math.inf):
+                raise ValueError(
+                    f"{name}: marginal must hold finite numbers >= 0, not only zeros, got "
+                    f"{marginal.min():g} to {marginal.max():g}."
+                )
+        share = (marginal * (K / marginal.sum())).log()
+    levels = resolve_levels(name, group)
+    if levels:
+        options = {"epsilon": epsilon, "n_iters": n_iters, "the dtype": dtype}
+        agree(name, levels, (), scores, **{"the groups and prototypes": (*groups, K)} | options)
+
+    samples = [x for x in (scores, queue_scores) if x is not None]
+    samples = [x.unsqueeze(0) if x.dim() == 2 else x for x in samples]  # (G, B, K), (G, Q, K)
+    G = len(samples[0])
+
+    def log_sums(bias):  # (G, K) of all ranks
+        biases = [None] * G if bias is None else bias
+        sums, *more = (
+            torch.stack([_log_sums(x, 1 / epsilon, b) for x, b in zip(xs, biases, strict=True)])
+            for xs in samples
+        )
+        for queued in more:
+            sums = torch.logaddexp(sums, queued.to(dtype))
+        return all_logsumexp(sums.flatten(), levels).view(G, K)
+
+    bias = dead = None
+    for _ in range(n_iters):
+        sums = log_sums(bias)
+        if bias is None:
+            dead = sums.isneginf()
+            bias = torch.where(dead, 0, share - sums)
+        else:
+            bias = bias + (share - sums.clamp(min=LEAST_LOG_SUM)).masked_fill(dead, 0)
+    bias = share.new_zeros(G, K) if bias is None else bias
+    return bias.view(*groups, K)
 
 
 @torch.no_grad()
@@ -113,13 +171,15 @@ def sinkhorn_bias(
             each token position.
         epsilon: > 0, the regularisation; a teacher's temperature.
         n_iters: >= 0; 0 is a plain softmax, bias 0.
-        marginal: (K,) the prototypes' shares of the mass, positive, of any sum; None: equal ones.
+        marginal: (K,) the prototypes' shares of the mass, >= 0, of any sum; None: equal ones.
         queue_scores: (Q, K), or (G, Q, K), further samples that take part in the balance.
         group: whose ranks' rows are one batch, as in `info_nce`. Every rank has its own B, also 0.
 
     Returns:
         (K,) or (G, K) in float32 (float64), without a gradient. A prototype whose scores are all
-        -inf has bias 0, and codes 0.
+        -inf has bias 0, and codes 0; one with no share of the mass has bias -inf and codes 0. A
+        score that is NaN or +inf, or a sample of nothing but -inf, has NaN for codes, and from two
+        iterations on so have all.
 
     Raises:
         TypeError, ValueError: integer scores, epsilon or n_iters out of range, wrong shapes; on all
@@ -141,45 +201,7 @@ def sinkhorn_bias(
     Paper: SwAV, arXiv:2006.09882; Sinkhorn distances, arXiv:1306.0895. The scaling form is this
         library's.
     """
-    name = "sinkhorn_bias"
-    check_scores(name, epsilon, scores=scores, queue_scores=queue_scores)
-    if not isinstance(n_iters, int) or n_iters < 0:
-        raise ValueError(f"{name}: n_iters must be an integer >= 0, got {n_iters!r}.")
-    K, groups, dtype = scores.shape[-1], scores.shape[:-2], _wide(scores)
-    share = torch.zeros(K, dtype=dtype, device=scores.device)
-    if marginal is not None:
-        if not isinstance(marginal, Tensor) or marginal.shape != (K,):
-            got = tuple(marginal.shape) if isinstance(marginal, Tensor) else marginal
-            raise ValueError(f"{name}: marginal must be a tensor of shape {(K,)}, got {got}.")
-        marginal = marginal.to(device=scores.device, dtype=dtype)
-        share = (marginal * (K / marginal.sum())).log()
-    levels = resolve_levels(name, group)
-    if levels:
-        options = {"epsilon": epsilon, "n_iters": n_iters, "the dtype": dtype}
-        agree(name, levels, (), scores, **{"the groups and prototypes": (*groups, K)} | options)
-
-    samples = [x for x in (scores, queue_scores) if x is not None]
-    samples = [x.unsqueeze(0) if x.dim() == 2 else x for x in samples]  # (G, B, K), (G, Q, K)
-    G = len(samples[0])
-
-    def log_sums(bias):  # (G, K) of all ranks
-        biases = [None] * G if bias is None else bias
-        sums = [
-            torch.stack([_log_sums(x, 1 / epsilon, b) for x, b in zip(xs, biases, strict=True)])
-            for xs in samples
-        ]
-        return all_logsumexp(torch.stack(sums).logsumexp(0).flatten(), levels).view(G, K)
-
-    bias = dead = None
-    for _ in range(n_iters):
-        sums = log_sums(bias)
-        if bias is None:
-            dead = sums.isneginf()
-            bias = torch.where(dead, 0, share - sums)
-        else:
-            bias = bias + (share - sums.clamp(min=LEAST_LOG_SUM)).masked_fill(dead, 0)
-    bias = share.new_zeros(G, K) if bias is None else bias
-    return bias.view(*groups, K)
+    return _bias("sinkhorn_bias", scores, epsilon, n_iters, marginal, queue_scores, group)
 
 
 @torch.no_grad()
@@ -215,10 +237,7 @@ def sinkhorn(
 
     Paper: SwAV, arXiv:2006.09882.
     """
-    check_scores("sinkhorn", epsilon, scores=scores)
-    bias = sinkhorn_bias(
-        scores, epsilon, n_iters, marginal=marginal, queue_scores=queue_scores, group=group
-    )
+    bias = _bias("sinkhorn", scores, epsilon, n_iters, marginal, queue_scores, group)
     if hard:
         best = (scores.to(bias.dtype) / epsilon + bias.unsqueeze(-2)).argmax(-1, keepdim=True)
         return torch.zeros_like(scores, dtype=bias.dtype).scatter_(-1, best, 1.0)
