@@ -23,27 +23,33 @@ namespace {
 constexpr int64_t kColumns = 2048;
 
 // sum += sum_k e^(y_k - max), dot += sum_k q_k (y_k - shift). Where a teacher has no weight a score
-// of -inf counts nothing. Without q only the first.
-FASTSSL_CLONES void add_block(const float* y, const float* q, int64_t n, float max, float shift,
-                              double* sum, double* dot) {
+// of -inf counts nothing.
+template <bool kWeighted>
+FASTSSL_INLINE inline void add_block(const float* y, const float* q, int64_t n, float max,
+                                     float shift, double* sum, double* dot) {
   float e[kLanes] = {}, d[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes)
+  for (int64_t k = 0; k < n; k += kLanes)
     for (int64_t c = 0; c < kLanes; ++c) {
       e[c] += exp_poly(y[k + c] - max);
-      if (q) d[c] += q[k + c] == 0.f ? 0.f : q[k + c] * (y[k + c] - shift);
+      if (kWeighted) d[c] += q[k + c] == 0.f ? 0.f : q[k + c] * (y[k + c] - shift);
     }
-  for (; k < n; ++k) {
-    e[0] += exp_poly(y[k] - max);
-    if (q) d[0] += q[k] == 0.f ? 0.f : q[k] * (y[k] - shift);
-  }
   for (int64_t c = 0; c < kLanes; ++c) *sum += e[c], *dot += d[c];
 }
+FASTSSL_CLONES void add_exponentials(const float* y, int64_t n, float max, double* sum) {
+  double dot = 0.0;
+  add_block<false>(y, nullptr, n, max, 0.f, sum, &dot);
+}
+FASTSSL_CLONES void add_weighted(const float* y, const float* q, int64_t n, float max, float shift,
+                                 double* sum, double* dot) {
+  add_block<true>(y, q, n, max, shift, sum, dot);
+}
 FASTSSL_CLONES void to_weights(float* x, int64_t n, float max, float log_sum) {
-  for (int64_t k = 0; k < n; ++k) x[k] = exp_poly(x[k] - max - log_sum);
+  for (int64_t k = 0; k < n; k += kLanes)
+    for (int64_t c = 0; c < kLanes; ++c) x[k + c] = exp_poly(x[k + c] - max - log_sum);
 }
 FASTSSL_CLONES void add(float* sum, const float* x, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) sum[k] += x[k];
+  for (int64_t k = 0; k < n; k += kLanes)
+    for (int64_t c = 0; c < kLanes; ++c) sum[k + c] += x[k + c];
 }
 
 // out_k = factor (pairs e^(y_k - max - log_sum) - q_k), rounded once by `store`.
@@ -108,6 +114,8 @@ struct Problem {
   int64_t T() const { return teacher.n; }
   int64_t B() const { return student.B; }
   int64_t K() const { return student.K; }
+  // Of a block, filled up to whole lanes.
+  int64_t columns() const { return std::min(kColumns, (K() + kLanes - 1) / kLanes * kLanes); }
   // The teacher that student s is not compared with, or T.
   int64_t left_out(int64_t s) const { return ignore_diagonal ? std::min(s, T()) : T(); }
   int64_t pairs(int64_t s) const { return T() - (left_out(s) < T()); }
@@ -132,7 +140,8 @@ struct Online {
       sum *= std::exp(double(max) - top);
       max = top;
     }
-    add_block(x, q, n, max, shift, &sum, &dot);
+    if (q) add_weighted(x, q, n, max, shift, &sum, &dot);
+    else add_exponentials(x, n, max, &sum);
   }
 };
 
@@ -149,7 +158,7 @@ struct Statistics {
 // The teachers' weights in a block of columns.
 class Weights {
  public:
-  explicit Weights(const Problem& p) : p_(p), q_(p.T() * kColumns), sum_(kColumns) {}
+  explicit Weights(const Problem& p) : p_(p), q_(p.T() * p.columns()), sum_(p.columns()) {}
 
   template <class Float>
   void read(int64_t b, int64_t k, int64_t width, const Statistics<Float>& stats) {
@@ -165,14 +174,14 @@ class Weights {
     if (p_.pairs(s) == 1) return row(out == 0);
     if (out == summed_) return sum_.data();  // the students that have all teachers share one
     summed_ = out;
-    std::fill_n(sum_.begin(), width_, 0.f);
+    std::fill(sum_.begin(), sum_.end(), 0.f);
     for (int64_t t = 0; t < p_.T(); ++t)
       if (t != out) add(sum_.data(), row(t), width_);
     return sum_.data();
   }
 
  private:
-  float* row(int64_t t) { return &q_[t * kColumns]; }
+  float* row(int64_t t) { return &q_[t * p_.columns()]; }
 
   const Problem& p_;
   std::vector<float> q_, sum_;
@@ -192,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_loss_fwd(Tensor student, Tensor tea
   const Statistics<float> of_student{static_cast<float*>(student_stats.mutable_data_ptr()), S, B};
   const Statistics<float> of_teacher{static_cast<float*>(teacher_stats.mutable_data_ptr()), T, B};
   p.each_row([&](int64_t b) {
-    std::vector<float> x(kColumns);
+    std::vector<float> x(p.columns());
     for (int64_t t = 0; t < T; ++t) {
       Online row;
       for (int64_t k = 0; k < K; k += kColumns) {
@@ -241,7 +250,7 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
   Tensor dstudent = torch::stable::new_empty(student, {S, B, K});
   const ScalarType dtype = student.scalar_type();
   p.each_row([&](int64_t b) {
-    std::vector<float> y(kColumns);
+    std::vector<float> y(p.columns());
     Weights weights(p);
     for (int64_t k = 0; k < K; k += kColumns) {
       const int64_t width = std::min(kColumns, K - k);

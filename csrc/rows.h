@@ -13,25 +13,26 @@ constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum o
 
 #define FASTSSL_INLINE __attribute__((always_inline))
 
-// x_k = scale s_k + bias_k for n columns; returns the largest. NaN is larger than nothing: it shows
-// in the exponentials.
+// The order of floats as integers, and back: compilers vectorise a maximum only of those.
+inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+// x_k = scale s_k + bias_k for n columns; returns the largest, which may be NaN if one is. x is
+// filled up with -inf to a multiple of kLanes, so that loops over it need no end of their own.
 template <class Load>
-FASTSSL_INLINE inline float fill_logits(int64_t n, float scale, const float* bias, float* x,
-                                        const Load& load) {
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = kFloor;
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes)
-    for (int64_t c = 0; c < kLanes; ++c) {
-      const float v = load(k + c) * scale + (bias ? bias[k + c] : 0.f);
-      x[k + c] = v;
-      lanes[c] = v > lanes[c] ? v : lanes[c];
-    }
-  for (; k < n; ++k) {
-    x[k] = load(k) * scale + (bias ? bias[k] : 0.f);
-    lanes[0] = x[k] > lanes[0] ? x[k] : lanes[0];
+FASTSSL_INLINE inline float fill_logits(int64_t n, float scale, const float* bias,
+                                        float* __restrict x, const Load& load) {
+  int32_t top = ordered(bit_cast<int32_t>(kFloor));
+  const auto put = [&](int64_t k, float v) FASTSSL_INLINE {
+    x[k] = v;
+    top = std::max(top, ordered(bit_cast<int32_t>(v)));
+  };
+  if (bias) {
+    for (int64_t k = 0; k < n; ++k) put(k, load(k) * scale + bias[k]);
+  } else {
+    for (int64_t k = 0; k < n; ++k) put(k, load(k) * scale);
   }
-  return *std::max_element(lanes, lanes + kLanes);
+  for (int64_t k = n; k % kLanes; ++k) x[k] = kNegInf;
+  return bit_cast<float>(ordered(top));
 }
 FASTSSL_CLONES static float logits_fp32(const float* s, int64_t n, float scale, const float* bias,
                                         float* x) {
@@ -46,7 +47,7 @@ FASTSSL_CLONES static float logits_fp16(const uint16_t* s, int64_t n, float scal
   return fill_logits(n, scale, bias, x, [=](int64_t k) FASTSSL_INLINE { return half_float(s[k]); });
 }
 
-// Logits of n scores of t, which lie together from element `at` on; returns the largest.
+// The same of n scores of t that lie together from element `at` on.
 inline float logits_of(const Tensor& t, int64_t at, int64_t n, float scale, const float* bias,
                        float* x) {
   if (t.scalar_type() == ScalarType::Float)
