@@ -2,6 +2,7 @@
 
 from fastssl.ops.contrastive import contrastive_lse
 from fastssl.ops.info_nce import info_nce
+from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
@@ -10,6 +11,7 @@ from fastssl.ops.supcon import sup_con
 __all__ = [
     "contrastive_lse",
     "info_nce",
+    "prototype_cross_entropy",
     "queue_nce",
     "siglip",
     "sinkhorn",
