@@ -1,6 +1,7 @@
 """Functions on tensors, each with a CPU and a GPU kernel."""
 
 from fastssl.ops.contrastive import contrastive_lse
+from fastssl.ops.gram import barlow_twins, koleo, topk_cosine, vicreg
 from fastssl.ops.info_nce import info_nce
 from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
@@ -8,11 +9,15 @@ from fastssl.ops.siglip import siglip
 from fastssl.ops.supcon import sup_con
 
 __all__ = [
+    "barlow_twins",
     "contrastive_lse",
     "info_nce",
+    "koleo",
     "queue_nce",
     "siglip",
     "sinkhorn",
     "sinkhorn_bias",
     "sup_con",
+    "topk_cosine",
+    "vicreg",
 ]
