@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.dist import Shards, all_sum, gather_rows, resolve_levels, scatter_sums
+from fastssl.dist import (
+    Shards,
+    all_sum,
+    gather_rows,
+    host_may_wait,
+    resolve_levels,
+    scatter_sums,
+)
+from fastssl.extension import cpu_features
 from fastssl.ops.checks import check_features, unit_rows
 from fastssl.ops.contrastive import without_autocast
 from fastssl.ops.sharded import shards_of
@@ -38,7 +46,8 @@ class Rows(NamedTuple):
 
     z: Tensor  # (N, D)
     mean: Tensor  # (D,) in the dtype of the products
-    inverse: Tensor | None  # (D,), what the centred rows are multiplied by
+    inverse: Tensor | None  # (D,), what rows less the mean are multiplied by
+    shift: Tensor | None  # (D,), what is then added: what rounding the mean left over
     n: int  # rows of all ranks
     shards: Shards | None
 
@@ -54,21 +63,25 @@ class Rows(NamedTuple):
             return [(slice(None), s) for s in _steps(D, self.n, dtype)]
         return [(s, slice(None)) for s in _steps(N, D, dtype)]
 
-    def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
+    def block(self, at: tuple[slice, slice]) -> Tensor:
         x = self.z[at].to(self.mean.dtype) - self.mean[at[1]]
-        return x if self.inverse is None else x.mul_(self.inverse[at[1]])
+        if self.inverse is None:
+            return x
+        return torch.addcmul(self.shift[at[1]], x, self.inverse[at[1]])
 
     def of_all(self, x: Tensor) -> Tensor:
         return x if self.shards is None else gather_rows(x, self.shards)
 
 
-def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of n rows in all: the mean (D,) in dtype, and the squares around it, summed, (D,) in fp64."""
+def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n rows in all the mean (D,) in dtype, and in fp64, around it, sum and sum of squares."""
     mean = (all_sum(z.sum(0, dtype=dtype).double(), levels) / n).to(dtype)
-    squares = torch.zeros_like(mean, dtype=torch.float64)
+    sums = torch.zeros(2, len(mean), dtype=torch.float64, device=z.device)
     for s in _steps(*z.shape, dtype):
-        squares += (z[s].to(dtype) - mean).square_().sum(0)
-    return mean, all_sum(squares, levels)
+        x = z[s].to(dtype) - mean
+        sums[0] += x.sum(0)
+        sums[1] += x.square_().sum(0)
+    return mean, *all_sum(sums, levels).unbind()
 
 
 def _strips(m: int) -> list[slice]:
@@ -85,11 +98,11 @@ def _gram(x: Rows) -> Tensor:
     gram = x.mean.new_zeros((N, x.n) if x.of_rows else (D, D))
     if x.of_rows and x.shards is not None:
         for at in x.blocks():
-            block = x[at]
+            block = x.block(at)
             gram.addmm_(block, x.of_all(block).T)
         return gram
     for at in x.blocks():
-        y = x[at] if x.of_rows else x[at].T
+        y = x.block(at) if x.of_rows else x.block(at).T
         for s in _strips(len(gram)):
             gram[s, : s.stop].addmm_(y[s], y[: s.stop].T)
     for s in _strips(len(gram)):
@@ -148,8 +161,8 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
     share = cov / (D * (n - 1) ** 2)
     kept = []
     for z in (z_a, z_b):
-        mean, squares = _moments(z, n, levels, dtype)
-        x = Rows(z, mean, None, n, shards)
+        mean, _, squares = _moments(z, n, levels, dtype)
+        x = Rows(z, mean, None, None, n, shards)
         gram = _gram(x)
         root = (squares / (n - 1) + eps).sqrt()
         loss = loss + std / 2 * (1 - root).relu().mean()
@@ -168,10 +181,10 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
 @without_autocast
 def _vicreg_bwd(z, other, mean, gram, factor, slope, sim, cov, n, shards):
     """dz: slope times the gradient of the loss in z."""
-    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, mean, None, n, shards)
+    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, mean, None, None, n, shards)
     share = 4 * cov / (D * (n - 1) ** 2)
     for at in x.blocks():
-        block = x[at]
+        block = x.block(at)
         d = block * factor[at[1]]
         if x.of_rows:
             d.addmm_(gram, x.of_all(block), alpha=share)
@@ -267,7 +280,7 @@ def _standardised(z, n, shards, normalization, dtype):
     levels, rows = (() if shards is None else shards.levels), n
     if normalization != "batch_norm":
         levels, rows = (), max(len(z), 1)
-    mean, squares = _moments(z, rows, levels, dtype)
+    mean, rest, squares = _moments(z, rows, levels, dtype)
     if normalization == "local_std":
         deviation = (squares / max(rows - 1, 1)).sqrt()
         scale = deviation + BATCH_NORM_EPS
@@ -275,7 +288,9 @@ def _standardised(z, n, shards, normalization, dtype):
     else:
         scale = (squares / rows + BATCH_NORM_EPS).sqrt()
         turn = 1 / (scale * rows)
-    return Rows(z, mean, (1 / scale).to(dtype), n, shards), turn.to(dtype)
+    shift = -rest / rows / scale
+    inverse, shift, turn = (x.to(dtype) for x in (1 / scale, shift, turn))
+    return Rows(z, mean, inverse, shift, n, shards), turn
 
 
 @without_autocast
@@ -291,7 +306,7 @@ def _barlow_fwd(z_a, z_b, off_diagonal, normalization, n, shards):
     # By itself and in fp64: of C_ii near 1 the gradient has the difference to 1.
     own = torch.zeros_like(a.mean, dtype=torch.float64)
     for at in a.blocks():
-        own[at[1]] += (a[at] * b[at]).sum(0)
+        own[at[1]] += (a.block(at) * b.block(at)).sum(0)
     diagonal = all_sum(own, levels) / n  # (D,)
     if a.of_rows:
         matrices = [_gram(a), _gram(b)]
@@ -300,7 +315,7 @@ def _barlow_fwd(z_a, z_b, off_diagonal, normalization, n, shards):
     else:
         c = a.mean.new_zeros(len(own), len(own))  # (D, D)
         for at in a.blocks():
-            c.addmm_(a[at].T, b[at], alpha=1 / n)
+            c.addmm_(a.block(at).T, b.block(at), alpha=1 / n)
         c.diagonal().copy_(own / n)
         own, c = c, all_sum(c, levels)
         squares = _dot(c, c)
@@ -310,29 +325,28 @@ def _barlow_fwd(z_a, z_b, off_diagonal, normalization, n, shards):
         matrices = [slope, torch.stack([along.sum(1), along.sum(0)])]
     squares = squares - diagonal.square().sum()
     loss = (diagonal - 1).square().sum() + off_diagonal * squares
-    return loss.to(dtype), [a.mean, a.inverse, turn_a, b.mean, b.inverse, turn_b], matrices
+    return loss.to(dtype), [*a[1:4], turn_a, *b[1:4], turn_b], matrices
 
 
 @without_autocast
 def _barlow_bwd(z_a, z_b, kept, matrices, slope, needs, off_diagonal, normalization, n, shards):
-    (mean_a, inverse_a, turn_a, mean_b, inverse_b, turn_b) = kept
-    a, b = Rows(z_a, mean_a, inverse_a, n, shards), Rows(z_b, mean_b, inverse_b, n, shards)
+    a, b = Rows(z_a, *kept[:3], n, shards), Rows(z_b, *kept[4:7], n, shards)
     levels = () if shards is None or normalization != "batch_norm" else shards.levels
     found = []
-    for i, (x, y, turn) in enumerate(((a, b, turn_a), (b, a, turn_b))):
+    for i, (x, y, turn) in enumerate(((a, b, kept[3]), (b, a, kept[7]))):
         if not needs[i]:
             found.append(None)
             continue
         dz = torch.empty_like(x.z)
         for at in x.blocks():
-            block, columns = x[at], at[1]
+            block, columns = x.block(at), at[1]
             if x.of_rows:
                 gram, of_diagonal = matrices[1 - i], matrices[2]
-                d = y[at].mul_(of_diagonal[columns])
+                d = y.block(at).mul_(of_diagonal[columns])
                 d.addmm_(gram, x.of_all(block), alpha=2 * off_diagonal / n**2)
                 along = all_sum((d * block).sum(0), levels)
             else:
-                d = y[at] @ (matrices[0] if i else matrices[0].T)
+                d = y.block(at) @ (matrices[0] if i else matrices[0].T)
                 along = matrices[1][i]
             d.mul_(x.inverse[columns]).sub_(block.mul_(along * turn[columns]))
             dz[at] = d.mul_(slope)
@@ -354,7 +368,7 @@ class BarlowTwins(torch.autograd.Function):
         z_a, z_b, *kept = ctx.saved_tensors
         slope = dloss * _world(ctx.options[-1])
         needs = ctx.needs_input_grad[:2]
-        grads = _barlow_bwd(z_a, z_b, kept[:6], kept[6:], slope, needs, *ctx.options)
+        grads = _barlow_bwd(z_a, z_b, kept[:8], kept[8:], slope, needs, *ctx.options)
         return *grads, *[None] * 4
 
 
@@ -433,16 +447,55 @@ def _largest(x: Tensor, k: int) -> Tensor:
     return last - (keys.topk(k, dim=1).values & last)
 
 
+def _products(y: Tensor, every: Tensor, at: int) -> Tensor:
+    """(rows, n); -inf for a row with itself, where the first stands at `at`."""
+    products = y @ every.T
+    products.diagonal(at).fill_(-math.inf)
+    return products
+
+
 def _neighbours(y: Tensor, every: Tensor, first: int, k: int) -> Tensor:
     """(N, k): the rows of `every` with the largest product with each row of y but the row itself,
     which stands at `first` and after."""
+    if k == 1 and y.dtype == torch.float32 and len(every) >= 1024 and host_may_wait(y):
+        if y.device.type == "cpu" and "AVX512-BF16" in cpu_features():
+            return _nearest_by_bf16(y, every, first).unsqueeze(1)
     index = torch.zeros(len(y), k, dtype=torch.int64, device=y.device)
-    if k == 0:
-        return index
-    for s in _steps(len(y), len(every), y.dtype):
-        products = y[s] @ every.T  # (rows, n)
-        products.diagonal(first + s.start).fill_(-math.inf)
+    for s in _steps(len(y), len(every), y.dtype) if k else ():
+        products = _products(y[s], every, first + s.start)
         index[s] = products.argmax(1, keepdim=True) if k == 1 else _largest(products, k)
+    return index
+
+
+def _nearest_by_bf16(y: Tensor, every: Tensor, first: int) -> Tensor:
+    """(N,): the nearest rows as fp32 finds them. The error of a product in bf16 is bounded by what
+    its rows lost in rounding, so that fp32 is needed only for the few that may be the largest."""
+    coarse = every.bfloat16()  # (n, D)
+    lost, length = every.new_empty(2, len(every)).unbind()
+    for s in _steps(*every.shape, every.dtype):
+        lost[s] = torch.linalg.vector_norm(every[s] - coarse[s], dim=1)
+        length[s] = torch.linalg.vector_norm(every[s], dim=1)
+    longest, most_lost = (length + lost).amax(), lost.amax()
+    index = torch.empty(len(y), dtype=torch.int64, device=y.device)
+    for s in _steps(len(y), len(every), coarse.dtype):
+        own = slice(first + s.start, first + s.stop)
+        products = _products(coarse[own], coarse, own.start)
+        nearest = products.max(1).indices
+        least = (y[s] * every[nearest]).sum(1)
+        error = lost[own] * longest + (length[own] + lost[own]) * (most_lost + 1e-5 * longest)
+        # The product and this number are rounded to bf16 as well.
+        floor = least - error - 2**-7 * (least.abs() + error)
+        i, j = (products >= floor.bfloat16().unsqueeze(1)).nonzero().unbind(1)
+        if len(i) > 8 * len(nearest):
+            for t in _steps(len(nearest), 2 * len(every), y.dtype):
+                at = s.start + t.start
+                rows = y[at : s.start + t.stop]
+                index[at : s.start + t.stop] = _products(rows, every, first + at).argmax(1)
+            continue
+        exact = (y[s][i] * every[j]).sum(1)
+        best = torch.full_like(least, -math.inf).scatter_reduce_(0, i, exact, "amax")
+        i, j = (x[exact == best[i]] for x in (i, j))
+        index[s] = nearest.scatter_reduce_(0, i, j, "amin", include_self=False)
     return index
 
 
