@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from oracle import assert_no_worse
-from torch.nn.functional import normalize
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +16,6 @@ from fastssl.ops import barlow_twins, gram, koleo, topk_cosine, vicreg
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(2, 3), (7, 5), (33, 17), (17, 33), (40, 40), (257, 96), (65, 300)]
-NORMALIZATIONS = gram.NORMALIZATIONS
 
 
 def off_diagonal(x):
@@ -40,14 +39,14 @@ def standardised(z, normalization):
 
 
 def barlow_naive(a, b, normalization="batch_norm", sizes=None):
-    sizes = [len(a)] if normalization == "batch_norm" or sizes is None else list(sizes)
+    sizes = [len(a)] if normalization == "batch_norm" or sizes is None else [n for n in sizes if n]
     a, b = (torch.cat([standardised(x, normalization) for x in z.split(sizes)]) for z in (a, b))
     c = a.T @ b / len(a)
     return (c.diagonal() - 1).square().sum() + 5e-3 * off_diagonal(c).square().sum()
 
 
-def koleo_naive(x, p=2, topk=1, eps=1e-8, normalized=True):
-    y = normalize(x, eps=eps) if normalized else x
+def koleo_naive(x, p=2, topk=1, eps=1e-8, normalize=True):
+    y = F.normalize(x, eps=eps) if normalize else x
     products = (y @ y.T).detach().fill_diagonal_(-torch.inf)
     index = products.topk(topk, dim=1).indices
     distance = torch.linalg.vector_norm(y[:, None] - y[index] + eps, ord=p, dim=2)
@@ -95,13 +94,12 @@ def test_covariance_losses(N, D, loss, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"p": 1}, {"p": 3.5}, {"topk": 3}, {"normalized": False}])
+@pytest.mark.parametrize("options", [{}, {"p": 1}, {"p": 3.5}, {"topk": 3}, {"normalize": False}])
 @pytest.mark.parametrize("N,D", [(4, 3), (7, 5), (33, 17), (257, 96)])
 def test_koleo(N, D, options, dtype, device, monkeypatch):
     monkeypatch.setattr(gram, "BLOCK_BYTES", 4 * D * 20)
     x = (torch.randn(N, D, dtype=torch.float64) * 3).to(dtype)
-    ours = {"normalize" if k == "normalized" else k: v for k, v in options.items()}
-    check(lambda x: koleo(x, **ours), lambda x: koleo_naive(x, **options), x, device=device)
+    check(partial(koleo, **options), partial(koleo_naive, **options), x, device=device)
 
 
 @pytest.mark.parametrize("spread", [1, 0.1, 1e-3])  # of bf16 ever more rows are in doubt
@@ -109,19 +107,15 @@ def test_nearest_by_bf16(spread, monkeypatch):
     monkeypatch.setattr(gram, "BLOCK_BYTES", 1 << 16)
     x = torch.randn(10, 48).repeat(30, 1) + spread * torch.randn(300, 48)
     x[150:], x[0] = x[:150].clone(), 0
-    for every in (normalize(x), x):
+    for every in (F.normalize(x), x):
         products = (every.double() @ every.double().T).fill_diagonal_(-torch.inf)
         for y, first in ((every, 0), (every[70:90], 70)):
             index = gram._nearest_by_bf16(y, every, first)[:, None]
             exact, own = products[first : first + len(y)], slice(first, first + len(y))
             short = exact.amax(1) - exact.gather(1, index)[:, 0]
             assert (short <= 1e-6 * every.norm(dim=1)[own] * every.norm(dim=1).max()).all()
-    copies = normalize(x[1:9]).repeat(3, 1)
-    assert gram._nearest_by_bf16(copies, copies, 0).tolist() == [
-        *range(8, 16),
-        *range(8),
-        *range(8),
-    ]
+    index = gram._nearest_by_bf16(*[F.normalize(x[1:9]).repeat(3, 1)] * 2, 0)
+    assert index.tolist() == [*range(8, 16), *range(8), *range(8)]
 
 
 @pytest.mark.parametrize("N,D", [(5, 3), (3, 5)])
@@ -139,7 +133,6 @@ def test_layouts_and_parts():
         value, da, db = with_gradients(ours, a, b)
         strided = torch.stack([a, b], 2)[..., 0], b.T.contiguous().T
         torch.testing.assert_close(with_gradients(ours, *strided), (value, da, db))
-        assert torch.equal(with_gradients(ours, a, b)[1], da)
         frozen = with_gradients(lambda a, b=b, ours=ours: ours(a, b), a)
         assert torch.equal(frozen[1], da)
         x = a.clone().requires_grad_()
@@ -153,14 +146,10 @@ def test_parity_with_lightly(N, D):
     a, b = views(N, D, torch.float32)
     images = [x.view(N, 2, 2, -1) for x in (a, b)]
     for name, args, inputs in (
-        ("VICRegLoss", (), (a, b)),
-        ("VICRegLoss", (5, 7, 2, False, 1e-3), (a, b)),
-        ("VICRegLoss", (), images),
-        ("BarlowTwinsLoss", (), (a, b)),
-        ("BarlowTwinsLoss", (0.1, False), (a, b)),
-        ("KoLeoLoss", (), (a,)),
-        ("KoLeoLoss", (1, 1e-6), (a,)),
-    ):
+        ("VICRegLoss", (), images), ("VICRegLoss", (5, 7, 2, False, 1e-3), (a, b)),
+        ("BarlowTwinsLoss", (), (a, b)), ("BarlowTwinsLoss", (0.1, False), (a, b)),
+        ("KoLeoLoss", (), (a,)), ("KoLeoLoss", (1, 1e-6), (a,)), ("VICRegLoss", (), (a, b)),
+    ):  # fmt: skip
         ours, theirs = (getattr(library, name)(*args) for library in (losses, lightly))
         got, expected = with_gradients(ours, *inputs), with_gradients(theirs, *inputs)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -169,14 +158,13 @@ def test_parity_with_lightly(N, D):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_defined_results(dtype):
     x = torch.randn(9, 6, dtype=dtype)
-    x[3:6] = x[2]
-    x[7:] = 0
+    x[3:6], x[7:] = x[2].clone(), 0
     value, dx = with_gradients(koleo, x)
     assert value.isfinite() and dx.isfinite().all()
     zero, dzero = with_gradients(koleo, x[:1])
     assert zero == 0 and (dzero == 0).all()
     torch.testing.assert_close(koleo(x[:2], topk=5), koleo(x[:2]))
-    for normalization in NORMALIZATIONS:  # constant columns
+    for normalization in gram.NORMALIZATIONS:  # constant columns
         a, b = (z.clone() for z in views(8, 6, dtype))
         a[:, 2] = 3
         found = with_gradients(partial(barlow_twins, normalization=normalization), a, b)
@@ -223,7 +211,7 @@ NEIGHBOURS = [
 
 
 @pytest.mark.parametrize("loss", [vicreg, barlow_twins, *NEIGHBOURS])
-@pytest.mark.parametrize("N,D", [(50, 900), (900, 50)])
+@pytest.mark.parametrize("N,D", [(50, 1100), (1100, 50)])
 def test_memory(loss, N, D, monkeypatch):
     """Nothing larger than the inputs: no N x N of the neighbours, nor of N and D the larger's."""
     monkeypatch.setattr(gram, "BLOCK_BYTES", 1 << 14)
@@ -240,10 +228,10 @@ def test_topk(N, M, D, k, dtype, device, monkeypatch):
     monkeypatch.setattr(gram, "BLOCK_BYTES", 4096)
     queries, bank = torch.randn(N, D).to(dtype), torch.randn(M, D).to(dtype)
     bank[M // 2 :] = bank[: M - M // 2].clone()  # each cosine twice, rows apart
-    true = normalize(queries.double()) @ normalize(bank.double()).T
+    true = F.normalize(queries.double()) @ F.normalize(bank.double()).T
     for chunk in (None, 1, 64):
         values, rows = topk_cosine(queries.to(device), bank.to(device), k, chunk=chunk)
-        best = true.sort(dim=1, descending=True, stable=True).values[:, :k]
+        best = true.sort(dim=1, descending=True).values[:, :k]
         torch.testing.assert_close(values.cpu().double(), best, rtol=0, atol=5e-7)
         torch.testing.assert_close(true.gather(1, rows.cpu()), best, rtol=0, atol=5e-7)
         assert all(len(set(row)) == k for row in rows.tolist())
@@ -252,44 +240,34 @@ def test_topk(N, M, D, k, dtype, device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_topk_takes_the_lowest_of_equal_rows(dtype):
     x = torch.tensor([[1.0, -0.0, 0.0, 1.0, torch.inf, -2.0, torch.nan, -torch.inf, -1.0, 1.0]])
-    rows = gram._largest(x.to(dtype), 10)
-    assert rows.tolist() == [[6, 4, 0, 3, 9, 1, 2, 8, 5, 7]]
+    assert gram._largest(x.to(dtype), 10).tolist() == [[6, 4, 0, 3, 9, 1, 2, 8, 5, 7]]
     bank = torch.eye(4, dtype=dtype)[[1, 0, 1, 0, 0, 2, 3, 0]]
     for chunk in (None, 1, 3):
         _, rows = topk_cosine(torch.eye(4, dtype=dtype)[:2], bank, 5, chunk=chunk)
         assert rows.tolist() == [[1, 3, 4, 7, 0], [0, 2, 1, 3, 4]]
 
 
-@pytest.mark.parametrize(
-    "call, error, text",
-    [
-        (lambda x: vicreg(x, x[:2]), ValueError, r"both be \(N, D\), got \(3, 4\) and \(2, 4\)"),
-        (lambda x: vicreg(x[:1], x[:1]), ValueError, "at least 2 rows, over all ranks, got 1"),
-        (lambda x: vicreg(x, x, eps=0), ValueError, "eps must be positive, got 0"),
-        (lambda x: vicreg(x.int(), x), TypeError, "z_a must be a float32.*got torch.int32"),
-        (lambda x: barlow_twins(x, x, normalization="l2"), ValueError, "one of .* got 'l2'"),
-        (lambda x: koleo(x[0]), ValueError, r"x must be \(rows, D\).* got \(4,\)"),
-        (lambda x: koleo(x[None]), ValueError, r"x must be \(N, D\), got \(1, 3, 4\)"),
-        (lambda x: koleo(x, eps=0), ValueError, "eps must be positive, got 0"),
-        (lambda x: koleo(x, p=0.5), ValueError, "p must be a finite number >= 1, got 0.5"),
-        (lambda x: koleo(x, topk=0), ValueError, "topk must be an integer >= 1, got 0"),
-        (lambda x: topk_cosine(x, x, 4), ValueError, "from 1 to the bank's 3 rows, got 4"),
-        (lambda x: topk_cosine(x, x, 1, chunk=0), ValueError, "chunk must be an integer >= 1"),
-        (lambda x: topk_cosine(x, x[:, 1:], 1), ValueError, "bank must have queries's width D=4"),
-        (
-            lambda x: VICRegLoss(gather_distributed=True)(x, x),
-            ValueError,
-            "needs torch.distributed",
-        ),
-        (
-            lambda x: BarlowTwinsLoss(1, True, group=LOCAL),
-            ValueError,
-            "True contradicts group=fast",
-        ),
-    ],
-)
-def test_error_messages(call, error, text):
-    with pytest.raises(error, match=text):
+ERRORS = [
+    (lambda x: vicreg(x, x[:2]), r"both be \(N, D\), got \(3, 4\) and \(2, 4\)"),
+    (lambda x: vicreg(x[:1], x[:1]), "at least 2 rows, over all ranks, got 1"),
+    (lambda x: vicreg(x, x, eps=0), "eps must be positive, got 0"),
+    (lambda x: vicreg(x.int(), x), "z_a must be a float32.*got torch.int32"),
+    (lambda x: barlow_twins(x, x, normalization="l2"), "must be one of .* got 'l2'"),
+    (lambda x: koleo(x[0]), r"x must be \(rows, D\).* got \(4,\)"),
+    (lambda x: koleo(x[None]), r"x must be \(N, D\), got \(1, 3, 4\)"),
+    (lambda x: koleo(x, p=0.5), "p must be a finite number >= 1, got 0.5"),
+    (lambda x: koleo(x, topk=0), "topk must be an integer >= 1, got 0"),
+    (lambda x: topk_cosine(x, x, 4), "k must be an integer from 1 to the bank's 3 rows, got 4"),
+    (lambda x: topk_cosine(x, x, 1, chunk=0), "chunk must be an integer >= 1, got 0"),
+    (lambda x: topk_cosine(x, x[:, 1:], 1), "bank must have queries's width D=4"),
+    (lambda x: VICRegLoss(gather_distributed=True)(x, x), "needs torch.distributed"),
+    (lambda x: BarlowTwinsLoss(1, True, group=LOCAL), "True contradicts group=fastssl.LOCAL"),
+]
+
+
+@pytest.mark.parametrize("call, text", ERRORS)
+def test_error_messages(call, text):
+    with pytest.raises(TypeError if "int32" in text else ValueError, match=text):
         call(torch.randn(3, 4))
 
 
@@ -300,16 +278,15 @@ OVER_RANKS["koleo"] = (
     lambda a, b, group: koleo(a, topk=2, group=group) + koleo(b, group=group),
     lambda a, b: koleo_naive(a, topk=2) + koleo_naive(b),
 )
-for kind in NORMALIZATIONS:
+for kind in gram.NORMALIZATIONS:
     OVER_RANKS[kind] = [partial(f, normalization=kind) for f in (barlow_twins, barlow_naive)]
 
 
 def on_rank(group, sizes, D, loss):
     a, b = (z.requires_grad_() for z in views(sum(sizes), D))
     ours, naive = OVER_RANKS[loss]
-    truth = naive(a, b, sizes=sizes) if loss in NORMALIZATIONS else naive(a, b)
-    first = sum(sizes[: group.rank()])
-    own = slice(first, first + sizes[group.rank()])
+    truth = naive(a, b, sizes=sizes) if loss in gram.NORMALIZATIONS else naive(a, b)
+    own = slice(sum(sizes[: group.rank()]), sum(sizes[: group.rank() + 1]))
     true = [len(sizes) * d[own] for d in torch.autograd.grad(truth, (a, b))]
     value, *grads = with_gradients(lambda a, b: ours(a, b, group=group), a[own], b[own])
     torch.testing.assert_close([value, *grads], [truth.detach(), *true], rtol=1e-10, atol=1e-10)
@@ -320,7 +297,5 @@ def on_rank(group, sizes, D, loss):
 @pytest.mark.parametrize("D", [9, 20])
 @pytest.mark.parametrize("loss", OVER_RANKS)
 def test_over_ranks_as_in_one_process(loss, D, sizes, ranks):
-    if loss in NORMALIZATIONS[1:] and 0 in sizes:
-        sizes = (4, 2, 6)  # the naive form divides by a rank's rows
     values = ranks.run(on_rank, len(sizes), sizes, D, loss)
     assert all(torch.equal(value, values[0]) for value in values)
