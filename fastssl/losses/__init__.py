@@ -7,16 +7,20 @@ from fastssl.losses import pml
 from fastssl.losses.clip import ClipLoss, SigLipLoss
 from fastssl.losses.ntxent import DCLLoss, DCLWLoss, NTXentLoss
 from fastssl.losses.own import InfoNCELoss, QueueNCELoss
+from fastssl.losses.spread import BarlowTwinsLoss, KoLeoLoss, VICRegLoss
 from fastssl.losses.supcon import SupConLoss
 
 __all__ = [
+    "BarlowTwinsLoss",
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
     "InfoNCELoss",
+    "KoLeoLoss",
     "NTXentLoss",
     "QueueNCELoss",
     "SigLipLoss",
     "SupConLoss",
+    "VICRegLoss",
     "pml",
 ]

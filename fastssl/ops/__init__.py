@@ -1,6 +1,7 @@
-"""Functions on tensors, each with a CPU and a GPU kernel."""
+"""Functions on tensors, each with a CPU and a GPU kernel or on library products."""
 
 from fastssl.ops.contrastive import contrastive_lse
+from fastssl.ops.gram import barlow_twins, koleo, topk_cosine, vicreg
 from fastssl.ops.info_nce import info_nce
 from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
@@ -9,12 +10,16 @@ from fastssl.ops.siglip import siglip
 from fastssl.ops.supcon import sup_con
 
 __all__ = [
+    "barlow_twins",
     "contrastive_lse",
     "info_nce",
+    "koleo",
     "prototype_cross_entropy",
     "queue_nce",
     "siglip",
     "sinkhorn",
     "sinkhorn_bias",
     "sup_con",
+    "topk_cosine",
+    "vicreg",
 ]
