@@ -86,14 +86,15 @@ def test_oracle(B, K, kind, dtype, device):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "chunks"])
 def test_layouts(layout, device):
     student, teacher = scores(4, 7, 50).to(device), scores(2, 7, 50).to(device)
-    expected = with_gradient(prototype_cross_entropy, student, teacher)
+    bias = torch.randn(2, 50)
+    expected = with_gradient(prototype_cross_entropy, student, teacher, bias=bias)
     if layout == "transposed":
-        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+        student, teacher, bias = (x.mT.contiguous().mT for x in (student, teacher, bias))
     elif layout == "sliced":
         student, teacher = (torch.cat([x, x], 2)[..., 50:] for x in (student, teacher))
     else:  # samples first, as heads give crops of one sample
         student, teacher = (torch.stack([*x], 1).transpose(0, 1) for x in (student, teacher))
-    got = with_gradient(prototype_cross_entropy, student, teacher)
+    got = with_gradient(prototype_cross_entropy, student, teacher, bias=bias)
     assert all(map(torch.equal, got, expected))
 
 

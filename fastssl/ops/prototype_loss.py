@@ -271,7 +271,7 @@ def prototype_cross_entropy(
                 f"{name}: bias must be a tensor of shape {(K,)}, or {(T, K)} for one of each "
                 f"teacher crop, got {got}."
             )
-        bias = bias.detach().to(like).expand(T, K)
+        bias = bias.detach().to(like).contiguous().expand(T, K)
     if sample_weight is not None:
         if not isinstance(sample_weight, Tensor) or sample_weight.shape not in ((B,), (S, B)):
             got = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else sample_weight
