@@ -20,7 +20,7 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kColumns = 2048;
+constexpr int64_t kColumns = 4096;
 
 // sum += sum_k e^(y_k - max), dot += sum_k q_k (y_k - shift). Where a teacher has no weight a score
 // of -inf counts nothing.

@@ -29,9 +29,9 @@ def written_out(
     if ignore_diagonal:
         counts.diagonal().zero_()
     losses = (losses * counts).sum(0) * sample_weight
-    return {"mean": lambda: losses.sum() / counts.sum(), "sum": losses.sum, "none": lambda: losses}[
-        reduction
-    ]()
+    if reduction == "none":
+        return losses
+    return losses.sum() / (counts.sum() if reduction == "mean" else 1)
 
 
 def with_gradient(call, student, *args, **options):
@@ -69,7 +69,8 @@ PROBLEMS = {  # S, T, ignore_diagonal, bias, weight by
 @pytest.mark.parametrize("B,K", [(1, 1), (5, 2), (33, 17), (6, 3000), (2, 65539)])
 def test_oracle(B, K, kind, dtype, device):
     S, T, ignore_diagonal, bias, weight = PROBLEMS[kind]
-    student, teacher = scores(S, B, K, dtype), scores(T, B, K, dtype)
+    student = scores(S, B, K, dtype)
+    teacher = scores(T, B, K, torch.float32 if kind == "crossed" else dtype)
     student[0, : B // 2] = teacher[0, : B // 2]
     options = {"ignore_diagonal": ignore_diagonal}
     if bias == "centre":
@@ -85,30 +86,20 @@ def test_oracle(B, K, kind, dtype, device):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "chunks"])
 def test_layouts(layout, device):
     student, teacher = scores(4, 7, 50).to(device), scores(2, 7, 50).to(device)
-    expected = with_gradient(prototype_cross_entropy, student, teacher)
+    bias = torch.randn(2, 50)
+    expected = with_gradient(prototype_cross_entropy, student, teacher, bias=bias)
     if layout == "transposed":
-        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+        student, teacher, bias = (x.mT.contiguous().mT for x in (student, teacher, bias))
     elif layout == "sliced":
         student, teacher = (torch.cat([x, x], 2)[..., 50:] for x in (student, teacher))
     else:  # samples first, as heads give crops of one sample
-        student, teacher = (
-            x.transpose(0, 1).contiguous().transpose(0, 1) for x in (student, teacher)
-        )
-    for x, y in zip(
-        with_gradient(prototype_cross_entropy, student, teacher), expected, strict=True
-    ):
-        assert torch.equal(x, y)
-
-
-def test_teacher_of_another_dtype():
-    student, teacher = scores(3, 9, 300, torch.bfloat16), scores(2, 9, 300)
-    check(student, teacher, ignore_diagonal=True)
+        student, teacher = (torch.stack([*x], 1).transpose(0, 1) for x in (student, teacher))
+    got = with_gradient(prototype_cross_entropy, student, teacher, bias=bias)
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(
-    "options", [{}, {"ignore_diagonal": True}, {"sample_weight": torch.rand(3)}]
-)
+@pytest.mark.parametrize("options", [{"ignore_diagonal": True}, {"sample_weight": torch.rand(3)}])
 def test_gradcheck(options, reduction):
     student, teacher = (scores(n, 3, 5, torch.float64) for n in (3, 2))
     options = options | {"bias": torch.randn(2, 5).double(), "reduction": reduction}
@@ -120,23 +111,15 @@ def test_gradcheck(options, reduction):
     torch.autograd.gradcheck(loss, student.requires_grad_())
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_reductions_of_one_crop(reduction):
-    student, teacher = scores(2, 4, 6)
-    rows = prototype_cross_entropy(student, teacher, reduction="none")
-    assert rows.shape == (4,)
-    got = prototype_cross_entropy(student, teacher, reduction=reduction)
-    torch.testing.assert_close(got, getattr(rows, reduction)())
-
-
-def test_teacher_and_bias_take_no_gradient():
-    x, bias = scores(2, 3, 4).requires_grad_(), torch.randn(4, requires_grad=True)
-    prototype_cross_entropy(x, x, bias=bias, ignore_diagonal=True).backward()
-    expected = with_gradient(written_out, x, x.detach(), bias.detach(), ignore_diagonal=True)[1]
-    assert bias.grad is None and x.grad.shape == expected.shape
-    alone = x.detach().clone().requires_grad_()
-    written_out(alone, x.detach(), bias.detach(), ignore_diagonal=True).backward()
-    torch.testing.assert_close(x.grad, alone.grad)
+def test_one_crop_that_is_its_own_teacher():
+    x, bias = scores(1, 4, 6)[0].requires_grad_(), torch.randn(6, requires_grad=True)
+    crop = x.detach().unsqueeze(0)
+    rows = prototype_cross_entropy(x, x, bias=bias, reduction="none")
+    torch.testing.assert_close(rows, written_out(crop, crop, bias, reduction="none")[0])
+    true = with_gradient(written_out, crop, crop, bias.detach())[1][0]
+    (rows * torch.linspace(0.5, 2, 4)).sum().backward()
+    torch.testing.assert_close(x.grad, true)
+    assert bias.grad is None, "teacher and bias are constants"
 
 
 def test_nothing_of_the_size_of_the_scores_is_kept():
@@ -145,7 +128,6 @@ def test_nothing_of_the_size_of_the_scores_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         prototype_cross_entropy(student, teacher, bias=torch.randn(100))
     data = {student.data_ptr(), teacher.data_ptr()}
-    assert {x.data_ptr() for x in kept} >= data
     assert sum(x.untyped_storage().nbytes() for x in kept if x.data_ptr() not in data) < 1000
 
 
@@ -168,28 +150,21 @@ def test_compiles_without_a_graph_break():
     bias, weight = torch.randn(9), torch.rand(4)
 
     def loss(x):
-        return prototype_cross_entropy(
-            x, teacher, bias=bias, sample_weight=weight, ignore_diagonal=True
-        )
+        return prototype_cross_entropy(x, teacher, bias=bias, sample_weight=weight)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for call in (loss, compiled):
-        (grad,) = torch.autograd.grad(call(student), student)
-        torch.testing.assert_close(grad, torch.autograd.grad(loss(student), student)[0])
+    grads = [torch.autograd.grad(call(student), student)[0] for call in (loss, compiled)]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_on_any_number_of_threads(dtype):
     student, teacher = scores(3, 13, 5000, dtype), scores(2, 13, 5000, dtype)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for n in (1, 1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(with_gradient(prototype_cross_entropy, student, teacher))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1])
+    found = []
+    for n in (1, 2, 3, torch.get_num_threads()):
+        torch.set_num_threads(n)
+        found.append(with_gradient(prototype_cross_entropy, student, teacher))
+    assert all(all(map(torch.equal, other, found[0])) for other in found[1:])
 
 
 # ------------------------------------------------------------------------------------- extremes
@@ -209,30 +184,26 @@ def test_large_scores(dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_inf_stay_visible(bad, dtype, device):
-    for at in (1, 2500):
-        student, teacher = (
-            scores(3, 4, 3000, dtype).to(device),
-            scores(2, 4, 3000, dtype).to(device),
-        )
+    for at in (1, 5500):
+        student, teacher = (scores(n, 4, 6000, dtype).to(device) for n in (3, 2))
         student[2, 1, at] = teacher[1, 3, at] = bad
         loss, grad = with_gradient(prototype_cross_entropy, student, teacher, ignore_diagonal=True)
         expected = torch.zeros(3, 4, dtype=torch.bool, device=device)
         expected[2, 1] = expected[0, 3] = expected[2, 3] = True  # student 1 leaves teacher 1 out
-        assert torch.equal(loss.isnan(), expected)
-        assert torch.equal(grad.isnan().all(-1), expected)
-        assert torch.equal(grad.isnan().any(-1), expected)
+        for found in (loss.isnan(), grad.isnan().all(-1), grad.isnan().any(-1)):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 def test_scores_of_minus_infinity(dtype):
-    student, teacher = scores(2, 3, 5000, dtype), scores(1, 3, 5000, dtype)
-    student[..., 7:4000] = teacher[..., 7:4000] = -math.inf  # as if these were not there
-    rest = [*range(7), *range(4000, 5000)]
+    student, teacher = scores(2, 3, 10000, dtype), scores(1, 3, 10000, dtype)
+    student[..., :9000] = teacher[..., :9000] = -math.inf  # as if these were not there
+    rest = slice(9000, 10000)
     got = with_gradient(prototype_cross_entropy, student, teacher)
     true = with_gradient(written_out, student[..., rest].double(), teacher[..., rest].double())
     torch.testing.assert_close(got[0].double(), true[0], rtol=1e-5, atol=1e-5)
-    assert (got[1][..., 7:4000] == 0).all() and got[1].isfinite().all()
-    student[0, 0, 0] = -math.inf  # where the teacher has weight
+    assert (got[1][..., :9000] == 0).all() and got[1].isfinite().all()
+    student[0, 0, 9000] = -math.inf  # where the teacher has weight
     student[1, 1] = -math.inf  # nothing is left
     loss = prototype_cross_entropy(student, teacher, reduction="none")
     assert loss[0, 0] == math.inf and loss[1, 1].isnan() and loss.isfinite().sum() == 4
@@ -242,9 +213,8 @@ def test_a_student_crop_without_a_pair():
     student, teacher = scores(2, 3, 8), scores(1, 3, 8)
     student[0, 0, 0] = math.nan  # not looked at
     for dtype in (torch.float32, torch.float64):
-        loss, grad = with_gradient(
-            prototype_cross_entropy, student.to(dtype), teacher.to(dtype), ignore_diagonal=True
-        )
+        crops = student.to(dtype), teacher.to(dtype)
+        loss, grad = with_gradient(prototype_cross_entropy, *crops, ignore_diagonal=True)
         assert (loss[0] == 0).all() and (grad[0] == 0).all() and (loss[1] > 0).all()
 
 
@@ -259,8 +229,7 @@ def test_a_student_crop_without_a_pair():
         (lambda x: prototype_cross_entropy(x[:, :0], x[:, :0]), ValueError, "must have a row"),
         (lambda x: prototype_cross_entropy(x, x, student_temperature=0), ValueError,
          "student_temperature must be a positive number, got 0"),
-        (lambda x: prototype_cross_entropy(x, x, teacher_temperature=math.nan), ValueError,
-         "teacher_temperature must be a positive number, got nan"),
+        (lambda x: prototype_cross_entropy(x, x, teacher_temperature=math.nan), ValueError, "nan"),
         (lambda x: prototype_cross_entropy(x, x, bias=torch.ones(3)), ValueError,
          r"bias must be a tensor of shape \(4,\), or \(2, 4\).*got \(3,\)"),
         (lambda x: prototype_cross_entropy(x, x, sample_weight=torch.ones(2)), ValueError,
@@ -278,16 +247,19 @@ def test_error_messages(call, error, text):
 # --------------------------------------------------------------------------- lightly, and ranks
 
 
+def assert_equal(ours, theirs, student):
+    torch.testing.assert_close(ours, theirs)
+    grads = (torch.autograd.grad(loss, student)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
 def test_equals_lightlys_dino_loss():
     peer = pytest.importorskip("lightly.loss").DINOLoss(output_dim=500)
     peer.center.normal_().mul_(0.1)
     student, teacher = scores(4, 6, 500).requires_grad_(), scores(2, 6, 500)
     options = {"bias": -peer.center.flatten() / 0.04, "ignore_diagonal": True}
     ours = prototype_cross_entropy(student, teacher, **options)
-    theirs = peer(list(teacher), list(student))
-    torch.testing.assert_close(ours, theirs)
-    for x, y in zip(*(torch.autograd.grad(loss, student) for loss in (ours, theirs)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    assert_equal(ours, peer(list(teacher), list(student)), student)
 
 
 def test_equals_lightlys_ibot_loss():
@@ -296,23 +268,15 @@ def test_equals_lightlys_ibot_loss():
     student, teacher = scores(2, int(mask.sum()), 500)
     student.requires_grad_()
     each = (1.0 / mask.sum((1, 2), keepdim=True)).expand_as(mask)[mask]
-    ours = prototype_cross_entropy(student, teacher, sample_weight=each, reduction="sum") / len(
-        mask
-    )
-    theirs = peer(teacher, student, mask)
-    torch.testing.assert_close(ours, theirs)
-    for x, y in zip(*(torch.autograd.grad(loss, student) for loss in (ours, theirs)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    ours = prototype_cross_entropy(student, teacher, sample_weight=each, reduction="sum")
+    assert_equal(ours, len(mask) * peer(teacher, student, mask), student)
 
 
 def on_rank(group, sizes, dtype, reduction):
     total, first = sum(sizes), sum(sizes[: group.rank()])
     own = slice(first, first + sizes[group.rank()])
-    student, teacher, weight = (
-        scores(4, total, 11, dtype),
-        scores(2, total, 11, dtype),
-        torch.rand(total),
-    )
+    student, teacher = scores(4, total, 11, dtype), scores(2, total, 11, dtype)
+    weight = torch.rand(total)
     found = []
     for rows, where in ((own, group), (slice(None), fastssl.LOCAL)):
         x = student[:, rows].clone().requires_grad_()
@@ -334,5 +298,4 @@ def test_over_ranks_as_in_one_process(sizes, reduction, ranks):
         found = ranks.run(on_rank, len(sizes), sizes, dtype, reduction)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         for got, true in found:
-            for x, y in zip(got, true, strict=True):
-                torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(got, true, atol=tolerance, rtol=tolerance)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastssl.dist import Shards, agree, resolve_levels
 from fastssl.ops.checks import check_reduction, reduced, slope_of_row
-from fastssl.ops.contrastive import lib, without_autocast
+from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 
 def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -123,6 +123,8 @@ def _bwd_fake(student, *_):
 
 torch.library.register_fake("fastssl::prototype_loss_fwd", _fwd_fake, lib=lib)
 torch.library.register_fake("fastssl::prototype_loss_bwd", _bwd_fake, lib=lib)
+on_cuda("prototype_loss", "prototype_loss_fwd", prototype_loss_fwd_ref)
+on_cuda("prototype_loss", "prototype_loss_bwd", prototype_loss_bwd_ref)
 
 
 class PrototypeLoss(torch.autograd.Function):
@@ -222,14 +224,13 @@ def prototype_cross_entropy(
         TypeError, ValueError: integer scores, shapes that do not fit, an empty batch, no pair left,
             temperatures not positive; on all ranks, what differs between them and must not.
 
-    Memory: O((S + T) B) and the gradient; no probabilities, nothing of B x K in float32. On a GPU
-        there is no kernel yet: the plain reference runs, and holds all of them.
+    Memory: O((S + T) B) and the gradient; no probabilities, nothing of B x K in float32.
 
-    Notes: on a CPU every student row is read once for all teachers, in the forward and in the
-        backward, and the gradient is written once, in the student's dtype, after the upstream
-        factor. Exponents are differences to maxima, so scores of any size are safe; scores of -inf
-        have no weight, and where the teachers have none either, no loss. Sums in float32 in blocks,
-        float64 across. Deterministic. Autocast changes nothing. Differentiable once, in student.
+    Notes: every student row is read once for all teachers, in the forward and in the backward, and
+        the gradient is written once, in the student's dtype, after the upstream factor. Exponents
+        are differences to maxima, so scores of any size are safe; scores of -inf have no weight,
+        and where the teachers have none either, no loss. Sums in float32, blocks of them in float64
+        on a CPU. Deterministic. Autocast changes nothing. Differentiable once, in student.
         Gradients over several ranks as in `info_nce`.
 
     Example:
@@ -270,7 +271,7 @@ def prototype_cross_entropy(
                 f"{name}: bias must be a tensor of shape {(K,)}, or {(T, K)} for one of each "
                 f"teacher crop, got {got}."
             )
-        bias = bias.detach().to(like).expand(T, K)
+        bias = bias.detach().to(like).contiguous().expand(T, K)
     if sample_weight is not None:
         if not isinstance(sample_weight, Tensor) or sample_weight.shape not in ((B,), (S, B)):
             got = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else sample_weight
