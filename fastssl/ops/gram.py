@@ -433,18 +433,23 @@ def barlow_twins(
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
-    """(R, k): where each row's k largest stand, largest first, and of equal ones the first first.
-
-    float32 by keys that no two elements share: its bits, in order as integers, over its place from
-    behind. torch's topk picks any of equal elements.
-    """
-    if x.dtype == torch.float64:
-        return x.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    bits = (x + 0.0).view(torch.int32)  # -0 becomes 0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    last = 2**32 - 1
-    keys = (bits.long() << 32) + (last - torch.arange(x.shape[1], device=x.device))
-    return last - (keys.topk(k, dim=1).values & last)
+    """(R, k): the places of each row's k largest, in ascending order; of equal ones the first."""
+    index = None
+    if x.device.type == "cpu" and host_may_wait(x):
+        values, index = x.topk(k, dim=1)  # of equal ones any: right where none is left out
+        if (x >= values[:, -1:]).sum() > k * len(x) or values.isnan().any():
+            index = None
+    if index is None and x.dtype == torch.float64:
+        index = x.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    elif index is None:
+        # No two have the same key: the bits, in order as integers, over the place from behind.
+        bits = (x + 0.0).view(torch.int32)  # -0 becomes 0
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        last = 2**32 - 1
+        places = last - torch.arange(x.shape[1], device=x.device)
+        keys = torch.add(places, bits.long(), alpha=last + 1)
+        index = last - (keys.topk(k, dim=1).values & last)
+    return index.sort(dim=1).values
 
 
 def _products(y: Tensor, every: Tensor, at: int) -> Tensor:
@@ -675,14 +680,14 @@ def _topk_cosine(queries, bank, k, chunk):
     rows = torch.zeros_like(best, dtype=torch.int64)
     for first in range(0, len(bank), chunk):
         keys = unit_rows(bank[first : first + chunk].to(dtype))  # (C, D)
-        known = min(first, k)  # so many columns of best are filled
-        for s in _steps(len(queries), 4 * len(keys), dtype):
+        known = min(first, k)  # so many columns of best are filled, in the order of the bank
+        for s in _steps(len(queries), len(keys), dtype):
             products = queries[s] @ keys.T  # (R, C)
             near = _largest(products, min(k, len(keys)))
-            # Rows found before come first, so that of equal ones a stable sort takes them.
             both = torch.cat([best[s, :known], products.gather(1, near)], 1)
-            order = both.sort(dim=1, descending=True, stable=True).indices[:, :k]
-            found = torch.cat([rows[s, :known], near + first], 1).gather(1, order)
-            best[s, : order.shape[1]] = both.gather(1, order)
-            rows[s, : order.shape[1]] = found
-    return best, rows
+            found = torch.cat([rows[s, :known], near + first], 1)
+            kept = _largest(both, min(k, both.shape[1]))
+            best[s, : kept.shape[1]] = both.gather(1, kept)
+            rows[s, : kept.shape[1]] = found.gather(1, kept)
+    best, order = best.sort(dim=1, descending=True, stable=True)
+    return best, rows.gather(1, order)
