@@ -270,8 +270,9 @@ class GlobalSum(torch.autograd.Function):
 
 def host_may_wait(x: Tensor) -> bool:
     """Whether values can be read: not in torch.compile, nor while a CUDA graph is captured."""
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or capturing)
+    if torch.compiler.is_compiling():  # first: the question about capture cannot be traced
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 _met = weakref.WeakSet()  # process groups in which all members have met

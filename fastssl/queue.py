@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.dist import LOCAL, Shards, agree, gather_rows, resolve_levels, world_size
+from fastssl.dist import Shards, agree, gather_rows, resolve_levels, world_size
 
 
 class FeatureQueue(nn.Module):
@@ -67,15 +67,16 @@ class FeatureQueue(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"FeatureQueue: dtype must be floating point, got {dtype}.")
         levels = resolve_levels("FeatureQueue", group)
-        self.group = LOCAL if sharded else group
-        if sharded and levels:
-            ranks = Shards(levels, (1,) * world_size(levels))
-            if size % ranks.total:
+        self.group = group
+        self.parts = world_size(levels) if sharded else None
+        if sharded:
+            if size % self.parts:
                 raise ValueError(
-                    f"FeatureQueue: size must be a multiple of the {ranks.total} ranks it is "
+                    f"FeatureQueue: size must be a multiple of the {self.parts} ranks it is "
                     f"sharded over, got {size}."
                 )
-            size, seed = size // ranks.total, seed * ranks.total + ranks.rank
+            rank = Shards(levels, (1,) * self.parts).rank
+            size, seed = size // self.parts, seed * self.parts + rank
         # From a generator of its own on the CPU: equal on all ranks and devices.
         generator = torch.Generator().manual_seed(seed)
         rows = normalize(torch.randn(size, dim, generator=generator, device="cpu"), dim=1)
@@ -113,17 +114,23 @@ class FeatureQueue(nn.Module):
         self._check(x, labels, ids)
         new = {"features": x, "labels": labels, "ids": ids}
         buffers = {name: getattr(self, name) for name in new if new[name] is not None}
-        rows = [new[name].to(buffer.dtype) for name, buffer in buffers.items()]
+        rows = [new[name] for name in buffers]
         levels = resolve_levels("FeatureQueue.enqueue", self.group)
-        if levels:
-            same = {"the width D": x.shape[1], "dtype": self.features.dtype, "kept": list(buffers)}
+        if self.parts is not None and self.parts != world_size(levels):
+            raise ValueError(
+                f"FeatureQueue.enqueue: a sharded queue must be built over the ranks that use it, "
+                f"got one of {self.parts} parts for {world_size(levels)} ranks. Initialise "
+                "torch.distributed before."
+            )
+        if levels and self.parts is None:
+            same = {"the width D": x.shape[1], "the dtypes": [new_rows.dtype for new_rows in rows]}
             (sizes,) = agree("FeatureQueue.enqueue", levels, [len(x)], x, **same)
             rows = [gather_rows(new_rows, Shards(levels, sizes)) for new_rows in rows]
         B, K = rows[0].shape[0], self.features.shape[0]
         first = max(B - K, 0)
         where = (self.pointer + torch.arange(first, B, device=self.pointer.device)) % K
         for buffer, new_rows in zip(buffers.values(), rows, strict=True):
-            buffer.index_copy_(0, where, new_rows[first:])
+            buffer.index_copy_(0, where, new_rows[first:].to(buffer.dtype))
         self.pointer.add_(B).remainder_(K)
         self.filled.add_(B).clamp_(max=K)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastssl.dist import agree, all_sum, host_may_wait, resolve_levels
 
@@ -179,10 +180,11 @@ class SyncBatchNorm(_BatchNorm):
             TypeError: a BatchNorm with a forward of its own, whose work would be lost.
         """
         if isinstance(module, _BatchNorm):
-            if type(module).forward not in _FORWARDS:
+            lazy = isinstance(module, LazyModuleMixin)  # knows no C yet
+            if type(module).forward not in _FORWARDS or lazy:
                 raise TypeError(
-                    f"convert_sync_batchnorm: {type(module).__name__} does more than a BatchNorm. "
-                    "Replace it by one and what it does besides."
+                    f"convert_sync_batchnorm: {type(module).__name__} is more than a BatchNorm. "
+                    "Replace it by one and what it does besides; run a lazy one once before."
                 )
             new = cls(
                 module.num_features, module.eps, module.momentum, module.affine,

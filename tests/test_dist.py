@@ -411,5 +411,5 @@ def test_conversion():
     assert model[3].momentum is None and model[1].group is LOCAL
     one = nn.BatchNorm1d(3)
     assert SyncBatchNorm.convert_sync_batchnorm(one).weight is one.weight
-    with pytest.raises(TypeError, match="Scaled does more than a BatchNorm"):
+    with pytest.raises(TypeError, match="Scaled is more than a BatchNorm"):
         SyncBatchNorm.convert_sync_batchnorm(Scaled(3))

@@ -584,7 +584,8 @@ DIFFERENT = {
     "positives must be the same on all ranks, got 'out' on rank 0, 'in' on rank 1": {
         "function": sup_con, "labels": LABELS, "positives": ("out", "in")
     },
-    "the options must": {"function": siglip, "q_ids": (LABELS, None)},
+    "ids must be the same on all ranks, got True on": {"function": siglip, "q_ids": (LABELS, None)},
+    "exchange must be the same on all ranks": {"exchange": ("gather", "ring")},
     "queue_sharded must": {
         "function": queue_nce, "queue": torch.ones(5, 4), "queue_sharded": (True, False)
     },

@@ -153,6 +153,11 @@ def scale_of(name: str, temperature, logit_scale, q: Tensor) -> Tensor:
     return scale.reciprocal() if by_temperature else scale
 
 
+def number_or_tensor(*values) -> list:
+    """For ranks to compare: numbers as they are, of tensors only that they are some."""
+    return ["a tensor" if isinstance(value, Tensor) else value for value in values]
+
+
 def check_reduction(name: str, reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none", got {reduction!r}.')

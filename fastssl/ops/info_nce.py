@@ -13,6 +13,7 @@ from fastssl.ops.checks import (
     check_target,
     float_vector,
     int_vector,
+    number_or_tensor,
     prepare,
     reduced,
     scale_of,
@@ -194,8 +195,8 @@ def info_nce(
         hard_negatives: (N, H, D) further negatives of each row alone, in the row direction.
         soft_target: (N, M) weights t_ij in place of the target: sum_j t_ij (lse_i - l_ij). Needs
             k; not symmetric, not with margin or decoupled. The products run in float32.
-        label_smoothing: share in [0, 1) of the target spread evenly over all keys; not with ids,
-            margin, decoupled or hard_negatives.
+        label_smoothing: share in [0, 1) of the target spread evenly over all keys, so the loss is
+            infinite where the bias of a key is; not with ids, margin, decoupled or hard_negatives.
         sample_weight: (N,) factor of each row's loss (of each pair's, if symmetric).
         row_weight: share of the row direction if symmetric (ConVIRT); the columns' is the rest.
         normalize: L2-normalise the rows first, in float32.
@@ -325,10 +326,15 @@ def info_nce(
     # by one.
     dtype = None if soft_target is None else scale.dtype
     problem, groups = prepare(name, q, k, scale, q_ids, k_ids, bias=bias, dtype=dtype)
-    options = q_ids is not None, bias is not None, symmetric, decoupled, margin, label_smoothing
+    options = {
+        "dimensions": q.dim(), "k": k is not None, "ids": q_ids is not None,
+        "bias": bias is not None, "symmetric": symmetric, "decoupled": decoupled, "margin": margin,
+    }  # fmt: skip
+    numbers = number_or_tensor(temperature, logit_scale, label_smoothing, row_weight)
     shards, key_shards = shards_of(
-        name, group, exchange, problem.q, problem.k,
+        name, group, exchange, problem.q, problem.k, scale, problem.bias,
         **{"the reduction": reduction, "the options": options},
+        **{"temperature, logit_scale, label_smoothing and row_weight": numbers},
     )  # fmt: skip
     first = 0 if shards is None else key_shards.first
     own = None

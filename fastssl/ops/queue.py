@@ -17,6 +17,7 @@ from fastssl.ops.checks import (
     common_dtype,
     flat,
     float_vector,
+    number_or_tensor,
     prepare,
     reduced,
     scale_of,
@@ -219,8 +220,9 @@ def queue_nce(
     weight = float_vector(name, "sample_weight", sample_weight, q.shape[:1], scale)
     q, queue, scale, *vectors = problem
     shards, _ = shards_of(
-        name, group, "gather", q, queue,
+        name, group, "gather", q, queue, scale,
         **{"the reduction": reduction, "queue_sharded": queue_sharded, "ids": q_ids is not None},
+        **{"temperature and logit_scale": number_or_tensor(temperature, logit_scale)},
     )  # fmt: skip
     sharded = queue_sharded and shards is not None
     return QueueNCE.apply(

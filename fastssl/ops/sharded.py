@@ -141,9 +141,11 @@ def each_block(
 
 
 def shards_of(
-    name: str, group, exchange: str, q: Tensor, k: Tensor | None, **same
+    name: str, group, exchange: str, q: Tensor, k: Tensor | None, *learnable, **same
 ) -> tuple[Shards | None, Shards | None]:
     """How the rows of q and those of the keys lie over the ranks; None where there is one rank.
+
+    learnable: what else may take a gradient. A tensor among what must be the `same` may differ.
 
     Raises:
         TypeError, ValueError: no group or exchange; on all ranks alike, rows of other widths,
@@ -154,8 +156,14 @@ def shards_of(
     check_exchange(name, exchange)
     if not levels:
         return None, None
-    learns = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (q, k)]
-    same = {"the width D": q.shape[1], "the dtype": q.dtype, "what takes a gradient": learns} | same
+    learns = [
+        isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
+        for x in (q, k, *learnable)
+    ]
+    same = {
+        "the width D": q.shape[1], "the dtype": q.dtype, "exchange": exchange,
+        "what takes a gradient": learns,
+    } | same  # fmt: skip
     rows, sizes = agree(name, levels, (len(q), len(keys)), q, **same)
     if not sum(rows) or not sum(sizes):
         raise ValueError(f"{name}: the batches of all {len(rows)} ranks are empty. Skip this step.")
@@ -190,7 +198,10 @@ def _own_target(
     """The targets' places in this block, if it holds the rank's own keys."""
     if target is None or step or itself != piece.itself:
         return None
-    return target if itself else target + (shards.first - first)
+    if itself:
+        return target
+    # A rank without keys has targets that count for nothing, but must be places of keys.
+    return (target + (shards.first - first)).clamp(max=shards.total - 1)
 
 
 def _part(x: Tensor | None, where: slice) -> Tensor | None:

@@ -20,6 +20,7 @@ from fastssl.ops.checks import (
     flat,
     float_vector,
     int_vector,
+    number_or_tensor,
     reduced,
     scale_of,
     scale_tensor,
@@ -257,8 +258,9 @@ def siglip(
     )
     q, k = flat(q, dtype), flat(k, dtype)
     shards, key_shards = shards_of(
-        name, group, exchange, q, k,
-        **{"the reduction": reduction, "the options": (q_ids is not None, needs)},
+        name, group, exchange, q, k, scale, bias,
+        **{"the reduction": reduction, "ids": q_ids is not None},
+        **{"the scale and bias": number_or_tensor(temperature, logit_scale, logit_bias)},
     )  # fmt: skip
     return SigLIP.apply(
         q, k, scale, bias, q_ids, k_ids, target, weight, reduction, needs, shards, key_shards

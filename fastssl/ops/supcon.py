@@ -17,6 +17,7 @@ from fastssl.ops.checks import (
     common_dtype,
     float_vector,
     int_vector,
+    number_or_tensor,
     reduced,
     scale_of,
     softplus,
@@ -115,8 +116,9 @@ def sup_con(
 
     given = {"k": k is not None, "own_key": own_key is not None}
     shards, key_shards = shards_of(
-        name, group, exchange, q, k,
+        name, group, exchange, q, k, scale,
         **{"the reduction": reduction, "positives": positives, "what is given": given},
+        **{"temperature and logit_scale": number_or_tensor(temperature, logit_scale)},
     )  # fmt: skip
     first = 0 if shards is None else shards.first
     q_ids = k_ids = target = None
@@ -128,16 +130,14 @@ def sup_con(
         slot = torch.where(own_key < 0, len(k), own_key).long()  # one more, for rows without a key
         k_ids = q_ids.new_full((len(k) + 1,), -1).scatter(0, slot, q_ids)[:-1]
 
-    def sums(problem, target=None, alike=True):
+    def sums(problem, target, alike, *by_label):
         if shards is None:
-            alike = (True, labels, k_labels) if alike else ()
-            return Contrastive.apply(*problem, target, True, False, 1, False, *alike)
-        alike = (True, labels, k_labels) if alike else (False, None, None)
-        return Sharded.apply(*problem, target, False, *alike, key_shards)
+            return Contrastive.apply(*problem, target, True, False, 1, False, alike, *by_label)
+        return Sharded.apply(*problem, target, False, alike, *by_label, key_shards)
 
     problem = Problem(q, k, scale, q_ids, k_ids, False, None, None)
     if positives == "out":
-        lse, _, own, positive, _, count = sums(problem, target)
+        lse, _, own, positive, _, count = sums(problem, target, True, labels, k_labels)
         if own_key is not None:
             of_keys = pad(labels if k_labels is None else k_labels, (0, 1))  # a rank may have none
             among = (own_key >= 0) & (of_keys.index_select(0, target) == labels)
@@ -149,8 +149,9 @@ def sup_con(
         # Clones: one tensor in two roles would break the graph under torch.compile.
         ids = labels.clone(), None if k_labels is None else k_labels.clone()
         problem = problem._replace(q_ids=ids[0], k_ids=ids[1])
-        negative = sums(problem, alike=False)[0]
-        positive, *_, count = sums(problem._replace(keep_equal=True))
+        negative = sums(problem, None, False, None, None)[0]
+        problem = problem._replace(keep_equal=True)
+        positive, *_, count = sums(problem, None, False, labels, k_labels)
         loss = softplus(negative - torch.where(count > 0, positive, 0))
         if positives == "in":
             loss = loss + count.clamp(min=1).log()
