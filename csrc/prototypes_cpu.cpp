@@ -86,21 +86,18 @@ FASTSSL_CLONES void flush(double* total, float* sum, int64_t n) {
 
 // (max, sum) of columns takes in the logits of up to kRows rows x (., kColumns).
 FASTSSL_CLONES void add_columns(const float* x, int64_t rows, int64_t n, float* max, double* sum) {
-  for (int64_t k = 0; k < n; k += kLanes) {
-    const int64_t width = std::min(kLanes, n - k);
-    float top[kLanes], block[kLanes] = {};
-    for (int64_t c = 0; c < kLanes; ++c) top[c] = c < width ? max[k + c] : 0.f;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < kLanes; ++c) {  // the padding holds what it will: never read
-        const float v = x[i * kColumns + k + c];
-        top[c] = v > top[c] ? v : top[c];
-      }
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < kLanes; ++c) block[c] += exp_poly(x[i * kColumns + k + c] - top[c]);
-    for (int64_t c = 0; c < width; ++c) {
-      sum[k + c] = sum[k + c] * exp_poly(max[k + c] - top[c]) + block[c];
-      max[k + c] = top[c];
+  float top[kColumns], block[kColumns] = {};
+  std::copy(max, max + n, top);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) {
+      const float v = x[i * kColumns + k];
+      top[k] = v > top[k] ? v : top[k];
     }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) block[k] += exp_poly(x[i * kColumns + k] - top[k]);
+  for (int64_t k = 0; k < n; ++k) {
+    sum[k] = sum[k] * exp_poly(max[k] - top[k]) + block[k];
+    max[k] = top[k];
   }
 }
 
@@ -164,7 +161,7 @@ void column_lse(const Scores& p, float* out) {
   std::vector<float> max(p.tasks * p.K, kFloor);
   std::vector<double> sum(p.tasks * p.K, 0.0);
   p.each_task([&](int64_t task, int64_t begin, int64_t end) {
-    std::vector<float> block(kRows * kColumns, 0.f);
+    std::vector<float> block(kRows * kColumns);
     for (int64_t b = begin; b < end; b += kRows)
       for (int64_t k = 0; k < p.K; k += kColumns) {
         const int64_t rows = std::min(kRows, end - b), n = std::min(kColumns, p.K - k);
