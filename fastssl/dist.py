@@ -50,6 +50,10 @@ class Level(NamedTuple):
         return cls(group.group_name, group.size(), group.rank())
 
 
+def initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def resolve_levels(name: str, group=None) -> tuple[Level, ...]:
     """The groups to talk to, the outer one first; () where this process is alone.
 
@@ -89,6 +93,13 @@ def world_size(levels: Sequence[Level]) -> int:
     return math.prod([level.size for level in levels])
 
 
+def rank_among(levels: Sequence[Level]) -> int:
+    rank = 0
+    for level in levels:
+        rank = rank * level.size + level.rank
+    return rank
+
+
 class Shards(NamedTuple):
     """The rows of one call over the ranks, which are numbered with the outer level first."""
 
@@ -101,12 +112,14 @@ class Shards(NamedTuple):
         groups = map(dist.distributed_c10d._resolve_process_group, groups)
         return cls(tuple(Level.of(group) for group in groups), tuple(sizes), ring)
 
+    @classmethod
+    def one_each(cls, levels: tuple[Level, ...]) -> "Shards":
+        """One row a rank."""
+        return cls(levels, (1,) * world_size(levels))
+
     @property
     def rank(self) -> int:
-        rank = 0
-        for level in self.levels:
-            rank = rank * level.size + level.rank
-        return rank
+        return rank_among(self.levels)
 
     @property
     def total(self) -> int:
@@ -355,11 +368,11 @@ def agree(name: str, levels: tuple[Level, ...], rows: Sequence[int], like: Tenso
     codes = [*rows, *(zlib.crc32(value.encode()) for value in values)]
     mine = torch.zeros(1, 16, dtype=torch.int64, device="cpu")
     mine[0, : len(codes)] = torch.tensor(codes, device="cpu")
-    every = gather_rows(mine.to(device), Shards(levels, (1,) * world)).cpu()
+    every = gather_rows(mine.to(device), Shards.one_each(levels)).cpu()
     labels = ["the function", *same]
     for label, column in zip(labels, every.T[len(rows) :], strict=False):
         if (column != column[0]).any():
-            texts = _texts(values[labels.index(label)], levels, world, device)
+            texts = _texts(values[labels.index(label)], levels, device)
             raise ValueError(
                 f"{name}: {label} must be the same on all ranks, got "
                 + ", ".join(f"{text} on rank {r}" for r, text in enumerate(texts))
@@ -368,10 +381,10 @@ def agree(name: str, levels: tuple[Level, ...], rows: Sequence[int], like: Tenso
     return [tuple(column.tolist()) for column in every.T[: len(rows)]]
 
 
-def _texts(text: str, levels: tuple[Level, ...], world: int, device) -> list[str]:
+def _texts(text: str, levels: tuple[Level, ...], device) -> list[str]:
     coded = text.encode()[:64].ljust(64)
     mine = torch.tensor([list(coded)], dtype=torch.uint8, device=device)
-    every = gather_rows(mine, Shards(levels, (1,) * world)).cpu()
+    every = gather_rows(mine, Shards.one_each(levels)).cpu()
     return [bytes(row).decode(errors="replace").rstrip() for row in every.tolist()]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.dist import Shards, agree, gather_rows, resolve_levels, world_size
+from fastssl.dist import Shards, agree, gather_rows, rank_among, resolve_levels, world_size
 
 
 class FeatureQueue(nn.Module):
@@ -75,7 +75,7 @@ class FeatureQueue(nn.Module):
                     f"FeatureQueue: size must be a multiple of the {self.parts} ranks it is "
                     f"sharded over, got {size}."
                 )
-            rank = Shards(levels, (1,) * self.parts).rank
+            rank = rank_among(levels)
             size, seed = size // self.parts, seed * self.parts + rank
         # From a generator of its own on the CPU: equal on all ranks and devices.
         generator = torch.Generator().manual_seed(seed)

@@ -2,14 +2,15 @@
 
 from torch import Tensor, nn
 
-from fastssl.dist import resolve_levels
-from fastssl.losses.ranks import check_group, described, place
+from fastssl.dist import Shards, resolve_levels
+from fastssl.losses.ranks import check_group, described
 from fastssl.ops import info_nce, siglip
 
 
 def _check(name: str, rank: int, world_size: int, group, exchange: str) -> None:
     check_group(name, group, exchange)
-    own, world = place(resolve_levels(name, group))
+    ranks = Shards.one_each(resolve_levels(name, group))
+    own, world = ranks.rank, ranks.total
     if (rank, world_size) not in ((0, 1), (own, world)):  # the defaults say nothing
         raise ValueError(
             f"{name}: rank and world_size must be the group's, {own} and {world}, got {rank} and "

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastssl.dist import LOCAL, Shards, gather_rows, resolve_levels
-from fastssl.losses.ranks import check_group, described, global_mean, place, sample_ids
+from fastssl.dist import Shards, gather_rows, resolve_levels
+from fastssl.losses.ranks import check_initialized, described, global_mean, group_of, sample_ids
 from fastssl.ops import info_nce, queue_nce
 from fastssl.ops.checks import unit_rows
 from fastssl.queue import FeatureQueue
@@ -17,27 +17,13 @@ def _group(name: str, temperature: float, gather_distributed: bool | None, group
     """The arguments checked, and the group that two of them name."""
     if not temperature > 0:
         raise ValueError(f"{name}: temperature must be positive, got {temperature}.")
-    check_group(name, group, exchange)
-    if gather_distributed is None or group is None:
-        return LOCAL if gather_distributed is False else group
-    if gather_distributed == (group is LOCAL):
-        raise ValueError(
-            f"{name}: gather_distributed={gather_distributed} contradicts group={group!r}. "
-            "Give group alone."
-        )
-    return group
+    return group_of(name, gather_distributed, group, exchange)
 
 
 def _stacked(loss: nn.Module, out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor]:
     """Both views' rows, (2 N, D), and the index of each row's other view, (2 N,)."""
     name = type(loss).__name__
-    # Not when the loss is made: Lightning makes it before the processes meet.
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if loss.gather_distributed and not initialized:
-        raise ValueError(
-            f"{name}: gather_distributed=True needs torch.distributed, which is not initialised. "
-            "Initialise it, or leave gather_distributed out."
-        )
+    check_initialized(name, loss.gather_distributed)
     if out0.shape != out1.shape:
         raise ValueError(
             f"{name}: both views must have one shape, got {tuple(out0.shape)} and "
@@ -202,7 +188,7 @@ def _von_mises_fisher(z0: Tensor, z1: Tensor, sigma: float, group) -> Tensor:
     lse, N = logits.logsumexp(0), len(z0)
     if levels := resolve_levels("DCLWLoss", group):
         own = torch.stack([lse, lse.new_full((), N)]).unsqueeze(0)
-        lses, counts = gather_rows(own, Shards(levels, (1,) * place(levels)[1])).unbind(1)
+        lses, counts = gather_rows(own, Shards.one_each(levels)).unbind(1)
         lse, N = lses.logsumexp(0), counts.sum()
     return 2 - N * (logits - lse).exp()
 

@@ -7,12 +7,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.dist import (
+    LOCAL,
     GlobalSum,
     Level,
     check_exchange,
     gather_rows,
+    initialized,
+    rank_among,
     resolve_levels,
     scatter_sums,
+    world_size,
 )
 
 
@@ -29,18 +33,31 @@ def described(text: str, group, exchange: str = "auto") -> str:
     return ", ".join(filter(None, (text, group, exchange)))
 
 
-def place(levels: Sequence[Level]) -> tuple[int, int]:
-    """This process's rank among all of the levels, and how many they are."""
-    rank, world = 0, 1
-    for level in levels:
-        rank, world = rank * level.size + level.rank, world * level.size
-    return rank, world
+def group_of(name: str, gather_distributed: bool | None, group, exchange: str = "auto"):
+    """The group that lightly's argument and ours name, checked."""
+    check_group(name, group, exchange)
+    if gather_distributed is None or group is None:
+        return LOCAL if gather_distributed is False else group
+    if gather_distributed == (group is LOCAL):
+        raise ValueError(
+            f"{name}: gather_distributed={gather_distributed} contradicts group={group!r}. "
+            "Give group alone."
+        )
+    return group
+
+
+def check_initialized(name: str, gather_distributed: bool | None) -> None:
+    """Not when the loss is made: Lightning makes it before the processes meet."""
+    if gather_distributed and not initialized():
+        raise ValueError(
+            f"{name}: gather_distributed=True needs torch.distributed, which is not initialised. "
+            "Initialise it, or leave gather_distributed out."
+        )
 
 
 def sample_ids(N: int, levels: Sequence[Level], device) -> Tensor:
     """(N,) integers that no other row has, on any rank."""
-    rank, world = place(levels)
-    return torch.arange(N, device=device) * world + rank
+    return torch.arange(N, device=device) * world_size(levels) + rank_among(levels)
 
 
 def global_mean(total: Tensor, count: Tensor, levels: Sequence[Level]) -> Tensor:

@@ -3,32 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fastssl.dist import LOCAL
-from fastssl.losses.ranks import check_group, described
+from fastssl.losses.ranks import check_group, check_initialized, described, group_of
 from fastssl.ops import barlow_twins, koleo, vicreg
-
-
-def _group(name: str, gather_distributed: bool | None, group):
-    """The group that both arguments name."""
-    check_group(name, group)
-    if gather_distributed is None or group is None:
-        return LOCAL if gather_distributed is False else group
-    if gather_distributed == (group is LOCAL):
-        raise ValueError(
-            f"{name}: gather_distributed={gather_distributed} contradicts group={group!r}. "
-            "Give group alone."
-        )
-    return group
-
-
-def _check_initialized(name: str, gather_distributed: bool | None) -> None:
-    # Not when the loss is made: Lightning makes it before the processes meet.
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if gather_distributed and not initialized:
-        raise ValueError(
-            f"{name}: gather_distributed=True needs torch.distributed, which is not initialised. "
-            "Initialise it, or leave gather_distributed out."
-        )
 
 
 class KoLeoLoss(nn.Module):
@@ -116,7 +92,7 @@ class VICRegLoss(nn.Module):
         group=None,
     ):
         super().__init__()
-        self.group = _group("VICRegLoss", gather_distributed, group)
+        self.group = group_of("VICRegLoss", gather_distributed, group)
         self.gather_distributed = gather_distributed
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
         self.eps = eps
@@ -126,7 +102,7 @@ class VICRegLoss(nn.Module):
         return described(factors, self.group)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        _check_initialized("VICRegLoss", self.gather_distributed)
+        check_initialized("VICRegLoss", self.gather_distributed)
         options = {
             "sim": self.lambda_param, "std": self.mu_param, "cov": self.nu_param, "eps": self.eps,
             "group": self.group,
@@ -180,7 +156,7 @@ class BarlowTwinsLoss(nn.Module):
         group=None,
     ):
         super().__init__()
-        self.group = _group("BarlowTwinsLoss", gather_distributed, group)
+        self.group = group_of("BarlowTwinsLoss", gather_distributed, group)
         self.gather_distributed = gather_distributed
         self.lambda_param, self.normalization = lambda_param, normalization
 
@@ -189,7 +165,7 @@ class BarlowTwinsLoss(nn.Module):
         return described(text, self.group)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        _check_initialized("BarlowTwinsLoss", self.gather_distributed)
+        check_initialized("BarlowTwinsLoss", self.gather_distributed)
         return barlow_twins(
             z_a, z_b, off_diagonal=self.lambda_param, normalization=self.normalization,
             group=self.group,

@@ -27,6 +27,16 @@ class Problem(NamedTuple):
     limit: Tensor | None  # (G N,)
 
 
+def check_floating(name: str, label: str, x) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"{name}: {label} must be a float32, bfloat16, float16 or float64 tensor, "
+            f"got {got}. Convert it with .float()."
+        )
+
+
 def check_features(name: str, *, empty: bool = False, **features: Tensor | None) -> None:
     """Each must be (..., rows, D) in floating point; all of one width, device and batch.
 
@@ -36,13 +46,7 @@ def check_features(name: str, *, empty: bool = False, **features: Tensor | None)
     for label, x in features.items():
         if x is None:
             continue
-        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        if not isinstance(x, Tensor) or x.dtype not in dtypes:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"{name}: {label} must be a float32, bfloat16, float16 or float64 tensor, "
-                f"got {got}. Convert it with .float()."
-            )
+        check_floating(name, label, x)
         if x.dim() not in (2, 3) or 0 in (x.shape[-1:] if empty else x.shape):
             raise ValueError(
                 f"{name}: {label} must be (rows, D), or (groups, rows, D), with at least one row "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastssl.dist import agree, all_logsumexp, resolve_levels
+from fastssl.ops.checks import check_floating
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 # A prototype that a pass leaves without mass is lifted by this much, and finds its level again.
@@ -71,13 +72,7 @@ def check_scores(name: str, epsilon: float, **scores: Tensor | None) -> None:
     for label, x in scores.items():
         if x is None:
             continue
-        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        if not isinstance(x, Tensor) or x.dtype not in dtypes:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"{name}: {label} must be a float32, bfloat16, float16 or float64 tensor, "
-                f"got {got}. Convert it with .float()."
-            )
+        check_floating(name, label, x)
         if x.dim() not in (2, 3) or 0 in (*x.shape[:-2], x.shape[-1]):
             raise ValueError(
                 f"{name}: {label} must be (B, K), or (G, B, K), with at least one prototype, "
