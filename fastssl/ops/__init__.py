@@ -4,7 +4,12 @@ from fastssl.ops.contrastive import contrastive_lse
 from fastssl.ops.gram import barlow_twins, koleo, topk_cosine, vicreg
 from fastssl.ops.info_nce import info_nce
 from fastssl.ops.prototype_loss import prototype_cross_entropy
-from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
+from fastssl.ops.prototypes import (
+    effective_prototypes,
+    prototype_usage,
+    sinkhorn,
+    sinkhorn_bias,
+)
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
 from fastssl.ops.supcon import sup_con
@@ -12,9 +17,11 @@ from fastssl.ops.supcon import sup_con
 __all__ = [
     "barlow_twins",
     "contrastive_lse",
+    "effective_prototypes",
     "info_nce",
     "koleo",
     "prototype_cross_entropy",
+    "prototype_usage",
     "queue_nce",
     "siglip",
     "sinkhorn",

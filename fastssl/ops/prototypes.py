@@ -7,11 +7,12 @@ So codes need no copy of the B x K scores, and what ranks exchange is K numbers 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastssl.dist import agree, all_logsumexp, resolve_levels
+from fastssl.dist import Level, agree, all_logsumexp, resolve_levels
 from fastssl.ops.checks import check_floating
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
@@ -62,12 +63,15 @@ def _wide(scores: Tensor) -> torch.dtype:
 
 
 def _log_sums(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """(G, K), the sums of `sinkhorn_pass`, of (G, B, K) with bias (G, K); or of (B, K), G = 1."""
+    scores = scores.unsqueeze(0) if scores.dim() == 2 else scores
     run = sinkhorn_pass_ref if scores.dtype == torch.float64 else torch.ops.fastssl.sinkhorn_pass
-    return run(scores, scale, None if bias is None else bias.to(_wide(scores)))
+    biases = [None] * len(scores) if bias is None else bias.to(_wide(scores))
+    return torch.stack([run(x, scale, b) for x, b in zip(scores, biases, strict=True)])
 
 
-def check_scores(name: str, epsilon: float, **scores: Tensor | None) -> None:
-    """Each (B, K) or (G, B, K) in floating point, of one K and G; a positive epsilon."""
+def check_scores(name: str, **scores: Tensor | None) -> None:
+    """Each (B, K) or (G, B, K) in floating point, of one K and G."""
     first = None
     for label, x in scores.items():
         if x is None:
@@ -85,10 +89,70 @@ def check_scores(name: str, epsilon: float, **scores: Tensor | None) -> None:
                 f"{name}: {label} must have {other}'s groups, prototypes and device, got "
                 f"{tuple(x.shape)} on {x.device} beside {tuple(y.shape)} on {y.device}."
             )
-    if not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
+
+
+def check_temperature(name: str, label: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(
-            f"{name}: epsilon must be a positive number, got {epsilon!r}. Typical: 0.02 to 0.07."
+            f"{name}: {label} must be a positive number, got {value!r}. Typical: 0.02 to 0.07."
         )
+
+
+def check_balance(
+    name: str,
+    shape: tuple[int, ...],  # (*groups, K)
+    like: Tensor,
+    epsilon: float,
+    n_iters: int,
+    marginal: Tensor | None,
+    group,
+) -> tuple[Tensor, tuple[Level, ...]]:
+    """log of K times each prototype's share (K,), with like's dtype and device; the ranks, which
+    agree on all of it."""
+    check_temperature(name, "epsilon", epsilon)
+    if not isinstance(n_iters, int) or n_iters < 0:
+        raise ValueError(f"{name}: n_iters must be an integer >= 0, got {n_iters!r}.")
+    K = shape[-1]
+    share = like.new_zeros(K)
+    if marginal is not None:
+        if not isinstance(marginal, Tensor) or marginal.shape != (K,):
+            got = tuple(marginal.shape) if isinstance(marginal, Tensor) else marginal
+            raise ValueError(f"{name}: marginal must be a tensor of shape {(K,)}, got {got}.")
+        marginal = marginal.to(like)
+        if like.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not (bool((marginal >= 0).all()) and 0 < marginal.sum() < math.inf):
+                raise ValueError(
+                    f"{name}: marginal must hold finite numbers >= 0, not only zeros, got "
+                    f"{marginal.min():g} to {marginal.max():g}."
+                )
+        share = (marginal * (K / marginal.sum())).log()
+    levels = resolve_levels(name, group)
+    if levels:
+        options = {"epsilon": epsilon, "n_iters": n_iters, "the dtype": like.dtype}
+        agree(name, levels, (), like, **{"the groups and prototypes": shape} | options)
+    return share, levels
+
+
+def balance(
+    log_sums: Callable[[Tensor | None], Tensor],
+    share: Tensor,  # (K,)
+    n_iters: int,
+    shape: tuple[int, ...],  # (*groups, K)
+) -> Tensor:
+    """The bias, of that shape.
+
+    log_sums(bias) makes (G, K) of (G, K), over all ranks: log sum_b softmax_k(x + bias), or of e^x
+    where bias is None.
+    """
+    bias = dead = None
+    for _ in range(n_iters):
+        sums = log_sums(bias)
+        if bias is None:
+            dead = sums.isneginf()
+            bias = torch.where(dead, 0, share - sums)
+        else:
+            bias = bias + (share - sums.clamp(min=LEAST_LOG_SUM)).masked_fill(dead, 0)
+    return share.new_zeros(shape) if bias is None else bias.view(shape)
 
 
 def _bias(
@@ -100,52 +164,17 @@ def _bias(
     queue_scores: Tensor | None,
     group,
 ) -> Tensor:
-    check_scores(name, epsilon, scores=scores, queue_scores=queue_scores)
-    if not isinstance(n_iters, int) or n_iters < 0:
-        raise ValueError(f"{name}: n_iters must be an integer >= 0, got {n_iters!r}.")
-    K, groups, dtype = scores.shape[-1], scores.shape[:-2], _wide(scores)
-    share = torch.zeros(K, dtype=dtype, device=scores.device)
-    if marginal is not None:
-        if not isinstance(marginal, Tensor) or marginal.shape != (K,):
-            got = tuple(marginal.shape) if isinstance(marginal, Tensor) else marginal
-            raise ValueError(f"{name}: marginal must be a tensor of shape {(K,)}, got {got}.")
-        marginal = marginal.to(device=scores.device, dtype=dtype)
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not (bool((marginal >= 0).all()) and 0 < marginal.sum() < math.inf):
-                raise ValueError(
-                    f"{name}: marginal must hold finite numbers >= 0, not only zeros, got "
-                    f"{marginal.min():g} to {marginal.max():g}."
-                )
-        share = (marginal * (K / marginal.sum())).log()
-    levels = resolve_levels(name, group)
-    if levels:
-        options = {"epsilon": epsilon, "n_iters": n_iters, "the dtype": dtype}
-        agree(name, levels, (), scores, **{"the groups and prototypes": (*groups, K)} | options)
+    check_scores(name, scores=scores, queue_scores=queue_scores)
+    shape, like = (*scores.shape[:-2], scores.shape[-1]), scores.new_empty(0, dtype=_wide(scores))
+    share, levels = check_balance(name, shape, like, epsilon, n_iters, marginal, group)
 
-    samples = [x for x in (scores, queue_scores) if x is not None]
-    samples = [x.unsqueeze(0) if x.dim() == 2 else x for x in samples]  # (G, B, K), (G, Q, K)
-    G = len(samples[0])
+    def log_sums(bias):
+        sums = _log_sums(scores, 1 / epsilon, bias)
+        if queue_scores is not None:
+            sums = torch.logaddexp(sums, _log_sums(queue_scores, 1 / epsilon, bias).to(sums))
+        return all_logsumexp(sums.flatten(), levels).view_as(sums)
 
-    def log_sums(bias):  # (G, K) of all ranks
-        biases = [None] * G if bias is None else bias
-        sums, *more = (
-            torch.stack([_log_sums(x, 1 / epsilon, b) for x, b in zip(xs, biases, strict=True)])
-            for xs in samples
-        )
-        for queued in more:
-            sums = torch.logaddexp(sums, queued.to(dtype))
-        return all_logsumexp(sums.flatten(), levels).view(G, K)
-
-    bias = dead = None
-    for _ in range(n_iters):
-        sums = log_sums(bias)
-        if bias is None:
-            dead = sums.isneginf()
-            bias = torch.where(dead, 0, share - sums)
-        else:
-            bias = bias + (share - sums.clamp(min=LEAST_LOG_SUM)).masked_fill(dead, 0)
-    bias = share.new_zeros(G, K) if bias is None else bias
-    return bias.view(*groups, K)
+    return balance(log_sums, share, n_iters, shape)
 
 
 @torch.no_grad()
@@ -229,8 +258,11 @@ def sinkhorn(
         >>> scores = torch.randn(8, 6)
         >>> bool(torch.allclose(sinkhorn(scores, 0.5).sum(1), torch.ones(8), atol=1e-5))
         True
+        >>> power_law = torch.arange(1.0, 7) ** -0.25  # few large prototypes, many small ones
+        >>> sinkhorn(scores, 0.5, marginal=power_law, hard=True).sum(1)
+        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
 
-    Paper: SwAV, arXiv:2006.09882.
+    Paper: SwAV, arXiv:2006.09882; power-law prior: PMSN, arXiv:2210.07277.
     """
     bias = _bias("sinkhorn", scores, epsilon, n_iters, marginal, queue_scores, group)
     if hard:
@@ -240,3 +272,88 @@ def sinkhorn(
     if scores.dim() == 2:
         return run(scores, 1 / epsilon, bias)
     return torch.stack([run(x, 1 / epsilon, b) for x, b in zip(scores, bias, strict=True)])
+
+
+@torch.no_grad()
+def prototype_usage(
+    scores: Tensor, temperature: float, bias: Tensor | None = None, *, group=None
+) -> Tensor:
+    """Each prototype's share of all assignments: mean_b softmax_k(scores / temperature + bias).
+
+    Args:
+        scores: (B, K), or (G, B, K), as in `sinkhorn_bias`; best the teacher's.
+        temperature: > 0, the teacher's, or Sinkhorn's epsilon.
+        bias: (K,), or (G, K); -centre / temperature for a centred teacher, None for none. With
+            Sinkhorn's the usage is that of its codes: near the marginal even where all features are
+            equal, so that it says nothing about collapse.
+        group: whose ranks' rows are one batch, as in `info_nce`. Every rank has its own B, also 0.
+
+    Returns:
+        (K,) or (G, K) in float32 (float64), of sum 1, without a gradient. NaN where a score is NaN
+        or +inf, or a sample has nothing but -inf.
+
+    Raises:
+        TypeError, ValueError: integer scores, a temperature out of range, wrong shapes, no row on
+            any rank; on all ranks, what differs between them and must not.
+
+    Memory: O(K) for each thread; the scores are read once, in their own dtype.
+
+    Notes: after `sinkhorn_bias` with equal shares nothing need be read: softmax(-bias) is nearly
+        the usage without that bias, equal to it where all rows are, and lower than it where many
+        iterations had to lift prototypes that no sample wants. Sums in float32, blocks of them in
+        float64. Deterministic. Ranks exchange K numbers.
+
+    Example:
+        >>> scores = torch.nn.functional.normalize(torch.randn(8, 16)) @ torch.randn(16, 6)
+        >>> bool(1 <= effective_prototypes(prototype_usage(scores, 0.05)) <= 6)
+        True
+        >>> bool(1 <= effective_prototypes((-sinkhorn_bias(scores, 0.05)).softmax(0)) <= 6)
+        True
+
+    Paper: the mean prediction of MSN, arXiv:2204.07141.
+    """
+    name = "prototype_usage"
+    check_scores(name, scores=scores)
+    check_temperature(name, "temperature", temperature)
+    *groups, B, K = scores.shape
+    if bias is None:
+        bias = scores.new_zeros(K)
+    elif not isinstance(bias, Tensor) or bias.shape not in ((K,), (*groups, K)):
+        got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
+        raise ValueError(f"{name}: bias must be a tensor of shape {(*groups, K)}, got {got}.")
+    levels, rows = resolve_levels(name, group), B
+    if levels:
+        same = {"the groups and prototypes": (*groups, K), "temperature": temperature}
+        same["the dtype"] = _wide(scores)
+        (sizes,) = agree(name, levels, (B,), scores, **same)
+        rows = sum(sizes)
+    if not rows:
+        raise ValueError(f"{name}: the batch must have a row, got {tuple(scores.shape)}. Skip it.")
+    bias = bias.to(scores.device).expand(math.prod(groups), K).contiguous()
+    sums = _log_sums(scores, 1 / temperature, bias)
+    # Shares of the sum, which is the rows of all ranks but for rounding.
+    return all_logsumexp(sums.flatten(), levels).view(*groups, K).softmax(-1)
+
+
+def effective_prototypes(usage: Tensor) -> Tensor:
+    """How many prototypes are in use: exp(-sum_k p_k log p_k), p = usage / sum of usage.
+
+    Args:
+        usage: (..., K) >= 0, of any sum: `prototype_usage`, or how many samples each prototype has.
+
+    Returns:
+        (...), from 1, all on one prototype, to K, all alike; NaN where usage is NaN or all zero.
+        Stays on the device: reading it is the caller's decision.
+
+    Memory: O(K).
+
+    Notes: in float32 at least. A batch of B sharp assignments can use no more than B prototypes.
+
+    Example:
+        >>> effective_prototypes(torch.tensor([3.0, 3.0, 0.0]))
+        tensor(2.)
+
+    Paper: Hill, "Diversity and evenness", Ecology 54, 1973: the number of order 1.
+    """
+    usage = usage.to(torch.promote_types(usage.dtype, torch.float32))
+    return torch.special.entr(usage / usage.sum(-1, keepdim=True)).sum(-1).exp()
