@@ -1,4 +1,6 @@
-"""How many prototypes are in use, against closed forms; and what the loop says about it."""
+"""How many prototypes are in use, against closed forms; and what a run's records say of it."""
+
+import math
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch.nn.functional import normalize
 
 import fastssl
 from fastssl.ops import effective_prototypes, prototype_usage, sinkhorn, sinkhorn_bias
+from fastssl.train.health import Health, prototype_symptoms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -104,6 +107,63 @@ def test_compiles_without_a_graph_break():
 def test_error_messages(call, error, text):
     with pytest.raises(error, match=text):
         call(torch.randn(3, 4))
+
+
+# ---------------------------------------------------------------------------- what records say
+
+
+def test_symptoms_and_their_remedies():
+    assert prototype_symptoms(7.2, 3000, 900.0) == {}
+    found = prototype_symptoms(8.006, 3000, 900.0)
+    assert list(found) == ["flat"] and "the loss 8.0060 stays at ln 3000 = 8.0064" in found["flat"]
+    assert "a lower epsilon or teacher temperature (0.03" in found["flat"]
+    assert list(prototype_symptoms(8.3178, 4096)) == ["flat"]
+    assert prototype_symptoms(math.log(4096) - 0.02, 4096) == {}, "a student has to start to learn"
+    temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+    text = prototype_symptoms(8.006, 3000, **temperatures)["flat"]
+    assert "teacher temperature than 0.05" in text and "must be below" not in text
+    text = prototype_symptoms(8.006, 3000, **temperatures | {"teacher_temperature": 0.1})["flat"]
+    assert "temperature 0.1 must be below the student's 0.1" in text
+    found = prototype_symptoms(0.2, 3000, 1.3)
+    assert list(found) == ["few"] and "(1.3 of 3000 in use). Try a higher" in found["few"]
+    assert prototype_symptoms(0.2, 2, 1.9) == {}
+
+
+def steps_of_messages(records, warmup_steps=0, total_steps=1000):
+    health = Health(0.1, warmup_steps, total_steps)
+    return [(r["step"], text) for r in records for text in health.messages(r)]
+
+
+def records_of(loss, steps, **scalars):
+    return [{"step": step, "loss": loss, "prototypes": 3000, **scalars} for step in steps]
+
+
+def test_a_stretch_after_warmup_is_announced_once():
+    flat, fine = math.log(3000), 7.0
+    ((step, text),) = steps_of_messages(records_of(flat, range(10, 1000, 10)))
+    assert step == 100 and text.startswith("step 100: the loss 8.0064 stays at ln 3000")
+    # Warm-up is not counted, and 5 % of the steps must pass however dense the records.
+    ((step, _),) = steps_of_messages(records_of(flat, range(10, 1000, 10)), warmup_steps=300)
+    assert step == 400
+    ((step, _),) = steps_of_messages(records_of(flat, range(1, 1000)))
+    assert step == 51
+    # Nothing is said of a loss that only starts at ln K, or is there now and then.
+    assert not steps_of_messages(records_of(flat, range(10, 100, 10)) + records_of(fine, [100]))
+    now_and_then = [records_of(fine if step % 90 == 0 else flat, [step])[0] for step in
+                    range(10, 1000, 10)]  # fmt: skip
+    assert not steps_of_messages(now_and_then)
+
+
+def test_few_prototypes_further_terms_and_std():
+    few = records_of(0.1, range(10, 1000, 10), effective_prototypes=1.2)
+    ((step, text),) = steps_of_messages(few)
+    assert step == 100 and "(1.2 of 3000 in use)" in text
+    # With further terms the cross-entropy alone counts.
+    assert not steps_of_messages(records_of(8.0064, range(10, 1000, 10), prototype_loss=7.1))
+    assert steps_of_messages(records_of(9.1, range(10, 1000, 10), prototype_loss=8.0064))
+    both = steps_of_messages(records_of(8.0064, range(10, 1000, 10), std=0.05))
+    assert [step for step, _ in both] == [10, 100] and "(std 0.050; 1 is healthy" in both[0][1]
+    assert not steps_of_messages([{"step": step, "loss": 0.0} for step in range(10, 1000, 10)])
 
 
 # --------------------------------------------------------------------------------- several ranks

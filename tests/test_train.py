@@ -2,19 +2,29 @@ import builtins
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastssl.augment import prepare
 from fastssl.config import PretrainConfig
 from fastssl.data import epoch_order, load
-from fastssl.methods import SimCLR
+from fastssl.methods import METHODS, SimCLR
+from fastssl.methods.recipes import RECIPES
+from fastssl.ops import (
+    effective_prototypes,
+    prototype_cross_entropy,
+    prototype_usage,
+    sinkhorn_bias,
+)
 from fastssl.train import (
     load_backbone,
     load_checkpoint,
@@ -282,6 +292,58 @@ def test_collapse_is_announced(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(SimCLR, "loss", loss)
     with pytest.warns(UserWarning, match="collapsing .std 0.050"):
         pretrain(tiny(tmp_path, epochs=1, log_every=5))
+
+
+class Assignments(SimCLR):
+    """SwAV on two crops. Equal features collapse: balanced assignments to ln K, others to one."""
+
+    def __init__(self, backbone, *, equal=False, balanced=True):
+        super().__init__(backbone, out_dim=16)
+        self.prototypes = torch.nn.Linear(16, 30, bias=False)
+        self.register_buffer("features_of", torch.randn(100, 16))
+        self.equal, self.balanced = equal, balanced
+
+    def loss(self, batch):
+        z = torch.stack([self.head(self.backbone(x)) for x in batch.views])  # (2, B, 16)
+        # Pictures of noise teach little in forty steps: what is to be found is put there.
+        z = z.mean((0, 1)).expand_as(z) if self.equal else z + self.features_of[batch.index]
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        scores = self.prototypes(F.normalize(z, dim=2))
+        bias = sinkhorn_bias(scores, 0.05) if self.balanced else None
+        loss = prototype_cross_entropy(
+            scores, scores, bias=bias, student_temperature=0.5, teacher_temperature=0.05,
+            ignore_diagonal=True,
+        )  # fmt: skip
+        usage = prototype_usage(scores.flatten(0, 1), 0.05)
+        return loss, {"prototypes": 30, "effective_prototypes": effective_prototypes(usage)}
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({}, None),
+        ({"equal": True}, "the loss 3.4.* stays at ln 30 = 3.4012"),
+        ({"equal": True, "balanced": False}, "most images on one prototype .1.. of 30 in use"),
+    ],
+    ids=["healthy", "flat", "one"],
+)
+def test_state_of_prototypes(tmp_path, monkeypatch, capsys, tiny, arguments, text):
+    monkeypatch.setitem(METHODS, "assignments", Assignments)
+    recipe = RECIPES["simclr"]["folder"] | {"warmup_epochs": 0.0, "method_args": {}}
+    monkeypatch.setitem(RECIPES, "assignments", {"folder": recipe})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = pretrain(
+            tiny(tmp_path, method="assignments", epochs=8, lr=0.01, method_args=arguments)
+        )
+    record = read_metrics(run.path)[-1]
+    assert f"prototypes {record['effective_prototypes']:.0f} of 30" in capsys.readouterr().err
+    messages = [str(w.message) for w in caught if "prototype" in str(w.message)]
+    if text is None:
+        assert not messages and record["loss"] < 3 and record["effective_prototypes"] > 5
+    else:
+        assert len(messages) == 1 and re.search(text, messages[0])
 
 
 def test_wrong_settings(tmp_path, tiny):

@@ -1,4 +1,5 @@
-"""The training loop. It knows a method only by views, loss, after_step and features."""
+"""The training loop. It knows a method only by views, loss, after_step and features; and of the
+scalars beside the loss those that `health` names."""
 
 import dataclasses
 import json
@@ -23,12 +24,10 @@ from ..methods import method_class
 from . import folder, setup
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
+from .health import Health
 from .metrics import Meter, MetricsLog, Progress, read_metrics
 from .ranks import Ranks
 from .stop import StopSignal
-
-COLLAPSED_STD = 0.2
-"""A method's `std` scalar below this (1 is healthy) means all projections are becoming equal."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class _Objective(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         return self.method.loss(batch)
 
 
@@ -116,7 +115,8 @@ class _Training:
         # The step of the first loss that is not finite, 0 for none; on the device, so that no step
         # waits for the host.
         self.first_bad = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        self.warned_of_collapse = False
+        warmup_steps = config.warmup_epochs * self.steps_per_epoch
+        self.health = Health(config.lr, warmup_steps, self.total_steps)
 
     def run(self) -> Run:
         # Every rank has looked for an earlier run before one of them writes.
@@ -187,10 +187,11 @@ class _Training:
             self._log(epoch, lr, {"loss": loss, **scalars})
         self.progress.step(self.step)
 
-    def _log(self, epoch: int, lr: float, scalars: dict[str, Tensor]) -> None:
+    def _log(self, epoch: int, lr: float, scalars: dict[str, Tensor | float]) -> None:
         """One line of metrics; scalars are means over the ranks, of this step."""
         self._refuse_bad_loss()
-        means = torch.stack([value.detach().float() for value in scalars.values()])
+        numbers = [torch.as_tensor(x, device=self.ranks.device) for x in scalars.values()]
+        means = torch.stack([x.detach().float() for x in numbers])
         values = dict(zip(scalars, self.ranks.mean(means).tolist(), strict=True))
         record = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), "lr": lr}
         record |= {**self.meter.read(), **values}
@@ -198,15 +199,8 @@ class _Training:
             return
         self.log.write(record)
         self.progress.record(record)
-        std = record.get("std", 1.0)
-        if std < COLLAPSED_STD and not self.warned_of_collapse:
-            self.warned_of_collapse = True
-            warnings.warn(
-                f"step {self.step}: the projections are collapsing (std {std:.3f}; 1 is healthy, "
-                f"below {COLLAPSED_STD} is not): all images get nearly the same features. Try a "
-                f"lower lr than {self.config.lr} or more warmup_epochs.",
-                stacklevel=2,
-            )
+        for message in self.health.messages(record):
+            warnings.warn(message, stacklevel=2)
 
     def _refuse_bad_loss(self) -> None:
         step = self.ranks.largest(int(self.first_bad))

@@ -71,6 +71,9 @@ class Progress:
             f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s  "
             f"data wait {record['data_wait']:.0%}"
         )
+        if "prototypes" in record and "effective_prototypes" in record:
+            used, K = record["effective_prototypes"], record["prototypes"]
+            text += f"  prototypes {used:.0f} of {K:.0f}"
         if self._bar is not None:
             self._bar.update(self._task, text=text)
             return
