@@ -61,13 +61,20 @@ def project(h: Tensor) -> Tensor:
 
 
 def plot_training(metrics: list[dict], path: Path) -> Path:
-    """Loss and learning rate over optimizer steps, from the records of metrics.jsonl."""
+    """Loss and learning rate over optimizer steps, from the records of metrics.jsonl; with
+    prototypes, and no further terms, also ln K, where the loss of a collapsed run stays."""
     if not metrics:
         raise ValueError(f"report: metrics must hold records, got none for {path.parent}.")
     figure = _figure(7, 4.5)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     steps = [record["step"] for record in metrics]
     loss.plot(steps, [record["loss"] for record in metrics], color=_PRETRAINED, linewidth=1.5)
+    if "prototypes" in metrics[-1] and "prototype_loss" not in metrics[-1]:
+        K = metrics[-1]["prototypes"]
+        loss.axhline(
+            math.log(K), color=_RANDOM, linestyle="--", label=f"ln {K:.0f}: all images alike"
+        )
+        loss.legend(frameon=False, fontsize=9)
     loss.set(ylabel="loss (nats)", title=f"Pretraining: {path.resolve().parent.name}")
     rate.plot(steps, [record["lr"] for record in metrics], color="#c2571a", linewidth=1.5)
     rate.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))

@@ -43,6 +43,9 @@ def test_project_of_collapsed_features_is_finite():
 def test_plot_training_draws_and_refuses_an_empty_run(tmp_path):
     metrics = [{"step": s, "loss": 6 / s, "lr": 1e-3 * s} for s in range(1, 20)]
     assert 0.01 < ink(plot_training(metrics, tmp_path / "training.png")) < 0.5
+    plain = ink(tmp_path / "training.png")
+    metrics = [{**record, "prototypes": 3000.0} for record in metrics]
+    assert ink(plot_training(metrics, tmp_path / "training.png")) > plain, "a line at ln 3000"
     with pytest.raises(ValueError, match="report: metrics must hold records, got none"):
         plot_training([], tmp_path / "training.png")
 
