@@ -7,6 +7,7 @@ from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
+from fastssl.ops.sigreg import sigreg, sigreg_directions
 from fastssl.ops.supcon import sup_con
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "prototype_cross_entropy",
     "queue_nce",
     "siglip",
+    "sigreg",
+    "sigreg_directions",
     "sinkhorn",
     "sinkhorn_bias",
     "sup_con",
