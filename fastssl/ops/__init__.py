@@ -12,6 +12,7 @@ from fastssl.ops.prototypes import (
 )
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
+from fastssl.ops.sigreg import sigreg, sigreg_directions
 from fastssl.ops.supcon import sup_con
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "prototype_usage",
     "queue_nce",
     "siglip",
+    "sigreg",
+    "sigreg_directions",
     "sinkhorn",
     "sinkhorn_bias",
     "sup_con",
