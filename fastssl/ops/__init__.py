@@ -1,8 +1,9 @@
 """Functions on tensors, each with a CPU and a GPU kernel or on library products."""
 
 from fastssl.ops.contrastive import contrastive_lse
-from fastssl.ops.gram import barlow_twins, koleo, topk_cosine, vicreg
+from fastssl.ops.gram import barlow_twins, vicreg
 from fastssl.ops.info_nce import info_nce
+from fastssl.ops.neighbours import koleo, topk_cosine
 from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
