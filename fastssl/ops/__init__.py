@@ -9,12 +9,14 @@ from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
 from fastssl.ops.supcon import sup_con
+from fastssl.ops.transport import optimal_transport
 
 __all__ = [
     "barlow_twins",
     "contrastive_lse",
     "info_nce",
     "koleo",
+    "optimal_transport",
     "prototype_cross_entropy",
     "queue_nce",
     "siglip",
