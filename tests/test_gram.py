@@ -1,17 +1,16 @@
-"""VICReg, Barlow Twins, KoLeo and top-k against their formulas written out in fp64."""
+"""VICReg and Barlow Twins against their formulas written out in fp64."""
 
 from functools import partial
 
 import pytest
 import torch
 from oracle import assert_no_worse
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastssl import LOCAL, losses
 from fastssl.losses import BarlowTwinsLoss, VICRegLoss
-from fastssl.ops import barlow_twins, gram, koleo, topk_cosine, vicreg
+from fastssl.ops import barlow_twins, blocks, gram, vicreg
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,13 +40,6 @@ def barlow_naive(a, b, normalization="batch_norm", sizes=None):
     a, b = (torch.cat([standardised(x, normalization) for x in z.split(sizes)]) for z in (a, b))
     c = a.T @ b / len(a)
     return (c.diagonal() - 1).square().sum() + 5e-3 * off_diagonal(c).square().sum()
-
-
-def koleo_naive(x, p=2, topk=1, eps=1e-8, normalize=True):
-    y = F.normalize(x, eps=eps) if normalize else x
-    index = (y @ y.T).detach().fill_diagonal_(-torch.inf).topk(topk, dim=1).indices
-    distance = torch.linalg.vector_norm(y[:, None] - y[index] + eps, ord=p, dim=2)
-    return -(distance + eps).log().mean()
 
 
 LOSSES = {
@@ -85,34 +77,8 @@ def check(ours, naive, *inputs, device="cpu"):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("N,D", [(2, 3), (7, 5), (17, 33), (40, 40), (257, 96), (65, 300)])
 def test_covariance_losses(N, D, loss, dtype, device, monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK_BYTES", 4 * D * 20)  # several blocks
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * D * 20)  # several blocks
     check(*LOSSES[loss], *views(N, D, dtype), device=device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"p": 1}, {"p": 3.5}, {"topk": 3}, {"normalize": False}])
-@pytest.mark.parametrize("N,D", [(4, 3), (7, 5), (33, 17), (257, 96)])
-def test_koleo(N, D, options, dtype, device, monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK_BYTES", 4 * D * 20)
-    x = (torch.randn(N, D, dtype=torch.float64) * 3).to(dtype)
-    check(partial(koleo, **options), partial(koleo_naive, **options), x, device=device)
-
-
-@pytest.mark.parametrize("spread", [1, 0.1, 1e-3])  # of bf16 ever more rows are in doubt
-def test_nearest_by_bf16(spread, monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK_BYTES", 1 << 16)
-    x = torch.randn(10, 48).repeat(30, 1) + spread * torch.randn(300, 48)
-    x[150:], x[0] = x[:150].clone(), 0
-    for every in (F.normalize(x), x):
-        products = (every.double() @ every.double().T).fill_diagonal_(-torch.inf)
-        for y, first in ((every, 0), (every[70:90], 70)):
-            index = gram._nearest_by_bf16(y, every, first)[:, None]
-            exact, own = products[first : first + len(y)], slice(first, first + len(y))
-            short = exact.amax(1) - exact.gather(1, index)[:, 0]
-            assert (short <= 1e-6 * every.norm(dim=1)[own] * every.norm(dim=1).max()).all()
-    index = gram._nearest_by_bf16(*[F.normalize(x[1:9]).repeat(3, 1)] * 2, 0)
-    assert index.tolist() == [*range(8, 16), *range(8), *range(8)]
 
 
 @pytest.mark.parametrize("N,D", [(5, 3), (3, 5)])
@@ -120,12 +86,10 @@ def test_gradcheck(N, D):
     a, b = (x.requires_grad_() for x in views(N, D))
     for ours, _ in LOSSES.values():
         assert torch.autograd.gradcheck(ours, (a, b))
-    for options in ({}, {"p": 3}, {"topk": 2}, {"normalize": False}):
-        assert torch.autograd.gradcheck(lambda x, o=options: koleo(x, **o), (a,))
 
 
 def test_layouts_and_parts():
-    for ours, _ in (*LOSSES.values(), (lambda a, b: koleo(a) + koleo(b), None)):
+    for ours, _ in LOSSES.values():
         a, b = views(9, 12, torch.float32)
         value, da, db = with_gradients(ours, a, b)
         strided = torch.stack([a, b], 2)[..., 0], b.T.contiguous().T
@@ -145,7 +109,7 @@ def test_parity_with_lightly(N, D):
     for name, args, inputs in (
         ("VICRegLoss", (), images), ("VICRegLoss", (5, 7, 2, False, 1e-3), (a, b)),
         ("BarlowTwinsLoss", (), (a, b)), ("BarlowTwinsLoss", (0.1, False), (a, b)),
-        ("KoLeoLoss", (), (a,)), ("KoLeoLoss", (1, 1e-6), (a,)), ("VICRegLoss", (), (a, b)),
+        ("VICRegLoss", (), (a, b)),
     ):  # fmt: skip
         ours, theirs = (getattr(library, name)(*args) for library in (losses, lightly))
         got, expected = with_gradients(ours, *inputs), with_gradients(theirs, *inputs)
@@ -154,13 +118,6 @@ def test_parity_with_lightly(N, D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_defined_results(dtype):
-    x = torch.randn(9, 6, dtype=dtype)
-    x[3:6], x[7:] = x[2].clone(), 0
-    value, dx = with_gradients(koleo, x)
-    assert value.isfinite() and dx.isfinite().all()
-    zero, dzero = with_gradients(koleo, x[:1])
-    assert zero == 0 and (dzero == 0).all()
-    torch.testing.assert_close(koleo(x[:2], topk=5), koleo(x[:2]))
     for normalization in gram.NORMALIZATIONS:  # constant columns
         a, b = (z.clone() for z in views(8, 6, dtype))
         a[:, 2] = 3
@@ -168,26 +125,23 @@ def test_defined_results(dtype):
         assert all(x.isfinite().all() for x in found)
     assert all(x.isfinite().all() for x in with_gradients(vicreg, a, b))
     a[0, 0] = torch.nan
-    assert all(loss(a, b).isnan() for loss, _ in LOSSES.values()) and koleo(a).isnan()
+    assert all(loss(a, b).isnan() for loss, _ in LOSSES.values())
 
 
 def test_autocast_has_no_effect():
     a, b = views(20, 30, torch.float32)
-    for ours in (vicreg, barlow_twins, lambda a, b: koleo(a) + 0 * b.sum()):
+    for ours in (vicreg, barlow_twins):
         with torch.autocast("cpu", torch.bfloat16):
             inside = with_gradients(ours, a, b)
-            inside += topk_cosine(a, b, 3)
-        assert all(map(torch.equal, inside, with_gradients(ours, a, b) + topk_cosine(a, b, 3)))
+        assert all(map(torch.equal, inside, with_gradients(ours, a, b)))
 
 
 def test_compiles_without_a_graph_break():
     for N, D in ((6, 9), (9, 6)):
         a, b = views(N, D, torch.float32)
-        for ours in (vicreg, barlow_twins, lambda a, b: koleo(a) + 0 * b.sum()):
+        for ours in (vicreg, barlow_twins):
             compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(with_gradients(compiled, a, b), with_gradients(ours, a, b))
-    search = torch.compile(topk_cosine, fullgraph=True, backend="aot_eager")
-    assert torch.equal(search(a, b, 2)[1], topk_cosine(a, b, 2)[1])
 
 
 class Largest(TorchDispatchMode):
@@ -200,49 +154,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-NEIGHBOURS = [
-    lambda a, b: koleo(a) + koleo(b, topk=2),
-    lambda a, b: topk_cosine(a, b, 5, chunk=64)[0].sum() + 0 * (a + b).sum(),
-]
-
-
-@pytest.mark.parametrize("loss", [vicreg, barlow_twins, *NEIGHBOURS])
+@pytest.mark.parametrize("loss", [vicreg, barlow_twins])
 @pytest.mark.parametrize("N,D", [(50, 1100), (1100, 50)])
 def test_memory(loss, N, D, monkeypatch):
-    """Nothing larger than the inputs: no N x N of the neighbours, nor of N and D the larger's."""
-    monkeypatch.setattr(gram, "BLOCK_BYTES", 1 << 14)
+    """Nothing larger than the inputs: of N x N and D x D never the larger."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
     a, b = views(N, D, torch.float32)
     with Largest() as largest:
         with_gradients(loss, a, b)
     assert largest.numel <= N * D
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("N,M,D,k", [(1, 1, 1, 1), (7, 33, 5, 33), (37, 500, 16, 20)])
-def test_topk(N, M, D, k, dtype, device, monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK_BYTES", 4096)
-    queries, bank = torch.randn(N, D).to(dtype), torch.randn(M, D).to(dtype)
-    bank[M // 2 :] = bank[: M - M // 2].clone()  # each cosine twice, rows apart
-    true = F.normalize(queries.double()) @ F.normalize(bank.double()).T
-    for chunk in (None, 1, 64):
-        values, rows = topk_cosine(queries.to(device), bank.to(device), k, chunk=chunk)
-        best = true.sort(dim=1, descending=True).values[:, :k]
-        torch.testing.assert_close(values.cpu().double(), best, rtol=0, atol=5e-7)
-        torch.testing.assert_close(true.gather(1, rows.cpu()), best, rtol=0, atol=5e-7)
-        assert all(len(set(row)) == k for row in rows.tolist())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_topk_takes_the_lowest_of_equal_rows(dtype):
-    x = torch.tensor([[1, -0.0, 0, 1, torch.inf, -2, torch.nan, -torch.inf, -1, 1]]).to(dtype)
-    order = [6, 4, 0, 3, 9, 1, 2, 8, 5, 7]
-    for k in range(1, 11):
-        assert gram._largest(x, k).tolist() == [sorted(order[:k])]
-    bank = torch.eye(4, dtype=dtype)[[1, 0, 1, 0, 0, 2, 3, 0]]
-    for chunk in (None, 1, 3):
-        _, rows = topk_cosine(torch.eye(4, dtype=dtype)[:2], bank, 5, chunk=chunk)
-        assert rows.tolist() == [[1, 3, 4, 7, 0], [0, 2, 1, 3, 4]]
 
 
 ERRORS = [
@@ -251,13 +171,6 @@ ERRORS = [
     (lambda x: vicreg(x, x, eps=0), "eps must be positive, got 0"),
     (lambda x: vicreg(x.int(), x), "z_a must be a float32.*got torch.int32"),
     (lambda x: barlow_twins(x, x, normalization="l2"), "must be one of .* got 'l2'"),
-    (lambda x: koleo(x[0]), r"x must be \(rows, D\).* got \(4,\)"),
-    (lambda x: koleo(x[None]), r"x must be \(N, D\), got \(1, 3, 4\)"),
-    (lambda x: koleo(x, p=0.5), "p must be a finite number >= 1, got 0.5"),
-    (lambda x: koleo(x, topk=0), "topk must be an integer >= 1, got 0"),
-    (lambda x: topk_cosine(x, x, 4), "k must be an integer from 1 to the bank's 3 rows, got 4"),
-    (lambda x: topk_cosine(x, x, 1, chunk=0), "chunk must be an integer >= 1, got 0"),
-    (lambda x: topk_cosine(x, x[:, 1:], 1), "bank must have queries's width D=4"),
     (lambda x: VICRegLoss(gather_distributed=True)(x, x), "needs torch.distributed"),
     (lambda x: BarlowTwinsLoss(1, True, group=LOCAL), "True contradicts group=fastssl.LOCAL"),
 ]
@@ -272,10 +185,6 @@ def test_error_messages(call, text):
 # --------------------------------------------------------------------------------- several ranks
 
 OVER_RANKS = {"vicreg": (vicreg, vicreg_naive)}
-OVER_RANKS["koleo"] = (
-    lambda a, b, group: koleo(a, topk=2, group=group) + koleo(b, group=group),
-    lambda a, b: koleo_naive(a, topk=2) + koleo_naive(b),
-)
 for kind in gram.NORMALIZATIONS:
     OVER_RANKS[kind] = [partial(f, normalization=kind) for f in (barlow_twins, barlow_naive)]
 

@@ -1,8 +1,9 @@
 """Functions on tensors, each with a CPU and a GPU kernel or on library products."""
 
 from fastssl.ops.contrastive import contrastive_lse
-from fastssl.ops.gram import barlow_twins, koleo, topk_cosine, vicreg
+from fastssl.ops.gram import barlow_twins, vicreg
 from fastssl.ops.info_nce import info_nce
+from fastssl.ops.neighbours import koleo, topk_cosine
 from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import (
     effective_prototypes,
@@ -14,6 +15,7 @@ from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
 from fastssl.ops.sigreg import sigreg, sigreg_directions
 from fastssl.ops.supcon import sup_con
+from fastssl.ops.transport import optimal_transport
 
 __all__ = [
     "barlow_twins",
@@ -21,6 +23,7 @@ __all__ = [
     "effective_prototypes",
     "info_nce",
     "koleo",
+    "optimal_transport",
     "prototype_cross_entropy",
     "prototype_usage",
     "queue_nce",
