@@ -4,6 +4,7 @@ import copy
 import operator
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,7 +209,7 @@ def test_dinov2_step_by_step():
     centres = Centre(0.9), Centre(0.8)
     dino = dinov2.DINOLoss(out_dim=K, student_temp=0.2)
     ibot = dinov2.iBOTPatchLoss(patch_out_dim=K, student_temp=0.2, center_momentum=0.8)
-    for temperature in (0.04, 0.05, 0.07):
+    for temperature in np.linspace(0.04, 0.07, 3):  # as DINOv2's schedule
         masks = mask_of(6).flatten(1)
         M = int(masks.sum())
         cls, tokens, masked = scores(2 * 3), scores(M), scores(M + 4).requires_grad_()
@@ -265,14 +266,17 @@ def test_dinov3(ignore_diagonal):
         student_logits=student, teacher_probs=teacher.unflatten(0, (2, 3)),
         ignore_diagonal=ignore_diagonal,
     )  # fmt: skip
-    expected = (losses.sum() - left_out) / (3 * (10 - 2 * ignore_diagonal))
+    pairs = 10 - 2 * ignore_diagonal
+    expected = (losses.sum() - left_out) / (3 * pairs)
     torch.testing.assert_close(got, expected)
+    got = dino([*student], teacher.chunk(2), ignore_diagonal)
+    torch.testing.assert_close(got, pairs * expected)
 
     masks = mask_of(4).flatten(1)
     tokens, patches = scores(2, 4, masks.shape[1], dtype=torch.float64)
     count = masks.sum()
     masked = ibot.sinkhorn_knopp_teacher(
-        tokens[masks], 0.07, n_masked_patches_tensor=count, n_iterations=4
+        tokens[masks], np.float64(0.07), n_masked_patches_tensor=count, n_iterations=4
     )
     assert count == masks.sum()
     q = sinkhorn(tokens[masks], 0.07, 4)
@@ -424,6 +428,7 @@ def test_compiles_without_a_graph_break():
          r"DINOLoss: the teacher's scores.*9, got \(9, 24\)"),
         (lambda x, m: dinov2.DINOLoss(K)([x], x), ValueError,
          r"teacher of a list of student crops must be \(T, B, K\).*got \(9, 24\)"),
+        (lambda x, m: dinov2.DINOLoss(K)(student_output_list=[x]), TypeError, "Give both"),
         (lambda x, m: dinov2.iBOTPatchLoss(K).forward_masked(x, x.softmax(1), m[1:]), ValueError,
          "iBOTPatchLoss: mask must have one True for each of the 9"),
     ],
@@ -440,7 +445,7 @@ def swav(x, y, mask, group):
     return SwaVLoss(joint=True, group=group)(y[:2], y[2:], x), None
 
 
-def swav_local(x, y, mask, group):
+def swav_by_crop(x, y, mask, group):
     return SwaVLoss(group=group)(y[:2], y[2:]), None
 
 
@@ -477,7 +482,7 @@ def on_rank(group, sizes, case):
 
 
 @pytest.mark.parametrize("sizes", [(5,), (6, 3), (4, 0, 7), (3, 1, 2, 4)])
-@pytest.mark.parametrize("case", [swav, swav_local, dino, dino_by_sinkhorn, objects, ibot])
+@pytest.mark.parametrize("case", [swav, swav_by_crop, dino, dino_by_sinkhorn, objects, ibot])
 def test_over_ranks_as_in_one_process(case, sizes, ranks):
     found = ranks.run(on_rank, len(sizes), sizes, case)
     torch.manual_seed(0)

@@ -238,9 +238,14 @@ class DINOLoss(_Loss):
         student_output_list: Sequence[Tensor] | None = None,
         teacher_out_softmaxed_centered_list: Teacher | Sequence[Teacher] | None = None,
     ) -> Tensor:
-        student, teacher = student_logits, teacher_probs
-        if student_output_list is not None:
-            student, teacher = [*student_output_list], teacher_out_softmaxed_centered_list
+        student = student_logits if student_output_list is None else [*student_output_list]
+        teacher = teacher_out_softmaxed_centered_list
+        teacher = teacher_probs if teacher is None else teacher
+        if student is None or teacher is None:
+            raise TypeError(
+                "DINOLoss: forward takes student_logits and teacher_probs, or a "
+                "student_output_list and a teacher_out_softmaxed_centered_list. Give both."
+            )
         if isinstance(student, Tensor):
             return self._cross_entropy(student, teacher, ignore_diagonal=ignore_diagonal)
         student = stacked("DINOLoss", "student_output_list", student)
@@ -249,7 +254,9 @@ class DINOLoss(_Loss):
                 "DINOLoss: the teacher of a list of student crops must be (T, B, K), or a list of "
                 f"(B, K), got {tuple(teacher.shape)}. Use .view(T, B, K)."
             )
-        return len(student) * len(teacher) * self._cross_entropy(student, teacher)
+        S, T = len(student), len(teacher)
+        mean = self._cross_entropy(student, teacher, ignore_diagonal=ignore_diagonal)
+        return (S * T - min(S, T) * ignore_diagonal) * mean
 
 
 class iBOTPatchLoss(_Loss):
