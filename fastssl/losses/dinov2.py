@@ -127,7 +127,7 @@ def _parts(teacher: Teacher | Sequence[Teacher]) -> tuple[Tensor, Tensor | None,
     scores, biases, temperatures = zip(*map(_parts, teacher), strict=True)
     if len(scores) == 1:
         return scores[0].unsqueeze(0), biases[0], temperatures[0]
-    if None in biases or len(set(temperatures)) > 1:
+    if any(bias is None for bias in biases) or len(set(temperatures)) > 1:
         dense = [x.dense() if isinstance(x, TeacherAssignment) else x for x in teacher]
         return _parts(torch.stack(dense))
     return torch.stack(scores), torch.stack(biases), temperatures[0]
