@@ -1,12 +1,14 @@
 """Losses as modules: drop-ins with other libraries' signatures, and ours for home-made loops.
 
-`fastssl.losses.pml` holds the names of pytorch-metric-learning, two of which are taken here.
+`fastssl.losses.pml` and `fastssl.losses.dinov2` hold the names of pytorch-metric-learning and of
+DINOv2 and v3, some of which are taken here.
 """
 
-from fastssl.losses import pml
+from fastssl.losses import dinov2, pml
 from fastssl.losses.clip import ClipLoss, SigLipLoss
 from fastssl.losses.ntxent import DCLLoss, DCLWLoss, NTXentLoss
 from fastssl.losses.own import InfoNCELoss, QueueNCELoss
+from fastssl.losses.prototypes import DINOLoss, IBOTPatchLoss, SwaVLoss, power_law_marginal
 from fastssl.losses.spread import BarlowTwinsLoss, KoLeoLoss, VICRegLoss
 from fastssl.losses.supcon import SupConLoss
 
@@ -15,12 +17,17 @@ __all__ = [
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
+    "DINOLoss",
+    "IBOTPatchLoss",
     "InfoNCELoss",
     "KoLeoLoss",
     "NTXentLoss",
     "QueueNCELoss",
     "SigLipLoss",
     "SupConLoss",
+    "SwaVLoss",
     "VICRegLoss",
+    "dinov2",
     "pml",
+    "power_law_marginal",
 ]
