@@ -232,10 +232,9 @@ std::tuple<Tensor, Tensor, Tensor> prototype_loss_fwd(Tensor student, Tensor tea
   return {loss, student_stats, teacher_stats};
 }
 
-Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> bias,
-                          double student_scale, double teacher_scale, bool ignore_diagonal,
-                          Tensor student_stats, Tensor teacher_stats, Tensor dloss) {
-  const Problem p(student, teacher, bias, student_scale, teacher_scale, ignore_diagonal);
+// dstudent (S, B, K), contiguous; it may be the student: each block is read before it is written.
+void fill_dstudent(const Problem& p, const Tensor& student_stats, const Tensor& teacher_stats,
+                   const Tensor& dloss, Tensor& dstudent) {
   const int64_t S = p.S(), T = p.T(), B = p.B(), K = p.K();
   for (const auto& [t, n] : {std::tuple<const Tensor&, int64_t>{student_stats, 2 * S * B},
                              {teacher_stats, 2 * T * B}, {dloss, S * B}})
@@ -247,8 +246,7 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
   };
   const auto of_student = statistics(student_stats, S), of_teacher = statistics(teacher_stats, T);
   const float* upstream = static_cast<const float*>(dloss.const_data_ptr());
-  Tensor dstudent = torch::stable::new_empty(student, {S, B, K});
-  const ScalarType dtype = student.scalar_type();
+  const ScalarType dtype = dstudent.scalar_type();
   p.each_row([&](int64_t b) {
     std::vector<float> y(p.columns());
     Weights weights(p);
@@ -270,7 +268,23 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
       }
     }
   });
+}
+
+Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> bias,
+                          double student_scale, double teacher_scale, bool ignore_diagonal,
+                          Tensor student_stats, Tensor teacher_stats, Tensor dloss) {
+  const Problem p(student, teacher, bias, student_scale, teacher_scale, ignore_diagonal);
+  Tensor dstudent = new_result(student, {p.S(), p.B(), p.K()}, student.scalar_type());
+  fill_dstudent(p, student_stats, teacher_stats, dloss, dstudent);
   return dstudent;
+}
+
+void prototype_loss_bwd_(Tensor student, Tensor teacher, std::optional<Tensor> bias,
+                         double student_scale, double teacher_scale, bool ignore_diagonal,
+                         Tensor student_stats, Tensor teacher_stats, Tensor dloss) {
+  STD_TORCH_CHECK(student.is_contiguous(), "prototype_loss_bwd_: student must be contiguous");
+  const Problem p(student, teacher, bias, student_scale, teacher_scale, ignore_diagonal);
+  fill_dstudent(p, student_stats, teacher_stats, dloss, student);
 }
 
 }  // namespace
@@ -278,6 +292,7 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("prototype_loss_fwd", TORCH_BOX(&prototype_loss_fwd));
   m.impl("prototype_loss_bwd", TORCH_BOX(&prototype_loss_bwd));
+  m.impl("prototype_loss_bwd_", TORCH_BOX(&prototype_loss_bwd_));
 }
 
 }  // namespace fastssl
