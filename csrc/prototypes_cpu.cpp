@@ -2,9 +2,9 @@
 // out_k = log sum_b e^x_bk (the first pass, no bias yet) or log sum_b softmax_k(x_b)_k (the others),
 // and softmax_k(x_b) itself, the codes.
 //
-// Each pass reads the scores once, in their own dtype, with about one exponential an element. In the
-// first a task owns columns: (max, sum) of each, by blocks of 16 rows. In the others it owns rows:
-// one row of exponentials and the sums of its rows, 16 bytes for each of the K columns.
+// Each pass reads the scores once, in their own dtype, with about one exponential an element. In
+// the first a task owns columns: (max, sum) of each, by blocks of 16 rows. In the others it owns
+// rows: one row of exponentials and the sums of its rows, 16 bytes for each of the K columns.
 // Exponents are differences to maxima, so nothing overflows; sums are fp32 inside a block of rows
 // and fp64 across blocks, merged in task order: deterministic for a given number of threads.
 // Paper: SwAV arXiv:2006.09882 for the problem, arXiv:1306.0895 for the iteration.
@@ -19,14 +19,13 @@ namespace {
 
 constexpr int64_t kRows = 16, kColumns = 256;  // of scores that stay in cache between two looks
 
-// x_k = e^(x_k - max) for n columns, filled up to whole lanes; returns their sum. Meanwhile the
-// next row, of elements of `size` bytes, comes from memory: asked for later it would be waited for.
-FASTSSL_CLONES double exponentials(float* x, int64_t n, float max, const char* next, int64_t size) {
+// x_k = e^(x_k - max) for n columns, filled up to whole lanes; returns their sum.
+FASTSSL_CLONES double exponentials(float* x, int64_t n, float max, const Ahead& next) {
   double total = 0.0;
   for (int64_t begin = 0; begin < n; begin += 1024) {
     float lanes[kLanes] = {};
     for (int64_t k = begin; k < std::min(n, begin + 1024); k += kLanes) {
-      __builtin_prefetch(next + k * size);
+      next.fetch(k);
       for (int64_t c = 0; c < kLanes; ++c) lanes[c] += x[k + c] = exp_poly(x[k + c] - max);
     }
     for (float lane : lanes) total += lane;
@@ -109,19 +108,18 @@ struct Scores {
   }
   // x = e^(logits of row b - their maximum); returns the sum.
   double exponentials_of(int64_t b, float* x) const {
-    const int64_t size = t.element_size(), next = std::min(b + 1, B - 1) * stride;
     const float max = logits_of(t, b * stride, K, scale, bias, x);
-    return exponentials(x, padded, max, static_cast<const char*>(t.const_data_ptr()) + next * size,
-                        size);
+    return exponentials(x, padded, max, Ahead(t, std::min(b + 1, B - 1) * stride));
   }
   // (max, sum) of columns [k, k + n) takes in rows [b, b + rows).
-  void add_to_columns(int64_t b, int64_t rows, int64_t k, int64_t n, float* max, double* sum) const {
+  void add_to_columns(int64_t b, int64_t rows, int64_t k, int64_t n, float* max,
+                      double* sum) const {
+    const void* data = t.const_data_ptr();
     const int64_t at = b * stride + k;
     if (t.scalar_type() == ScalarType::Float)
-      return columns_fp32(static_cast<const float*>(t.const_data_ptr()) + at, stride, rows, n, scale,
-                          max, sum);
+      return columns_fp32(static_cast<const float*>(data) + at, stride, rows, n, scale, max, sum);
     const auto columns = t.scalar_type() == ScalarType::Half ? columns_fp16 : columns_bf16;
-    columns(static_cast<const uint16_t*>(t.const_data_ptr()) + at, stride, rows, n, scale, max, sum);
+    columns(static_cast<const uint16_t*>(data) + at, stride, rows, n, scale, max, sum);
   }
 };
 

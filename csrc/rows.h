@@ -72,6 +72,18 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& size, S
   return out;
 }
 
+// The scores that are wanted next. A row is loaded, then worked on: fetched during that work, the
+// next row is in cache when its turn comes.
+struct Ahead {
+  const char* data;
+  int64_t size;
+
+  Ahead(const Tensor& t, int64_t at)
+      : data(static_cast<const char*>(t.const_data_ptr()) + at * t.element_size()),
+        size(t.element_size()) {}
+  void fetch(int64_t k) const { __builtin_prefetch(data + k * size); }
+};
+
 inline void check_scores(const char* name, const Tensor& t) {
   const auto dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
