@@ -125,7 +125,9 @@ def measure(
         name: statistics.median(values[-rounds:])  # less the warm-up
         for name, values in seconds.items()
     }
-    product = bare_product(*shape, params["D"], dtype, device, min(rounds, 7))
+    product = 0.0
+    if products:
+        product = bare_product(*shape, params["D"], dtype, device, min(rounds, 7))
     pairs = shape[0] * shape[1]
     row = {
         **params,
@@ -135,9 +137,14 @@ def measure(
         "others": {name: quantiles(seconds[name][-rounds:]) for name in others},
         "speedup": medians[baseline] / medians[ours],
         "rounds": rounds,
-        "ours_tflops": products * 2 * pairs * params["D"] / medians[ours] / 1e12,
-        "bare_product_ms": 1e3 * product,
     }
+    if products:
+        row["ours_tflops"] = products * 2 * pairs * params["D"] / medians[ours] / 1e12
+        row["bare_product_ms"] = 1e3 * product
+        rate = f"{row['ours_tflops']:.2f} TFLOP/s"
+    else:
+        row["ours_gexp_s"] = exponentials * pairs / medians[ours] / 1e9
+        rate = f"{row['ours_gexp_s']:.2f} exponentials a ns"
     if dtype == "float32":
         limit = products * product + exponentials * pairs * bare_exponential(device, rounds)
         row |= {"limit_ms": 1e3 * limit, "share": medians[ours] / limit}
@@ -152,7 +159,7 @@ def measure(
     times = [f"{name} {1e3 * median:.3f} ms" for name, median in medians.items()]
     share = f", {row['share']:.2f} of the limit" if "share" in row else ""
     print(
-        f"\n{params['case']} {size}: {', '.join(times)} ({row['speedup']:.2f} x){share}, "
+        f"\n{params['case']} {size}: {', '.join(times)} ({row['speedup']:.2f} x), {rate}{share}, "
         f"extra {memory}",
         flush=True,
     )

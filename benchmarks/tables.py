@@ -12,9 +12,18 @@ NAMES = {
     "queue": "queue_nce",
     "siglip": "SigLipLoss",
     "sup_con": "SupConLoss",
+    "sinkhorn_bias": "sinkhorn_bias",
+    "sinkhorn": "sinkhorn",
+    "dino": "prototype_cross_entropy",
+    "vicreg": "VICRegLoss",
+    "barlow_twins": "BarlowTwinsLoss",
+    "koleo": "KoLeoLoss",
+    "topk": "topk_cosine",
 }
-LIMIT = """Of the limit: the time of fastssl over that of the algorithm's own products and
-exponentials, timed bare in the same run (float32)."""
+SIZES = {"queue": "NMD", "topk": "NMD", "sinkhorn_bias": "NM", "sinkhorn": "NM", "dino": "NM"}
+LIMIT = """Sizes are N x D; N x M x D with a queue or bank of M; N x M over M prototypes, for the
+cross-entropy with 2 teacher and 10 student crops. Of the limit: the time of fastssl over that of
+the algorithm's own products and exponentials, timed bare in the same run (float32)."""
 SHARDED = """One batch over several processes under gloo on the same CPU, one thread each; N rows
 (of each view) in all. A step takes the slowest rank's time; extra memory is rank 0's. fastssl by
 its two exchanges, open_clip with `local_loss` and `gather_with_grad`, lightly with
@@ -35,12 +44,12 @@ def table(result: dict) -> str:
     lines = [
         provenance(result, f"{result['environment']['threads']} threads"),
         "",
-        "| loss | N x D | dtype | fastssl | baseline | speed-up | of the limit | extra memory "
+        "| loss | size | dtype | fastssl | baseline | speed-up | of the limit | extra memory "
         "| baseline's |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        size = [row["N"], row["M"], row["D"]] if row["case"] == "queue" else [row["N"], row["D"]]
+        size = [row[name] for name in SIZES.get(row["case"], "ND")]
         others = {row["baseline"]: row["eager"], **row["others"]}
         others = ", ".join(f"{name} {x['median_ms']:.2f} ms" for name, x in others.items())
         share = f"{row['share']:.2f}" if "share" in row else ""
@@ -95,7 +104,9 @@ def main() -> None:
     text = readme.read_text()
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    parts = [LIMIT, *map(table, results("contrastive"))]
+    parts = [LIMIT]
+    for name in ("contrastive", "prototypes", "gram"):
+        parts += map(table, results(name))
     if sharded := results("sharded"):
         parts += [SHARDED, *map(sharded_table, sharded)]
     tables = "\n\n".join(parts)

@@ -25,6 +25,7 @@
 #else
 #define FASTSSL_CLONES
 #endif
+#define FASTSSL_INLINE __attribute__((always_inline))
 
 namespace fastssl {
 
@@ -32,6 +33,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum of nothing
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

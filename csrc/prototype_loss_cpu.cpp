@@ -26,50 +26,60 @@ constexpr int64_t kColumns = 4096;
 // of -inf counts nothing.
 template <bool kWeighted>
 FASTSSL_INLINE inline void add_block(const float* y, const float* q, int64_t n, float max,
-                                     float shift, double* sum, double* dot) {
+                                     float shift, const Ahead& next, double* sum, double* dot) {
   float e[kLanes] = {}, d[kLanes] = {};
-  for (int64_t k = 0; k < n; k += kLanes)
+  for (int64_t k = 0; k < n; k += kLanes) {
+    next.fetch(k);
     for (int64_t c = 0; c < kLanes; ++c) {
       e[c] += exp_poly(y[k + c] - max);
       if (kWeighted) d[c] += q[k + c] == 0.f ? 0.f : q[k + c] * (y[k + c] - shift);
     }
+  }
   for (int64_t c = 0; c < kLanes; ++c) *sum += e[c], *dot += d[c];
 }
-FASTSSL_CLONES void add_exponentials(const float* y, int64_t n, float max, double* sum) {
+FASTSSL_CLONES void add_exponentials(const float* y, int64_t n, float max, const Ahead& next,
+                                     double* sum) {
   double dot = 0.0;
-  add_block<false>(y, nullptr, n, max, 0.f, sum, &dot);
+  add_block<false>(y, nullptr, n, max, 0.f, next, sum, &dot);
 }
 FASTSSL_CLONES void add_weighted(const float* y, const float* q, int64_t n, float max, float shift,
-                                 double* sum, double* dot) {
-  add_block<true>(y, q, n, max, shift, sum, dot);
+                                 const Ahead& next, double* sum, double* dot) {
+  add_block<true>(y, q, n, max, shift, next, sum, dot);
 }
-FASTSSL_CLONES void to_weights(float* x, int64_t n, float max, float log_sum) {
-  for (int64_t k = 0; k < n; k += kLanes)
+FASTSSL_CLONES void to_weights(float* x, int64_t n, float max, float log_sum, const Ahead& next) {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    next.fetch(k);
     for (int64_t c = 0; c < kLanes; ++c) x[k + c] = exp_poly(x[k + c] - max - log_sum);
+  }
 }
 FASTSSL_CLONES void add(float* sum, const float* x, int64_t n) {
   for (int64_t k = 0; k < n; k += kLanes)
     for (int64_t c = 0; c < kLanes; ++c) sum[k + c] += x[k + c];
 }
 
-// out_k = factor (pairs e^(y_k - max - log_sum) - q_k), rounded once by `store`.
-template <class Store>
-FASTSSL_INLINE inline void fill_gradient(const float* y, const float* q, int64_t n, float max,
-                                         float log_sum, float pairs, float factor,
-                                         const Store& store) {
-  for (int64_t k = 0; k < n; ++k)
-    store(k, factor * (pairs * exp_poly(y[k] - max - log_sum) - q[k]));
-}
-#define GRADIENT(NAME, TYPE, ROUNDED)                                                            \
-  FASTSSL_CLONES void NAME(const float* y, const float* q, int64_t n, float max, float log_sum,  \
-                           float pairs, float factor, TYPE* out) {                               \
-    fill_gradient(y, q, n, max, log_sum, pairs, factor,                                          \
-                  [=](int64_t k, float g) FASTSSL_INLINE { out[k] = ROUNDED; });                 \
+// y_k = factor (pairs e^(y_k - max - log_sum) - q_k).
+FASTSSL_CLONES void to_gradient(float* y, const float* q, int64_t n, float max, float log_sum,
+                                float pairs, float factor, const Ahead& next) {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    next.fetch(k);
+    for (int64_t c = 0; c < kLanes; ++c)
+      y[k + c] = factor * (pairs * exp_poly(y[k + c] - max - log_sum) - q[k + c]);
   }
-GRADIENT(gradient_fp32, float, g)
-GRADIENT(gradient_bf16, uint16_t, static_cast<uint16_t>(bf16_bits(g)))
-GRADIENT(gradient_fp16, uint16_t, half_bits(g))
-#undef GRADIENT
+}
+FASTSSL_CLONES void store_bf16(uint16_t* out, const float* x, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = static_cast<uint16_t>(bf16_bits(x[k]));
+}
+FASTSSL_CLONES void store_fp16(uint16_t* out, const float* x, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = half_bits(x[k]);
+}
+// n numbers from element `at` of t on, rounded once.
+void store(const Tensor& t, int64_t at, const float* x, int64_t n) {
+  if (t.scalar_type() == ScalarType::Float)
+    return void(std::copy_n(x, n, static_cast<float*>(t.mutable_data_ptr()) + at));
+  uint16_t* out = static_cast<uint16_t*>(t.mutable_data_ptr()) + at;
+  if (t.scalar_type() == ScalarType::Half) store_fp16(out, x, n);
+  else store_bf16(out, x, n);
+}
 
 // Scores (crops, B, K) read as logits.
 struct Crops {
@@ -87,7 +97,10 @@ struct Crops {
   // Logits of columns [k, k + width) of crop i of row b; returns the largest.
   float read(int64_t i, int64_t b, int64_t k, int64_t width, float* x) const {
     const float* some = bias ? bias + i * bias_stride + k : nullptr;
-    return logits_of(t, i * t.stride(0) + b * t.stride(1) + k, width, scale, some, x);
+    return logits_of(t, at(i, b, k), width, scale, some, x);
+  }
+  int64_t at(int64_t i, int64_t b, int64_t k) const {
+    return i * t.stride(0) + b * t.stride(1) + k;
   }
 };
 
@@ -119,6 +132,16 @@ struct Problem {
   // The teacher that student s is not compared with, or T.
   int64_t left_out(int64_t s) const { return ignore_diagonal ? std::min(s, T()) : T(); }
   int64_t pairs(int64_t s) const { return T() - (left_out(s) < T()); }
+  // What is read after the block k of teacher t of row b, or of student s: that of the next crop,
+  // at last the first teacher's next block.
+  Ahead after_teacher(int64_t t, int64_t b, int64_t k) const {
+    return t + 1 < T() ? Ahead(teacher.t, teacher.at(t + 1, b, k))
+                       : Ahead(student.t, student.at(0, b, k));
+  }
+  Ahead after_student(int64_t s, int64_t b, int64_t k) const {
+    return s + 1 < S() ? Ahead(student.t, student.at(s + 1, b, k))
+                       : Ahead(teacher.t, teacher.at(0, b, std::min(k + kColumns, K() - 1)));
+  }
   template <class F>
   void each_row(const F& f) const {
     const int64_t work = (S() + T()) * B() * K(), threads = torch::stable::get_num_threads();
@@ -134,14 +157,14 @@ struct Online {
   float max = kFloor, shift = 0.f;
   double sum = 0.0, dot = 0.0;
 
-  void take(const float* x, const float* q, int64_t n, float top) {
+  void take(const float* x, const float* q, int64_t n, float top, const Ahead& next) {
     if (max == kFloor && top != kFloor) shift = top;
     if (top > max) {
       sum *= std::exp(double(max) - top);
       max = top;
     }
-    if (q) add_weighted(x, q, n, max, shift, &sum, &dot);
-    else add_exponentials(x, n, max, &sum);
+    if (q) add_weighted(x, q, n, max, shift, next, &sum, &dot);
+    else add_exponentials(x, n, max, next, &sum);
   }
 };
 
@@ -165,7 +188,7 @@ class Weights {
     width_ = width, summed_ = -1;
     for (int64_t t = 0; t < p_.T(); ++t) {
       p_.teacher.read(t, b, k, width, row(t));
-      to_weights(row(t), width, stats.max(t, b), stats.log_sum(t, b));
+      to_weights(row(t), width, stats.max(t, b), stats.log_sum(t, b), p_.after_teacher(t, b, k));
     }
   }
   // Summed over the teachers of student s, which has at least one.
@@ -206,7 +229,9 @@ std::tuple<Tensor, Tensor, Tensor> prototype_loss_fwd(Tensor student, Tensor tea
       Online row;
       for (int64_t k = 0; k < K; k += kColumns) {
         const int64_t width = std::min(kColumns, K - k);
-        row.take(x.data(), nullptr, width, p.teacher.read(t, b, k, width, x.data()));
+        const float top = p.teacher.read(t, b, k, width, x.data());
+        const int64_t next = std::min(k + kColumns, K - 1);
+        row.take(x.data(), nullptr, width, top, Ahead(p.teacher.t, p.teacher.at(t, b, next)));
       }
       of_teacher.max(t, b) = row.max;
       of_teacher.log_sum(t, b) = static_cast<float>(std::log(row.sum));
@@ -218,7 +243,8 @@ std::tuple<Tensor, Tensor, Tensor> prototype_loss_fwd(Tensor student, Tensor tea
       weights.read(b, k, width, of_teacher);
       for (int64_t s = 0; s < S; ++s) {
         const float top = p.student.read(s, b, k, width, x.data());
-        rows[s].take(x.data(), p.pairs(s) ? weights.of(s) : nullptr, width, top);
+        rows[s].take(x.data(), p.pairs(s) ? weights.of(s) : nullptr, width, top,
+                     p.after_student(s, b, k));
       }
     }
     for (int64_t s = 0; s < S; ++s) {
@@ -232,10 +258,9 @@ std::tuple<Tensor, Tensor, Tensor> prototype_loss_fwd(Tensor student, Tensor tea
   return {loss, student_stats, teacher_stats};
 }
 
-Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> bias,
-                          double student_scale, double teacher_scale, bool ignore_diagonal,
-                          Tensor student_stats, Tensor teacher_stats, Tensor dloss) {
-  const Problem p(student, teacher, bias, student_scale, teacher_scale, ignore_diagonal);
+// dstudent (S, B, K), contiguous; it may be the student: each block is read before it is written.
+void fill_dstudent(const Problem& p, const Tensor& student_stats, const Tensor& teacher_stats,
+                   const Tensor& dloss, const Tensor& dstudent) {
   const int64_t S = p.S(), T = p.T(), B = p.B(), K = p.K();
   for (const auto& [t, n] : {std::tuple<const Tensor&, int64_t>{student_stats, 2 * S * B},
                              {teacher_stats, 2 * T * B}, {dloss, S * B}})
@@ -247,8 +272,6 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
   };
   const auto of_student = statistics(student_stats, S), of_teacher = statistics(teacher_stats, T);
   const float* upstream = static_cast<const float*>(dloss.const_data_ptr());
-  Tensor dstudent = torch::stable::new_empty(student, {S, B, K});
-  const ScalarType dtype = student.scalar_type();
   p.each_row([&](int64_t b) {
     std::vector<float> y(p.columns());
     Weights weights(p);
@@ -256,21 +279,35 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
       const int64_t width = std::min(kColumns, K - k);
       weights.read(b, k, width, of_teacher);
       for (int64_t s = 0; s < S; ++s) {
-        const int64_t at = (s * B + b) * K + k;
-        const auto write = [&](const auto& gradient, auto* out) {
-          if (!p.pairs(s)) return void(std::fill_n(out + at, width, 0));
+        if (p.pairs(s)) {
           p.student.read(s, b, k, width, y.data());
-          gradient(y.data(), weights.of(s), width, of_student.max(s, b), of_student.log_sum(s, b),
-                   static_cast<float>(p.pairs(s)), upstream[s * B + b] * p.student.scale, out + at);
-        };
-        void* out = dstudent.mutable_data_ptr();
-        if (dtype == ScalarType::Float) write(gradient_fp32, static_cast<float*>(out));
-        else if (dtype == ScalarType::Half) write(gradient_fp16, static_cast<uint16_t*>(out));
-        else write(gradient_bf16, static_cast<uint16_t*>(out));
+          to_gradient(y.data(), weights.of(s), width, of_student.max(s, b),
+                      of_student.log_sum(s, b), static_cast<float>(p.pairs(s)),
+                      upstream[s * B + b] * p.student.scale, p.after_student(s, b, k));
+        } else {
+          std::fill(y.begin(), y.end(), 0.f);
+        }
+        store(dstudent, (s * B + b) * K + k, y.data(), width);
       }
     }
   });
+}
+
+Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> bias,
+                          double student_scale, double teacher_scale, bool ignore_diagonal,
+                          Tensor student_stats, Tensor teacher_stats, Tensor dloss) {
+  const Problem p(student, teacher, bias, student_scale, teacher_scale, ignore_diagonal);
+  Tensor dstudent = new_result(student, {p.S(), p.B(), p.K()}, student.scalar_type());
+  fill_dstudent(p, student_stats, teacher_stats, dloss, dstudent);
   return dstudent;
+}
+
+void prototype_loss_bwd_(Tensor student, Tensor teacher, std::optional<Tensor> bias,
+                         double student_scale, double teacher_scale, bool ignore_diagonal,
+                         Tensor student_stats, Tensor teacher_stats, Tensor dloss) {
+  STD_TORCH_CHECK(student.is_contiguous(), "prototype_loss_bwd_: student must be contiguous");
+  const Problem p(student, teacher, bias, student_scale, teacher_scale, ignore_diagonal);
+  fill_dstudent(p, student_stats, teacher_stats, dloss, student);
 }
 
 }  // namespace
@@ -278,6 +315,7 @@ Tensor prototype_loss_bwd(Tensor student, Tensor teacher, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("prototype_loss_fwd", TORCH_BOX(&prototype_loss_fwd));
   m.impl("prototype_loss_bwd", TORCH_BOX(&prototype_loss_bwd));
+  m.impl("prototype_loss_bwd_", TORCH_BOX(&prototype_loss_bwd_));
 }
 
 }  // namespace fastssl

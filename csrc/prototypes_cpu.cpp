@@ -2,74 +2,32 @@
 // out_k = log sum_b e^x_bk (the first pass, no bias yet) or log sum_b softmax_k(x_b)_k (the others),
 // and softmax_k(x_b) itself, the codes.
 //
-// Each pass reads the scores once, in their own dtype. A task owns fixed rows: it holds one row of
-// exponentials, or a block of 16 rows x 512 columns, and K sums. About one exponential an element.
+// Each pass reads the scores once, in their own dtype, with about one exponential an element. In
+// the first a task owns columns: (max, sum) of each, by blocks of 16 rows. In the others it owns
+// rows: one row of exponentials and the sums of its rows, 16 bytes for each of the K columns.
 // Exponents are differences to maxima, so nothing overflows; sums are fp32 inside a block of rows
 // and fp64 across blocks, merged in task order: deterministic for a given number of threads.
 // Paper: SwAV arXiv:2006.09882 for the problem, arXiv:1306.0895 for the iteration.
-#include "common.h"
+#include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <cmath>
-#include <optional>
 
 namespace fastssl {
 namespace {
 
-constexpr int64_t kLanes = 16, kRows = 16, kColumns = 512;
-constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum of nothing
+constexpr int64_t kRows = 16, kColumns = 256;  // of scores that stay in cache between two looks
 
-#define FASTSSL_INLINE __attribute__((always_inline))
-
-// x_k = scale s_k + bias_k for n columns; returns the largest. NaN is larger than nothing: it shows
-// in the exponentials.
-template <class Load>
-FASTSSL_INLINE inline float logits(int64_t n, float scale, const float* bias, float* x,
-                                   const Load& load) {
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = kFloor;
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes)
-    for (int64_t c = 0; c < kLanes; ++c) {
-      const float v = load(k + c) * scale + (bias ? bias[k + c] : 0.f);
-      x[k + c] = v;
-      lanes[c] = v > lanes[c] ? v : lanes[c];
-    }
-  for (; k < n; ++k) {
-    x[k] = load(k) * scale + (bias ? bias[k] : 0.f);
-    lanes[0] = x[k] > lanes[0] ? x[k] : lanes[0];
-  }
-  return *std::max_element(lanes, lanes + kLanes);
-}
-FASTSSL_CLONES float logits_fp32(const float* s, int64_t n, float scale, const float* bias,
-                                 float* x) {
-  return logits(n, scale, bias, x, [=](int64_t k) FASTSSL_INLINE { return s[k]; });
-}
-FASTSSL_CLONES float logits_bf16(const uint16_t* s, int64_t n, float scale, const float* bias,
-                                 float* x) {
-  return logits(n, scale, bias, x, [=](int64_t k) FASTSSL_INLINE { return bf16_float(s[k]); });
-}
-FASTSSL_CLONES float logits_fp16(const uint16_t* s, int64_t n, float scale, const float* bias,
-                                 float* x) {
-  return logits(n, scale, bias, x, [=](int64_t k) FASTSSL_INLINE { return half_float(s[k]); });
-}
-
-// x_k = e^(x_k - max); returns their sum.
-FASTSSL_CLONES double exponentials(float* x, int64_t n, float max) {
+// x_k = e^(x_k - max) for n columns, filled up to whole lanes; returns their sum.
+FASTSSL_CLONES double exponentials(float* x, int64_t n, float max, const Ahead& next) {
   double total = 0.0;
   for (int64_t begin = 0; begin < n; begin += 1024) {
-    const int64_t end = std::min(n, begin + 1024);
     float lanes[kLanes] = {};
-    int64_t k = begin;
-    for (; k + kLanes <= end; k += kLanes)
-      for (int64_t c = 0; c < kLanes; ++c) {
-        const float e = exp_poly(x[k + c] - max);
-        x[k + c] = e;
-        lanes[c] += e;
-      }
-    for (; k < end; ++k) lanes[0] += x[k] = exp_poly(x[k] - max);
+    for (int64_t k = begin; k < std::min(n, begin + 1024); k += kLanes) {
+      next.fetch(k);
+      for (int64_t c = 0; c < kLanes; ++c) lanes[c] += x[k + c] = exp_poly(x[k + c] - max);
+    }
     for (float lane : lanes) total += lane;
   }
   return total;
@@ -84,107 +42,108 @@ FASTSSL_CLONES void flush(double* total, float* sum, int64_t n) {
   for (int64_t k = 0; k < n; ++k) total[k] += sum[k], sum[k] = 0.f;
 }
 
-// (max, sum) of columns takes in the logits of up to kRows rows x (., kColumns).
-FASTSSL_CLONES void add_columns(const float* x, int64_t rows, int64_t n, float* max, double* sum) {
-  float top[kColumns], block[kColumns] = {};
+// (max, sum) of n columns takes in those of some rows of scores.
+template <class T, class Load>
+FASTSSL_INLINE inline void add_columns(const T* s, int64_t stride, int64_t rows, int64_t n,
+                                       float scale, float* max, double* sum, const Load& load) {
+  float top[kColumns], part[kColumns] = {};
   std::copy(max, max + n, top);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t k = 0; k < n; ++k) {
-      const float v = x[i * kColumns + k];
+      const float v = load(s[i * stride + k]) * scale;
       top[k] = v > top[k] ? v : top[k];
     }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < n; ++k) block[k] += exp_poly(x[i * kColumns + k] - top[k]);
+    for (int64_t k = 0; k < n; ++k)
+      part[k] += exp_poly(load(s[i * stride + k]) * scale - top[k]);
   for (int64_t k = 0; k < n; ++k) {
-    sum[k] = sum[k] * exp_poly(max[k] - top[k]) + block[k];
+    sum[k] = sum[k] * exp_poly(max[k] - top[k]) + part[k];
     max[k] = top[k];
   }
 }
-
-// (max, sum) of columns takes in that of other rows.
-FASTSSL_CLONES void merge_columns(float* max, double* sum, const float* other_max,
-                                  const double* other_sum, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    const float top = other_max[k] > max[k] ? other_max[k] : max[k];
-    sum[k] = sum[k] * exp_poly(max[k] - top) + other_sum[k] * exp_poly(other_max[k] - top);
-    max[k] = top;
+#define COLUMNS(NAME, TYPE, FLOAT)                                                             \
+  FASTSSL_CLONES void NAME(const TYPE* s, int64_t stride, int64_t rows, int64_t n, float scale, \
+                           float* max, double* sum) {                                          \
+    add_columns(s, stride, rows, n, scale, max, sum,                                           \
+                [](TYPE v) FASTSSL_INLINE { return FLOAT; });                                  \
   }
-}
+COLUMNS(columns_fp32, float, v)
+COLUMNS(columns_bf16, uint16_t, bf16_float(v))
+COLUMNS(columns_fp16, uint16_t, half_float(v))
+#undef COLUMNS
 
 struct Scores {
   Tensor t;
-  ScalarType dtype;
-  const void* data;
-  int64_t stride, B, K, tasks;
+  int64_t stride, B, K, padded, tasks;
   float scale;
   const float* bias;
 
   Scores(const Tensor& scores, double scale, const std::optional<Tensor>& bias)
       : t(scores.stride(1) == 1 || scores.size(1) == 1 ? scores : torch::stable::contiguous(scores)),
-        dtype(t.scalar_type()), data(t.const_data_ptr()), stride(t.stride(0)), B(t.size(0)),
-        K(t.size(1)), scale(static_cast<float>(scale)),
+        stride(t.stride(0)), B(t.size(0)), K(t.size(1)),
+        padded((K + kLanes - 1) / kLanes * kLanes), scale(static_cast<float>(scale)),
         bias(bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                        dtype == ScalarType::Half,
-                    "sinkhorn: scores must be float32, bfloat16 or float16");
-    // Fixed shares of the rows, none of them tiny.
-    tasks = std::min({int64_t(torch::stable::get_num_threads()), B, (B * K + (1 << 14) - 1) >> 14});
-    tasks = std::max<int64_t>(1, tasks);
+    check_scores("sinkhorn: scores", t);
     STD_TORCH_CHECK(!bias || (bias->numel() == K && bias->scalar_type() == ScalarType::Float &&
                               bias->is_contiguous()),
                     "sinkhorn: bias must be a contiguous float32 tensor of ", K, " elements");
+    // None of them tiny.
+    tasks = std::min<int64_t>(torch::stable::get_num_threads(), (B * K >> 14) + 1);
   }
-  // Logits of n columns of a row, from column k0 on; returns the largest.
-  float row(int64_t b, int64_t k0, int64_t n, float* x) const {
-    const int64_t at = b * stride + k0;
-    const float* some = bias ? bias + k0 : nullptr;
-    if (dtype == ScalarType::Float)
-      return logits_fp32(static_cast<const float*>(data) + at, n, scale, some, x);
-    const uint16_t* s = static_cast<const uint16_t*>(data) + at;
-    return dtype == ScalarType::Half ? logits_fp16(s, n, scale, some, x)
-                                     : logits_bf16(s, n, scale, some, x);
-  }
-  // f(task, first row, last row).
+  // f(task, first row, last row) over shares of the rows.
   template <class F>
   void each_task(const F& f) const {
-    parallel_tasks(tasks, [&](int64_t task) { f(task, B * task / tasks, B * (task + 1) / tasks); });
+    parallel_tasks(row_tasks(), [&](int64_t task) {
+      f(task, B * task / row_tasks(), B * (task + 1) / row_tasks());
+    });
   }
-  // f(first column, last column) over shares of the columns.
+  int64_t row_tasks() const { return std::max<int64_t>(1, std::min(tasks, B)); }
+  // f(first column, last column) over shares of the columns, in whole lanes.
   template <class F>
   void each_columns(const F& f) const {
-    parallel_tasks(tasks, [&](int64_t task) { f(K * task / tasks, K * (task + 1) / tasks); });
+    const int64_t strips = padded / kLanes;
+    parallel_tasks(tasks, [&](int64_t task) {
+      f(strips * task / tasks * kLanes, std::min(K, strips * (task + 1) / tasks * kLanes));
+    });
+  }
+  // x = e^(logits of row b - their maximum); returns the sum.
+  double exponentials_of(int64_t b, float* x) const {
+    const float max = logits_of(t, b * stride, K, scale, bias, x);
+    return exponentials(x, padded, max, Ahead(t, std::min(b + 1, B - 1) * stride));
+  }
+  // (max, sum) of columns [k, k + n) takes in rows [b, b + rows).
+  void add_to_columns(int64_t b, int64_t rows, int64_t k, int64_t n, float* max,
+                      double* sum) const {
+    const void* data = t.const_data_ptr();
+    const int64_t at = b * stride + k;
+    if (t.scalar_type() == ScalarType::Float)
+      return columns_fp32(static_cast<const float*>(data) + at, stride, rows, n, scale, max, sum);
+    const auto columns = t.scalar_type() == ScalarType::Half ? columns_fp16 : columns_bf16;
+    columns(static_cast<const uint16_t*>(data) + at, stride, rows, n, scale, max, sum);
   }
 };
 
-// log sum_b e^x_bk of each column, from maxima and sums that the tasks merge.
+// log sum_b e^x_bk of each column.
 void column_lse(const Scores& p, float* out) {
-  std::vector<float> max(p.tasks * p.K, kFloor);
-  std::vector<double> sum(p.tasks * p.K, 0.0);
-  p.each_task([&](int64_t task, int64_t begin, int64_t end) {
-    std::vector<float> block(kRows * kColumns);
-    for (int64_t b = begin; b < end; b += kRows)
-      for (int64_t k = 0; k < p.K; k += kColumns) {
-        const int64_t rows = std::min(kRows, end - b), n = std::min(kColumns, p.K - k);
-        for (int64_t i = 0; i < rows; ++i) p.row(b + i, k, n, &block[i * kColumns]);
-        add_columns(block.data(), rows, n, &max[task * p.K + k], &sum[task * p.K + k]);
-      }
-  });
   p.each_columns([&](int64_t begin, int64_t end) {
-    for (int64_t task = 1; task < p.tasks; ++task)
-      merge_columns(&max[0] + begin, &sum[0] + begin, &max[task * p.K] + begin,
-                    &sum[task * p.K] + begin, end - begin);
-    for (int64_t k = begin; k < end; ++k) out[k] = max[k] + std::log(static_cast<float>(sum[k]));
+    std::vector<float> max(end - begin, kFloor);
+    std::vector<double> sum(end - begin, 0.0);
+    for (int64_t b = 0; b < p.B; b += kRows)
+      for (int64_t k = begin; k < end; k += kColumns)
+        p.add_to_columns(b, std::min(kRows, p.B - b), k, std::min(kColumns, end - k),
+                         &max[k - begin], &sum[k - begin]);
+    for (int64_t k = begin; k < end; ++k)
+      out[k] = max[k - begin] + std::log(static_cast<float>(sum[k - begin]));
   });
 }
 
-// log sum_b softmax_k(x_b)_k of each column.
+// log sum_b softmax_k(x_b)_k of each column: rows are shared out, since a row's sum comes first.
 void share_sums(const Scores& p, float* out) {
-  std::vector<double> totals(p.tasks * p.K, 0.0);
+  std::vector<double> totals(p.row_tasks() * p.K, 0.0);
   p.each_task([&](int64_t task, int64_t begin, int64_t end) {
-    std::vector<float> x(p.K), sum(p.K, 0.f);
+    std::vector<float> x(p.padded), sum(p.K, 0.f);
     for (int64_t b = begin; b < end; ++b) {
-      const float max = p.row(b, 0, p.K, x.data());
-      const double total = exponentials(x.data(), p.K, max);
+      const double total = p.exponentials_of(b, x.data());
       add_scaled(sum.data(), x.data(), p.K, static_cast<float>(1.0 / total));
       if ((b - begin) % 64 == 63 || b + 1 == end) flush(&totals[task * p.K], sum.data(), p.K);
     }
@@ -192,7 +151,7 @@ void share_sums(const Scores& p, float* out) {
   p.each_columns([&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       double total = 0.0;
-      for (int64_t task = 0; task < p.tasks; ++task) total += totals[task * p.K + k];
+      for (int64_t task = 0; task < p.row_tasks(); ++task) total += totals[task * p.K + k];
       out[k] = std::log(static_cast<float>(total));
     }
   });
@@ -209,13 +168,12 @@ Tensor sinkhorn_pass(Tensor scores, double scale, std::optional<Tensor> bias) {
 
 Tensor sinkhorn_codes(Tensor scores, double scale, Tensor bias) {
   const Scores p(scores, scale, bias);
-  Tensor out = torch::stable::new_empty(scores, {p.B, p.K}, ScalarType::Float);
+  Tensor out = new_result(scores, {p.B, p.K}, ScalarType::Float);
   float* data = static_cast<float*>(out.mutable_data_ptr());
   p.each_task([&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> x(p.K);
+    std::vector<float> x(p.padded);
     for (int64_t b = begin; b < end; ++b) {
-      const float max = p.row(b, 0, p.K, x.data());
-      const double total = exponentials(x.data(), p.K, max);
+      const double total = p.exponentials_of(b, x.data());
       write_scaled(data + b * p.K, x.data(), p.K, static_cast<float>(1.0 / total));
     }
   });

@@ -6,12 +6,13 @@
 #include <algorithm>
 #include <optional>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fastssl {
 
 constexpr int64_t kLanes = 16;
-constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum of nothing
-
-#define FASTSSL_INLINE __attribute__((always_inline))
 
 // The order of floats as integers, and back: compilers vectorise a maximum only of those.
 inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
@@ -56,6 +57,32 @@ inline float logits_of(const Tensor& t, int64_t at, int64_t n, float scale, cons
   return t.scalar_type() == ScalarType::Half ? logits_fp16(s, n, scale, bias, x)
                                              : logits_bf16(s, n, scale, bias, x);
 }
+
+// An empty result of many rows. Page faults of fresh memory would cost more than the numbers in it,
+// so the system is asked for huge pages.
+inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, size, dtype);
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const auto data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (data + out.numel() * out.element_size()) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+// The scores that are wanted next. A row is loaded, then worked on: fetched during that work, the
+// next row is in cache when its turn comes.
+struct Ahead {
+  const char* data;
+  int64_t size;
+
+  Ahead(const Tensor& t, int64_t at)
+      : data(static_cast<const char*>(t.const_data_ptr()) + at * t.element_size()),
+        size(t.element_size()) {}
+  void fetch(int64_t k) const { __builtin_prefetch(data + k * size); }
+};
 
 inline void check_scores(const char* name, const Tensor& t) {
   const auto dtype = t.scalar_type();

@@ -14,7 +14,6 @@ namespace fastssl {
 // cache and are read from beyond it seldom; loops over logits on kMaxRows at a time, whose sums stay in
 // the first. kMaxCols is the widest tile of any kernel.
 constexpr int64_t kPanelRows = 384, kPanelCols = 256, kMaxRows = 96, kMaxCols = 512;
-constexpr float kFloor = std::numeric_limits<float>::lowest();  // the maximum of nothing
 
 using OptTensor = std::optional<Tensor>;
 
@@ -146,8 +145,6 @@ struct StripInput {
   const float* limit;    // [rows] or null
   bool keep_equal;
 };
-
-#define FASTSSL_INLINE __attribute__((always_inline))
 
 // f(c, logit of row i and column c of the strip), minus infinity for pairs that are left out.
 template <class F>

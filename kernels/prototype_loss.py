@@ -130,6 +130,7 @@ def prototype_loss_bwd_kernel(
     """dstudent = dloss student_scale (pairs softmax(y) - q) of one sample and one block of columns.
 
     As in the forward every student row is read once, and its gradient written once, rounded once.
+    out may be the student: no program reads a number that another one writes.
     """
     b = tl.program_id(0)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -216,10 +217,24 @@ def prototype_loss_bwd(
     dloss: Tensor,  # (S, B)
 ) -> Tensor:
     """dstudent (S, B, K) in the student's dtype."""
-    student, teacher, (bias, stride_bias) = _rows(student), _rows(teacher), _bias(bias)
+    return _fill_dstudent(
+        student.new_empty(student.shape), _rows(student), teacher, bias, student_scale,
+        teacher_scale, ignore_diagonal, student_stats, teacher_stats, dloss,
+    )  # fmt: skip
+
+
+def prototype_loss_bwd_(student: Tensor, *args) -> None:
+    """The same over the student, contiguous: a program reads each number before it writes it."""
+    _fill_dstudent(student, student, *args)
+
+
+def _fill_dstudent(
+    dstudent, student, teacher, bias, student_scale, teacher_scale, ignore_diagonal, student_stats,
+    teacher_stats, dloss,
+):  # fmt: skip
+    teacher, (bias, stride_bias) = _rows(teacher), _bias(bias)
     (S, B, K), T = student.shape, len(teacher)
     known = _block(K)
-    dstudent = student.new_empty(student.shape)
     with device_of(student):
         prototype_loss_bwd_kernel[(B, triton.cdiv(K, known["BLOCK"]))](
             student, teacher, bias, student_stats, teacher_stats, dloss, dstudent, student_scale,

@@ -131,6 +131,31 @@ def test_nothing_of_the_size_of_the_scores_is_kept():
     assert sum(x.untyped_storage().nbytes() for x in kept if x.data_ptr() not in data) < 1000
 
 
+# ------------------------------------------------------------------------------------- in place
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("S", [3, None])
+def test_the_gradient_in_place_of_the_scores(S, dtype, device):
+    x, teacher = scores(S or 1, 5, 5000, dtype).to(device), scores(2, 5, 5000, dtype).to(device)
+    x = (x if S else x[0]).requires_grad_()
+    grads = []
+    for inplace in (False, True):
+        student = x.clone()
+        loss = prototype_cross_entropy(student, teacher, ignore_diagonal=True, inplace=inplace)
+        grads += torch.autograd.grad(loss, student, retain_graph=True)
+    assert torch.equal(*grads) and grads[1].data_ptr() == student.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_who_saved_scores_that_became_a_gradient_hears_of_it():
+    student = scores(2, 3, 8).requires_grad_().exp()  # whose gradient needs its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        prototype_cross_entropy(student, scores(1, 3, 8), inplace=True).backward()
+
+
 # ------------------------------------------------------------------------------ op and compiler
 
 
@@ -142,19 +167,26 @@ def test_opcheck(ignore_diagonal, dtype, device):
     args = student, teacher, torch.randn(9, device=device).expand(2, 9), 10.0, 25.0, ignore_diagonal
     torch.library.opcheck(ops.prototype_loss_fwd.default, args)
     loss, *stats = ops.prototype_loss_fwd(*args)
-    torch.library.opcheck(ops.prototype_loss_bwd.default, (*args, *stats, torch.rand_like(loss)))
+    args = *args, *stats, torch.rand_like(loss)
+    torch.library.opcheck(ops.prototype_loss_bwd.default, args)
+    torch.library.opcheck(ops.prototype_loss_bwd_.default, args)
+    with pytest.raises(RuntimeError, match="student must be contiguous"):
+        ops.prototype_loss_bwd_(student.mT.contiguous().mT, *args[1:])
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_without_a_graph_break(inplace):
     student, teacher = scores(3, 4, 9).requires_grad_(), scores(2, 4, 9)
     bias, weight = torch.randn(9), torch.rand(4)
 
-    def loss(x):
-        return prototype_cross_entropy(x, teacher, bias=bias, sample_weight=weight)
+    def loss(x, inplace):
+        return prototype_cross_entropy(x, teacher, bias=bias, sample_weight=weight, inplace=inplace)
 
+    expected = torch.autograd.grad(loss(student, False), student)[0]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    grads = [torch.autograd.grad(call(student), student)[0] for call in (loss, compiled)]
-    assert torch.equal(*grads)
+    before = student.detach().clone()
+    assert torch.equal(torch.autograd.grad(compiled(student, inplace), student)[0], expected)
+    assert torch.equal(student, before), "in place has no effect there"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,7 +254,7 @@ def test_a_student_crop_without_a_pair():
     "call, error, text",
     [
         (lambda x: prototype_cross_entropy(x.int(), x), TypeError, "student must be a.*int32"),
-        (lambda x: prototype_cross_entropy(x, [x]), TypeError, "teacher must be a.*list.*stack"),
+        (lambda x: prototype_cross_entropy(x, [x]), TypeError, "teacher must be one.*list.*stack"),
         (lambda x: prototype_cross_entropy(x[0, 0], x), ValueError, r"must be \(B, K\).*\(4,\)"),
         (lambda x: prototype_cross_entropy(x, x[..., :2]), ValueError,
          r"\(B, K\)=\(3, 4\), got \(2, 3, 2\)"),
@@ -237,6 +269,14 @@ def test_a_student_crop_without_a_pair():
         (lambda x: prototype_cross_entropy(x[0], x[0], ignore_diagonal=True), ValueError,
          "must leave a pair"),
         (lambda x: prototype_cross_entropy(x, x, reduction="avg"), ValueError, "got 'avg'"),
+        (lambda x: prototype_cross_entropy(x.mT, x.mT, inplace=True), ValueError,
+         r"student must be contiguous for inplace=True, got strides \(12, 1, 4\)"),
+        (lambda x: prototype_cross_entropy(x.requires_grad_(), x, inplace=True), ValueError,
+         "student must be computed by a model for inplace=True, got a leaf"),
+        (lambda x: prototype_cross_entropy(x[0].requires_grad_(), x, inplace=True), ValueError,
+         "got a leaf"),
+        (lambda x: prototype_cross_entropy(x.requires_grad_()[:1], x, inplace=True), ValueError,
+         "got a leaf"),
     ],
 )  # fmt: skip
 def test_error_messages(call, error, text):

@@ -62,3 +62,13 @@ def test_repeats_to_the_bit(dtype):
     args = problem(3, 2, 3, 5000, dtype, 1)
     run_it = lambda: run(kernels.prototype_loss_fwd, kernels.prototype_loss_bwd, args)  # noqa: E731
     assert same_bits(run_it)
+
+
+@dtypes
+def test_in_place(dtype):
+    student, *args = problem(4, 2, 3, 5000, dtype, 1)
+    loss, *stats = kernels.prototype_loss_fwd(student, *args)
+    args += *stats, torch.rand_like(loss)
+    expected = kernels.prototype_loss_bwd(student, *args)
+    kernels.prototype_loss_bwd_(student, *args)
+    assert torch.equal(student, expected)

@@ -138,8 +138,9 @@ def test_defined_results(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_share_the_rows(threads, dtype):
-    before, scores = torch.get_num_threads(), cosines(70, 3000, dtype)
+@pytest.mark.parametrize("B,K", [(70, 3000), (2, 65539)])
+def test_threads_share_the_rows(B, K, threads, dtype):
+    before, scores = torch.get_num_threads(), cosines(B, K, dtype)
     torch.set_num_threads(threads)
     try:
         got = sinkhorn(scores, 0.05)

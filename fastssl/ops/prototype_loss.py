@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.dist import Shards, agree, resolve_levels
-from fastssl.ops.checks import check_reduction, reduced, slope_of_row
+from fastssl.ops.checks import check_floating, check_reduction, reduced, slope_of_row
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 
@@ -92,19 +92,24 @@ def prototype_loss_bwd_ref(
     return dstudent
 
 
+def prototype_loss_bwd_ref_(student: Tensor, *args) -> None:
+    """dstudent over the student's scores."""
+    student.copy_(prototype_loss_bwd_ref(student, *args))
+
+
 PROBLEM = (
-    "Tensor student, Tensor teacher, Tensor? bias, float student_scale, float teacher_scale,"
-    " bool ignore_diagonal"
+    "Tensor teacher, Tensor? bias, float student_scale, float teacher_scale, bool ignore_diagonal"
 )
+GIVEN = "Tensor student_stats, Tensor teacher_stats, Tensor dloss"
 lib.define(
-    f"prototype_loss_fwd({PROBLEM}) -> (Tensor loss, Tensor student_stats, Tensor teacher_stats)"
+    f"prototype_loss_fwd(Tensor student, {PROBLEM})"
+    " -> (Tensor loss, Tensor student_stats, Tensor teacher_stats)"
 )
-lib.define(
-    f"prototype_loss_bwd({PROBLEM}, Tensor student_stats, Tensor teacher_stats, Tensor dloss)"
-    " -> Tensor"
-)
+lib.define(f"prototype_loss_bwd(Tensor student, {PROBLEM}, {GIVEN}) -> Tensor")
+lib.define(f"prototype_loss_bwd_(Tensor(a!) student, {PROBLEM}, {GIVEN}) -> ()")
 lib.impl("prototype_loss_fwd", prototype_loss_fwd_ref, "CompositeExplicitAutograd")
 lib.impl("prototype_loss_bwd", prototype_loss_bwd_ref, "CompositeExplicitAutograd")
+lib.impl("prototype_loss_bwd_", prototype_loss_bwd_ref_, "CompositeExplicitAutograd")
 
 
 def _fwd_fake(student, teacher, *_):
@@ -123,20 +128,28 @@ def _bwd_fake(student, *_):
 
 torch.library.register_fake("fastssl::prototype_loss_fwd", _fwd_fake, lib=lib)
 torch.library.register_fake("fastssl::prototype_loss_bwd", _bwd_fake, lib=lib)
+torch.library.register_fake("fastssl::prototype_loss_bwd_", lambda *_: None, lib=lib)
 on_cuda("prototype_loss", "prototype_loss_fwd", prototype_loss_fwd_ref)
 on_cuda("prototype_loss", "prototype_loss_bwd", prototype_loss_bwd_ref)
+on_cuda("prototype_loss", "prototype_loss_bwd_", prototype_loss_bwd_ref_)
 
 
 class PrototypeLoss(torch.autograd.Function):
     """Keeps the scores as they came and two numbers a row; the backward makes the weights again."""
 
     @staticmethod
-    def forward(ctx, student, teacher, bias, weight, scales, ignore_diagonal, reduction, shards):
+    def forward(
+        ctx, student, teacher, bias, weight, scales, ignore_diagonal, reduction, shards, inplace
+    ):
         # fp64 exists for oracles, and kernels take no empty batch.
         by_reference = _wide(student, teacher) == torch.float64 or not student.shape[1]
         ops = torch.ops.fastssl
         fwd = prototype_loss_fwd_ref if by_reference else ops.prototype_loss_fwd
-        ctx.bwd = prototype_loss_bwd_ref if by_reference else ops.prototype_loss_bwd
+        ctx.inplace = inplace
+        if inplace:
+            ctx.bwd = prototype_loss_bwd_ref_ if by_reference else ops.prototype_loss_bwd_
+        else:
+            ctx.bwd = prototype_loss_bwd_ref if by_reference else ops.prototype_loss_bwd
         (S, B, _), T = student.shape, len(teacher)
         pairs = S * T - min(S, T) * ignore_diagonal if reduction == "mean" else 1
         ctx.slope = slope_of_row(reduction, B, shards) / pairs
@@ -155,25 +168,42 @@ class PrototypeLoss(torch.autograd.Function):
         student, teacher, bias, weight, *stats = ctx.saved_tensors
         d = (dloss * ctx.slope).expand(stats[0].shape[1:])
         d = d if weight is None else d * weight
-        d = ctx.bwd(student, teacher, bias, *ctx.options, *stats, d.contiguous())
-        return d, *[None] * 7
+        args = student, teacher, bias, *ctx.options, *stats, d.contiguous()
+        if not ctx.inplace:
+            return ctx.bwd(*args), *[None] * 8
+        ctx.bwd(*args)
+        # Whoever saved the scores, this loss included, must not take the gradient for them.
+        torch.autograd.graph.increment_version(student)
+        return student.detach(), *[None] * 8
 
 
 def _crops(name: str, label: str, x: Tensor) -> Tensor:
     """(crops, B, K) of that or (B, K)."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if not isinstance(x, Tensor) or x.dtype not in dtypes:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    if isinstance(x, list | tuple):
         raise TypeError(
-            f"{name}: {label} must be a float32, bfloat16, float16 or float64 tensor, got {got}. "
-            "Convert it with .float(), or torch.stack a list of crops."
+            f"{name}: {label} must be one tensor, got a {type(x).__name__}. torch.stack the crops."
         )
+    check_floating(name, label, x)
     if x.dim() not in (2, 3) or 0 in (*x.shape[:-2], x.shape[-1]):
         raise ValueError(
             f"{name}: {label} must be (B, K), or (crops, B, K), with at least one prototype, "
             f"got {tuple(x.shape)}."
         )
     return x.unsqueeze(0) if x.dim() == 2 else x
+
+
+def _check_overwritable(name: str, student: Tensor) -> None:
+    if not student.is_contiguous():
+        raise ValueError(
+            f"{name}: student must be contiguous for inplace=True, got strides {student.stride()}. "
+            "Use .contiguous(), or inplace=False."
+        )
+    whole = student if student._base is None else student._base
+    if any(x.is_leaf and x.requires_grad for x in (student, whole)):  # a view of a leaf is none
+        raise ValueError(
+            f"{name}: student must be computed by a model for inplace=True, got a leaf that "
+            "requires grad. Its values would be lost: use inplace=False."
+        )
 
 
 def _scale_of(name: str, label: str, temperature: float) -> float:
@@ -195,6 +225,7 @@ def prototype_cross_entropy(
     ignore_diagonal: bool = False,
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
+    inplace: bool = False,
     group=None,
 ) -> Tensor:
     """Cross-entropy of softmax(teacher / T_t + bias) with softmax(student / T_s), of all crops.
@@ -214,6 +245,9 @@ def prototype_cross_entropy(
             image.
         reduction: "mean" over the pairs of crops that count and the B rows, "sum" over both, or
             "none" for (S, B), summed over teachers; (B,) where student is (B, K).
+        inplace: the gradient is written over student's scores, which nothing else may need, teacher
+            included. Student must be contiguous and computed by something, not a leaf. Without
+            effect under torch.compile.
         group: whose ranks' rows are one batch, as in `info_nce`. Every rank has its own B, also 0.
 
     Returns:
@@ -222,9 +256,11 @@ def prototype_cross_entropy(
 
     Raises:
         TypeError, ValueError: integer scores, shapes that do not fit, an empty batch, no pair left,
-            temperatures not positive; on all ranks, what differs between them and must not.
+            temperatures not positive, scores that `inplace` may not overwrite; on all ranks, what
+            differs between them and must not. RuntimeError: a second backward of an `inplace` loss.
 
-    Memory: O((S + T) B) and the gradient; no probabilities, nothing of B x K in float32.
+    Memory: O((S + T) B) and, unless `inplace`, the gradient; no probabilities, nothing of B x K in
+        float32.
 
     Notes: every student row is read once for all teachers, in the forward and in the backward, and
         the gradient is written once, in the student's dtype, after the upstream factor. Exponents
@@ -241,7 +277,7 @@ def prototype_cross_entropy(
     Paper: DINO, arXiv:2104.14294; SwAV, arXiv:2006.09882; iBOT, arXiv:2111.07832.
     """
     name = "prototype_cross_entropy"
-    one_crop = isinstance(student, Tensor) and student.dim() == 2
+    given = student
     student, teacher = _crops(name, "student", student), _crops(name, "teacher", teacher).detach()
     check_reduction(name, reduction)
     (S, B, K), T = student.shape, len(teacher)
@@ -259,6 +295,10 @@ def prototype_cross_entropy(
         raise ValueError(
             f"{name}: ignore_diagonal=True must leave a pair, got one student and one teacher crop."
         )
+    # The compiler plans memory by itself, and hides what student is a view of.
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        _check_overwritable(name, given)
     scales = (
         _scale_of(name, "student_temperature", student_temperature),
         _scale_of(name, "teacher_temperature", teacher_temperature),
@@ -295,6 +335,6 @@ def prototype_cross_entropy(
     if not (B if shards is None else shards.total):
         raise ValueError(f"{name}: the batch must have a row, got {tuple(student.shape)}. Skip it.")
     loss = PrototypeLoss.apply(
-        student, teacher, bias, sample_weight, scales, ignore_diagonal, reduction, shards
+        student, teacher, bias, sample_weight, scales, ignore_diagonal, reduction, shards, inplace
     )
-    return loss[0] if one_crop and reduction == "none" else loss
+    return loss[0] if given.dim() == 2 and reduction == "none" else loss
