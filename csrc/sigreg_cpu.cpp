@@ -30,7 +30,6 @@ constexpr int64_t kTerms = 2 * kStep;       // sums of an anchor
 constexpr float kMagic = 12582912.0f;       // 1.5 * 2^23: adding it rounds to an integer
 constexpr int64_t kBlock = 1 << 18;         // projections at a time: 1 MiB, for the second cache
 
-#define FASTSSL_INLINE __attribute__((always_inline))
 
 template <int L>
 struct Vector {
