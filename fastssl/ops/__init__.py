@@ -3,6 +3,7 @@
 from fastssl.ops.contrastive import contrastive_lse
 from fastssl.ops.gram import barlow_twins, koleo, topk_cosine, vicreg
 from fastssl.ops.info_nce import info_nce
+from fastssl.ops.linear_prototypes import linear_prototype_cross_entropy
 from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
@@ -14,6 +15,7 @@ __all__ = [
     "contrastive_lse",
     "info_nce",
     "koleo",
+    "linear_prototype_cross_entropy",
     "prototype_cross_entropy",
     "queue_nce",
     "siglip",

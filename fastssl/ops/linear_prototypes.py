@@ -1,0 +1,319 @@
+"""The cross-entropy over prototypes from features: scores z W^T exist for a block of samples only.
+
+A block's scores are made by one product, its loss and their gradient dS by the kernels of
+`prototype_loss`, then dz = dS W and dW += dS^T z. A reduced loss does all of it in the forward, so
+no product is made twice: the upstream gradient is one number, by which the backward multiplies.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from fastssl.dist import Shards, agree, resolve_levels
+from fastssl.ops.checks import (
+    check_floating,
+    check_reduction,
+    common_dtype,
+    reduced,
+    slope_of_row,
+)
+from fastssl.ops.contrastive import without_autocast
+from fastssl.ops.prototype_loss import (
+    PrototypeLoss,
+    _crops,
+    _scale_of,
+    prototype_loss_bwd_ref,
+    prototype_loss_fwd_ref,
+)
+
+# What the scores of a block may take, if that is enough rows for the products' full speed. With
+# K = 65536 on AMD cores 64 rows cost up to 24 % more, and 512 gain at most 6 %. Scores that fit a
+# block, or take no more than the prototypes' gradient in float32, are made whole: there blocks save
+# little memory, and cost up to 45 % where prototypes are bfloat16.
+BLOCK_BYTES = 32 << 20
+LEAST_ROWS = 256
+# Prototypes whose gradient is added at a time: their part of it, in 16 bit, stays in cache.
+PROTOTYPES = 4096
+
+
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def _step(B: int, crops: int, K: int, dtype: torch.dtype) -> int:
+    """Samples of a block; the blocks are of nearly one size."""
+    rows = max(BLOCK_BYTES // (K * dtype.itemsize), LEAST_ROWS)
+    blocks = -(-B // max(rows // crops, 1))
+    return -(-B // max(blocks, 1))
+
+
+def _scores(z: Tensor, W: Tensor, out: Tensor) -> Tensor:
+    """z W^T in the first rows of `out`: fresh memory costs as much as a product."""
+    return torch.mm(z, W.T, out=out[: len(z)])
+
+
+@without_autocast
+def _pass(
+    student: Tensor,  # (S, B, D)
+    W: Tensor,  # (K, D)
+    teacher: Tensor,  # (T, B, E), or (T, B, K) where V is None
+    V: Tensor | None,  # (K, E)
+    bias: Tensor | None,  # (T, K)
+    dloss: Tensor,  # (S, B)
+    dtypes: tuple[torch.dtype, torch.dtype],  # of the student's and the teacher's scores
+    options: tuple[float, float, bool],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """loss (S, B), and the gradient of sum dloss loss in at least fp32: dstudent, dW, as needed."""
+    (S, B, D), T, K = student.shape, len(teacher), len(W)
+    wide, ops = dloss.dtype, torch.ops.fastssl
+    by_reference = wide == torch.float64
+    fwd = prototype_loss_fwd_ref if by_reference else ops.prototype_loss_fwd
+    bwd = prototype_loss_bwd_ref if by_reference else ops.prototype_loss_bwd
+    step = _step(B, S + T, K, dtypes[0])
+    loss = torch.empty_like(dloss)
+    dstudent = dloss.new_empty(S, B, D) if needs[0] else None
+    dW = dloss.new_zeros(K, D) if needs[1] else None
+    W, out = W.to(dtypes[0]), W.new_empty(S * step, K, dtype=dtypes[0])
+    if V is not None:
+        V, teacher_out = V.to(dtypes[1]), V.new_empty(T * step, K, dtype=dtypes[1])
+    for i in range(0, B, max(step, 1)):
+        rows = slice(i, i + step)
+        z, x = student[:, rows].flatten(0, 1).to(W.dtype), teacher[:, rows]
+        y = _scores(z, W, out).view(S, -1, K)
+        if V is not None:
+            x = _scores(x.flatten(0, 1).to(V.dtype), V, teacher_out).view(T, -1, K)
+        loss[:, rows], *stats = fwd(y, x, bias, *options)
+        if not any(needs):
+            continue
+        dy = bwd(y, x, bias, *options, *stats, dloss[:, rows].contiguous()).view(-1, K)
+        if dstudent is not None:
+            dstudent[:, rows] = (dy @ W).view(S, -1, D)
+        if dW is not None:
+            for part, g in zip(dW.split(PROTOTYPES), dy.split(PROTOTYPES, 1), strict=True):
+                if part.dtype == W.dtype:
+                    part.addmm_(g.T, z)
+                else:
+                    part += g.T @ z
+    return loss, dstudent, dW
+
+
+class LinearPrototypeLoss(torch.autograd.Function):
+    """A reduced loss brings its gradient along, without the factors that all rows share: these
+    reach it in at least fp32, in place, before it is rounded. Losses by row, and a second backward,
+    run the pass again."""
+
+    @staticmethod
+    def forward(
+        ctx, student, W, teacher, V, bias, weight, scales, ignore_diagonal, reduction, shards,
+        dtypes, needs,
+    ):  # fmt: skip
+        (S, B, _), T = student.shape, len(teacher)
+        ctx.dtypes, ctx.options, ctx.needs = dtypes, (*scales, ignore_diagonal), needs
+        pairs = S * T - min(S, T) * ignore_diagonal if reduction == "mean" else 1
+        ctx.slope = slope_of_row(reduction, B, shards) / pairs
+        inputs = student, W, teacher, V, bias
+        by_row = reduction == "none"
+        loss, *grads = _pass(
+            *inputs, weight, dtypes, ctx.options, (False, False) if by_row else needs
+        )
+        ctx.grads = None if by_row else grads
+        ctx.save_for_backward(*inputs, weight)
+        loss = loss * weight
+        return loss if by_row else reduced(loss.sum(0) / pairs, reduction, shards)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        *inputs, weight = ctx.saved_tensors
+        factor = dloss * ctx.slope
+        if ctx.grads is not None:
+            grads = [None if grad is None else grad.mul_(factor) for grad in ctx.grads]
+            ctx.grads = None
+        else:
+            _, *grads = _pass(*inputs, weight * factor, ctx.dtypes, ctx.options, ctx.needs)
+        grads = (
+            None if grad is None else grad.to(x.dtype)
+            for grad, x in zip(grads, inputs[:2], strict=True)
+        )
+        return *grads, *[None] * 10
+
+
+def _features(name: str, label: str, x: Tensor, prototypes: Tensor) -> Tensor:
+    """(crops, B, D) of that or (B, D), which with the prototypes (K, D) gives scores."""
+    check_floating(name, label, x)
+    check_floating(name, f"{label}_prototypes", prototypes)
+    if x.dim() not in (2, 3) or 0 in (*x.shape[:-2], x.shape[-1]):
+        raise ValueError(
+            f"{name}: {label} must be (B, D), or (crops, B, D), with at least one column, "
+            f"got {tuple(x.shape)}."
+        )
+    if prototypes.dim() != 2 or prototypes.shape[1] != x.shape[-1] or not len(prototypes):
+        raise ValueError(
+            f"{name}: {label}_prototypes must be (K, D) with {label}'s width D={x.shape[-1]} and "
+            f"at least one prototype, got {tuple(prototypes.shape)}."
+        )
+    if prototypes.device != x.device:
+        raise ValueError(
+            f"{name}: {label} and {label}_prototypes must be on one device, got {x.device} and "
+            f"{prototypes.device}. Use .to()."
+        )
+    return x.unsqueeze(0) if x.dim() == 2 else x
+
+
+def _options(
+    name, sizes, dtypes, like, bias, student_temperature, teacher_temperature, ignore_diagonal,
+    sample_weight, reduction, group,
+):  # fmt: skip
+    """Checked: bias (T, K), weight (S, B), the scales, ignore_diagonal, reduction, shards."""
+    S, T, B, K = sizes
+    check_reduction(name, reduction)
+    if ignore_diagonal and S == T == 1:
+        raise ValueError(
+            f"{name}: ignore_diagonal=True must leave a pair, got one student and one teacher crop."
+        )
+    scales = (
+        _scale_of(name, "student_temperature", student_temperature),
+        _scale_of(name, "teacher_temperature", teacher_temperature),
+    )
+    like = like.new_empty(0, dtype=_wide(*dtypes))
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape not in ((K,), (T, K)):
+            got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
+            raise ValueError(
+                f"{name}: bias must be a tensor of shape {(K,)}, or {(T, K)} for one of each "
+                f"teacher crop, got {got}."
+            )
+        bias = bias.detach().to(like).contiguous().expand(T, K)
+    if sample_weight is None:
+        weight = like.new_ones(1)
+    elif not isinstance(sample_weight, Tensor) or sample_weight.shape not in ((B,), (S, B)):
+        got = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else sample_weight
+        raise ValueError(
+            f"{name}: sample_weight must be a tensor of shape {(B,)} or {(S, B)}, got {got}."
+        )
+    elif sample_weight.requires_grad:
+        raise ValueError(f"{name}: sample_weight takes no gradient here. Use .detach().")
+    else:
+        weight = sample_weight.to(like)
+    levels, shards = resolve_levels(name, group), None
+    if levels:
+        same = {
+            "the crops and prototypes": (S, T, K),
+            "the dtypes": dtypes,
+            "the temperatures": (student_temperature, teacher_temperature),
+            "the reduction": reduction,
+            "ignore_diagonal": ignore_diagonal,
+        }
+        (rows,) = agree(name, levels, (B,), like, **same)
+        shards = Shards(levels, rows)
+    if not (B if shards is None else shards.total):
+        raise ValueError(f"{name}: the batch must have a row, got B=0. Skip it.")
+    return bias, weight.expand(S, B), scales, ignore_diagonal, reduction, shards
+
+
+def linear_prototype_cross_entropy(
+    student: Tensor,
+    student_prototypes: Tensor,
+    teacher: Tensor,
+    teacher_prototypes: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+    ignore_diagonal: bool = False,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    group=None,
+) -> Tensor:
+    """`prototype_cross_entropy` of student @ student_prototypes.T and the teacher's, never stored.
+
+    loss_sb = sum_t H(softmax_k(v_k . teacher_tb / T_t + bias), softmax_k(w_k . student_sb / T_s)).
+
+    Args:
+        student: (S, B, D) features of S crops of B samples, or (B, D), in float32, bfloat16 or
+            float16 (float64: materialising reference, in the same blocks).
+        student_prototypes: (K, D), w: the weight of the last layer, as it multiplies.
+        teacher: (T, B, E) or (B, E) features, a constant.
+        teacher_prototypes: (K, E), v, a constant; or None, and teacher is scores (T, B, K) or
+            (B, K), which Sinkhorn needs as a whole.
+        bias, student_temperature, teacher_temperature, ignore_diagonal, sample_weight, reduction,
+            group: as in `prototype_cross_entropy`. Every rank has its own B, also 0.
+
+    Returns:
+        A float32 scalar, or losses by row. Over several ranks the scalar is that of the rows of all
+        ranks, equal on each.
+
+    Raises:
+        TypeError, ValueError: integer features, shapes that do not fit, an empty batch, no pair
+            left, temperatures not positive; on all ranks, what differs between them and must not.
+
+    Memory: scores of a block of samples (BLOCK_BYTES, or LEAST_ROWS of them) and their gradient,
+        and what a reduced loss keeps for its backward: both gradients in float32, O(S B D + K D).
+
+    Notes: a reduced loss makes its gradient in the forward, with the products of the unfused form
+        and none twice; the backward is one multiplication, in float32, and rounds once. With
+        reduction="none", and in a second backward, the scores are made again. Under autocast, and
+        where features or prototypes are 16-bit, products and scores are 16-bit, as of a linear
+        layer, and each block's part of the prototypes' gradient is rounded so before it is added in
+        float32. Deterministic. Differentiable once, in student and student_prototypes. Gradients
+        over several ranks as in `info_nce`, and prototypes are parameters: their gradients are to
+        be averaged, as DistributedDataParallel does.
+        With weight norm give the effective weight, to which autograd goes on:
+        `head = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(D, K, bias=False))`,
+        then `head.weight`. A student's own bias in the last layer: a column more of the prototypes,
+        and of ones of the features.
+
+    Example:
+        >>> student, teacher = torch.randn(4, 8, 16), torch.randn(2, 8, 16)  # crops, B, D
+        >>> W = torch.nn.Linear(16, 32).weight
+        >>> linear_prototype_cross_entropy(student, W, teacher, W, ignore_diagonal=True).shape
+        torch.Size([])
+
+    Paper: DINO, arXiv:2104.14294; the gradient made in the forward, block by block, as in Liger
+        Kernel, arXiv:2410.10989.
+    """
+    name = "linear_prototype_cross_entropy"
+    one_crop = isinstance(student, Tensor) and student.dim() == 2
+    student = _features(name, "student", student, student_prototypes)
+    (S, B, _), K = student.shape, len(student_prototypes)
+    dtypes = [common_dtype(student, student_prototypes)]
+    if teacher_prototypes is None:
+        teacher = _crops(name, "teacher", teacher)
+        dtypes.append(teacher.dtype)
+    else:
+        teacher = _features(name, "teacher", teacher, teacher_prototypes)
+        teacher_prototypes = teacher_prototypes.detach()
+        dtypes.append(common_dtype(teacher, teacher_prototypes))
+    teacher_K = teacher.shape[-1] if teacher_prototypes is None else len(teacher_prototypes)
+    if (teacher.shape[1], teacher_K) != (B, K):
+        raise ValueError(
+            f"{name}: teacher must have student's batch and prototypes (B, K)={(B, K)}, got "
+            f"{(teacher.shape[1], teacher_K)}."
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{name}: student and teacher must be on one device, got {student.device} and "
+            f"{teacher.device}. Use .to()."
+        )
+    options = _options(
+        name, (S, len(teacher), B, K), dtypes, student, bias, student_temperature,
+        teacher_temperature, ignore_diagonal, sample_weight, reduction, group,
+    )  # fmt: skip
+    # Asked here: a Function's forward runs without gradients, whatever its caller does.
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (student, student_prototypes)]
+    teacher = teacher.detach()
+    scores_bytes = B * K * (S * dtypes[0].itemsize + len(teacher) * dtypes[1].itemsize)
+    if scores_bytes <= max(BLOCK_BYTES, 4 * student_prototypes.numel()):
+        scores = linear(student.to(dtypes[0]), student_prototypes.to(dtypes[0]))
+        if teacher_prototypes is not None:
+            teacher = linear(teacher.to(dtypes[1]), teacher_prototypes.to(dtypes[1]))
+        loss = PrototypeLoss.apply(scores, teacher, *options)
+    else:
+        loss = LinearPrototypeLoss.apply(
+            student, student_prototypes, teacher, teacher_prototypes, *options, dtypes, needs
+        )
+    return loss[0] if one_crop and reduction == "none" else loss
