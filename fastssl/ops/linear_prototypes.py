@@ -31,8 +31,8 @@ from fastssl.ops.prototype_loss import (
 
 # What the scores of a block may take, if that is enough rows for the products' full speed. With
 # K = 65536 on AMD cores 64 rows cost up to 24 % more, and 512 gain at most 6 %. Scores that fit a
-# block, or take no more than the prototypes' gradient in float32, are made whole: there blocks save
-# little memory, and cost up to 45 % where prototypes are bfloat16.
+# block are made whole; and for 16-bit prototypes those of less than twice their gradient in
+# float32, which only blocks need: with S + T = 12, D = 256 it costs 14 % at B = 64.
 BLOCK_BYTES = 32 << 20
 LEAST_ROWS = 256
 # Prototypes whose gradient is added at a time: their part of it, in 16 bit, stays in cache.
@@ -251,8 +251,9 @@ def linear_prototype_cross_entropy(
         TypeError, ValueError: integer features, shapes that do not fit, an empty batch, no pair
             left, temperatures not positive; on all ranks, what differs between them and must not.
 
-    Memory: scores of a block of samples (BLOCK_BYTES, or LEAST_ROWS of them) and their gradient,
-        and what a reduced loss keeps for its backward: both gradients in float32, O(S B D + K D).
+    Memory: scores of a block of samples (32 MiB, or 256 rows) and their gradient, and what a
+        reduced loss keeps for its backward: both gradients in float32, O(S B D + K D). Scores that
+        fit a block, or little beside 16-bit prototypes, are made whole.
 
     Notes: a reduced loss makes its gradient in the forward, with the products of the unfused form
         and none twice; the backward is one multiplication, in float32, and rounds once. With
@@ -307,7 +308,8 @@ def linear_prototype_cross_entropy(
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (student, student_prototypes)]
     teacher = teacher.detach()
     scores_bytes = B * K * (S * dtypes[0].itemsize + len(teacher) * dtypes[1].itemsize)
-    if scores_bytes <= max(BLOCK_BYTES, 4 * student_prototypes.numel()):
+    sums_bytes = 4 * student_prototypes.numel() if student_prototypes.itemsize == 2 else 0
+    if scores_bytes <= max(BLOCK_BYTES, 2 * sums_bytes):
         scores = linear(student.to(dtypes[0]), student_prototypes.to(dtypes[0]))
         if teacher_prototypes is not None:
             teacher = linear(teacher.to(dtypes[1]), teacher_prototypes.to(dtypes[1]))
