@@ -3,6 +3,7 @@
 from fastssl.ops.contrastive import contrastive_lse
 from fastssl.ops.gram import barlow_twins, vicreg
 from fastssl.ops.info_nce import info_nce
+from fastssl.ops.linear_prototypes import linear_prototype_cross_entropy
 from fastssl.ops.neighbours import koleo, topk_cosine
 from fastssl.ops.prototype_loss import prototype_cross_entropy
 from fastssl.ops.prototypes import (
@@ -23,6 +24,7 @@ __all__ = [
     "effective_prototypes",
     "info_nce",
     "koleo",
+    "linear_prototype_cross_entropy",
     "optimal_transport",
     "prototype_cross_entropy",
     "prototype_usage",

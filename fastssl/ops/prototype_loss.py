@@ -6,6 +6,7 @@ t over the n_s teachers that student s is compared with. Both are linear in q, s
 weights are summed before a student's row is read; they are made in blocks and never stored.
 """
 
+import functools
 import math
 
 import torch
@@ -17,8 +18,8 @@ from fastssl.ops.checks import check_floating, check_reduction, reduced, slope_o
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 
-def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _logits(scores: Tensor, scale: float, bias: Tensor | None, dtype) -> Tensor:
@@ -55,7 +56,7 @@ def prototype_loss_fwd_ref(
 
     Where no teacher has weight a student's score of -inf counts nothing.
     """
-    dtype = _wide(student, teacher)
+    dtype = wide_dtype(student.dtype, teacher.dtype)
     x = _logits(teacher, teacher_scale, bias, dtype)
     y = _logits(student, student_scale, None, dtype)
     teacher_stats, student_stats = _statistics(x), _statistics(y)
@@ -82,7 +83,7 @@ def prototype_loss_bwd_ref(
     dloss: Tensor,  # (S, B)
 ) -> Tensor:
     """dstudent (S, B, K) in the student's dtype."""
-    dtype = _wide(student, teacher)
+    dtype = wide_dtype(student.dtype, teacher.dtype)
     q = _softmax(_logits(teacher, teacher_scale, bias, dtype), teacher_stats)
     p = _softmax(_logits(student, student_scale, None, dtype), student_stats)
     dstudent = torch.zeros_like(student, memory_format=torch.contiguous_format)
@@ -118,7 +119,7 @@ def _fwd_fake(student, teacher, *_):
         lambda: "prototype_loss_fwd: student must be (S, B, K) and teacher (T, B, K)",
     )
     S, B, _ = student.shape
-    like = student.new_empty((), dtype=_wide(student, teacher))
+    like = student.new_empty((), dtype=wide_dtype(student.dtype, teacher.dtype))
     return like.new_empty(S, B), like.new_empty(2, S, B), like.new_empty(2, len(teacher), B)
 
 
@@ -142,7 +143,9 @@ class PrototypeLoss(torch.autograd.Function):
         ctx, student, teacher, bias, weight, scales, ignore_diagonal, reduction, shards, inplace
     ):
         # fp64 exists for oracles, and kernels take no empty batch.
-        by_reference = _wide(student, teacher) == torch.float64 or not student.shape[1]
+        by_reference = (
+            wide_dtype(student.dtype, teacher.dtype) == torch.float64 or not student.shape[1]
+        )
         ops = torch.ops.fastssl
         fwd = prototype_loss_fwd_ref if by_reference else ops.prototype_loss_fwd
         ctx.inplace = inplace
@@ -156,8 +159,7 @@ class PrototypeLoss(torch.autograd.Function):
         ctx.options = *scales, ignore_diagonal
         loss, *stats = fwd(student, teacher, bias, *ctx.options)
         ctx.save_for_backward(student, teacher, bias, weight, *stats)
-        if weight is not None:
-            loss = loss * weight
+        loss = loss * weight
         if reduction == "none":
             return loss
         return reduced(loss.sum(0) / pairs, reduction, shards)
@@ -166,8 +168,7 @@ class PrototypeLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         student, teacher, bias, weight, *stats = ctx.saved_tensors
-        d = (dloss * ctx.slope).expand(stats[0].shape[1:])
-        d = d if weight is None else d * weight
+        d = dloss * ctx.slope * weight  # (S, B)
         args = student, teacher, bias, *ctx.options, *stats, d.contiguous()
         if not ctx.inplace:
             return ctx.bwd(*args), *[None] * 8
@@ -177,7 +178,7 @@ class PrototypeLoss(torch.autograd.Function):
         return student.detach(), *[None] * 8
 
 
-def _crops(name: str, label: str, x: Tensor) -> Tensor:
+def crops_of(name: str, label: str, x: Tensor) -> Tensor:
     """(crops, B, K) of that or (B, K)."""
     if isinstance(x, list | tuple):
         raise TypeError(
@@ -213,6 +214,58 @@ def _scale_of(name: str, label: str, temperature: float) -> float:
             "Typical: 0.1 for the student, 0.04 to 0.07 for the teacher."
         )
     return 1 / temperature
+
+
+def loss_options(
+    name, sizes, dtypes, like, bias, student_temperature, teacher_temperature, ignore_diagonal,
+    sample_weight, reduction, group,
+):  # fmt: skip
+    """Checked, for `PrototypeLoss`: bias (T, K), weight (S, B), scales, ignore_diagonal, reduction,
+    shards."""
+    S, T, B, K = sizes
+    check_reduction(name, reduction)
+    if ignore_diagonal and S == T == 1:
+        raise ValueError(
+            f"{name}: ignore_diagonal=True must leave a pair, got one student and one teacher crop."
+        )
+    scales = (
+        _scale_of(name, "student_temperature", student_temperature),
+        _scale_of(name, "teacher_temperature", teacher_temperature),
+    )
+    like = like.new_empty(0, dtype=wide_dtype(*dtypes))
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape not in ((K,), (T, K)):
+            got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
+            raise ValueError(
+                f"{name}: bias must be a tensor of shape {(K,)}, or {(T, K)} for one of each "
+                f"teacher crop, got {got}."
+            )
+        bias = bias.detach().to(like).contiguous().expand(T, K)
+    if sample_weight is None:
+        weight = like.new_ones(1)
+    elif not isinstance(sample_weight, Tensor) or sample_weight.shape not in ((B,), (S, B)):
+        got = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else sample_weight
+        raise ValueError(
+            f"{name}: sample_weight must be a tensor of shape {(B,)} or {(S, B)}, got {got}."
+        )
+    elif sample_weight.requires_grad:
+        raise ValueError(f"{name}: sample_weight takes no gradient here. Use .detach().")
+    else:
+        weight = sample_weight.to(like)
+    levels, shards = resolve_levels(name, group), None
+    if levels:
+        same = {
+            "the crops and prototypes": (S, T, K),
+            "the dtypes": dtypes,
+            "the temperatures": (student_temperature, teacher_temperature),
+            "the reduction": reduction,
+            "ignore_diagonal": ignore_diagonal,
+        }
+        (rows,) = agree(name, levels, (B,), like, **same)
+        shards = Shards(levels, rows)
+    if not (B if shards is None else shards.total):
+        raise ValueError(f"{name}: the batch must have a row, got B=0. Skip it.")
+    return bias, weight.expand(S, B), scales, ignore_diagonal, reduction, shards
 
 
 def prototype_cross_entropy(
@@ -278,8 +331,10 @@ def prototype_cross_entropy(
     """
     name = "prototype_cross_entropy"
     given = student
-    student, teacher = _crops(name, "student", student), _crops(name, "teacher", teacher).detach()
-    check_reduction(name, reduction)
+    student, teacher = (
+        crops_of(name, "student", student),
+        crops_of(name, "teacher", teacher).detach(),
+    )
     (S, B, K), T = student.shape, len(teacher)
     if teacher.shape[1:] != (B, K):
         raise ValueError(
@@ -291,50 +346,13 @@ def prototype_cross_entropy(
             f"{name}: student and teacher must be on one device, got {student.device} and "
             f"{teacher.device}. Use .to()."
         )
-    if ignore_diagonal and S == T == 1:
-        raise ValueError(
-            f"{name}: ignore_diagonal=True must leave a pair, got one student and one teacher crop."
-        )
     # The compiler plans memory by itself, and hides what student is a view of.
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         _check_overwritable(name, given)
-    scales = (
-        _scale_of(name, "student_temperature", student_temperature),
-        _scale_of(name, "teacher_temperature", teacher_temperature),
-    )
-    like = student.new_empty(0, dtype=_wide(student, teacher))
-    if bias is not None:
-        if not isinstance(bias, Tensor) or bias.shape not in ((K,), (T, K)):
-            got = tuple(bias.shape) if isinstance(bias, Tensor) else bias
-            raise ValueError(
-                f"{name}: bias must be a tensor of shape {(K,)}, or {(T, K)} for one of each "
-                f"teacher crop, got {got}."
-            )
-        bias = bias.detach().to(like).contiguous().expand(T, K)
-    if sample_weight is not None:
-        if not isinstance(sample_weight, Tensor) or sample_weight.shape not in ((B,), (S, B)):
-            got = tuple(sample_weight.shape) if isinstance(sample_weight, Tensor) else sample_weight
-            raise ValueError(
-                f"{name}: sample_weight must be a tensor of shape {(B,)} or {(S, B)}, got {got}."
-            )
-        if sample_weight.requires_grad:
-            raise ValueError(f"{name}: sample_weight takes no gradient here. Use .detach().")
-        sample_weight = sample_weight.to(like).expand(S, B)
-    levels, shards = resolve_levels(name, group), None
-    if levels:
-        same = {
-            "the crops and prototypes": (S, T, K),
-            "the dtypes": (student.dtype, teacher.dtype),
-            "the temperatures": (student_temperature, teacher_temperature),
-            "the reduction": reduction,
-            "ignore_diagonal": ignore_diagonal,
-        }
-        (sizes,) = agree(name, levels, (B,), student, **same)
-        shards = Shards(levels, sizes)
-    if not (B if shards is None else shards.total):
-        raise ValueError(f"{name}: the batch must have a row, got {tuple(student.shape)}. Skip it.")
-    loss = PrototypeLoss.apply(
-        student, teacher, bias, sample_weight, scales, ignore_diagonal, reduction, shards, inplace
-    )
+    options = loss_options(
+        name, (S, T, B, K), (student.dtype, teacher.dtype), student, bias, student_temperature,
+        teacher_temperature, ignore_diagonal, sample_weight, reduction, group,
+    )  # fmt: skip
+    loss = PrototypeLoss.apply(student, teacher, *options, inplace)
     return loss[0] if given.dim() == 2 and reduction == "none" else loss
