@@ -234,8 +234,9 @@ def test_masked_rows_do_not_count(hidden, device):
 
 
 def test_layouts(device):
-    z, directions = torch.randn(2, 33, 12, device=device), torch.randn(12, 7, device=device)
-    upstream, transposed = torch.randn(7), z.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    z, directions = torch.randn(2, 33, 12), sigreg_directions(7, 12).to(device)
+    z, upstream = z.to(device), torch.randn(7)
+    transposed = z.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     expected = with_gradient(z, upstream, directions=directions, reduction="none")
     for x, a in (
         (transposed, directions),
