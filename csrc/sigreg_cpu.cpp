@@ -6,7 +6,8 @@
 // and cosine, rotations to 2 x, 5 x and the anchors 10 x, 15 x, ..., and one fused multiply-add for
 // each knot and function: from sums of products like cos(10 x) cos(2 x) follow both knots 8 and 12.
 // Rotations are complex, so errors grow like k; recurrences in cosines alone would give k^2.
-// Nothing of rows x slices x knots is stored, and no result depends on the number of threads.
+// Nothing of rows x slices x knots is stored. On the number of threads depends only how the library
+// rounds its products.
 // Sums are fp32 within 128 rows, fp64 across: near a Gaussian what is left of them is small.
 // Papers: LeJEPA arXiv:2511.08544; Philox, SC 2011.
 #include "products.h"

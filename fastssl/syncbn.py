@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import agree, all_sum, host_may_wait, resolve_levels
 
 

@@ -334,17 +334,18 @@ def test_compiles_without_a_graph_break():
             torch.testing.assert_close(got, with_gradient(z, 1, **options))
 
 
-def test_is_differentiable_once():
+@pytest.mark.parametrize("power", [1, 2])
+def test_is_differentiable_once(power):
     z = torch.randn(4, 3, requires_grad=True)
     value = sigreg(z, num_slices=2)
-    (dz,) = torch.autograd.grad(value.square(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dz.sum().backward()
+    (dz,) = torch.autograd.grad(value**power, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="SigReg is differentiable once"):
+        (value + dz.sum()).backward()
 
 
 @compiled
 @pytest.mark.parametrize("N,D,S", [(2100, 40, 200), (5, 512, 1024)])
-def test_any_number_of_threads_gives_the_same_bits(N, D, S):
+def test_threads_change_the_rounding_of_products_alone(N, D, S):
     before, z, found = torch.get_num_threads(), torch.randn(N, D), []
     try:
         for threads in (1, 2, 3):
@@ -353,7 +354,7 @@ def test_any_number_of_threads_gives_the_same_bits(N, D, S):
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        assert all(map(torch.equal, other, found[0]))
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-7)
 
 
 def test_autocast_has_no_effect(device):

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import GlobalSum, Shards
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import Library
 
+from fastssl.autograd import once_differentiable
 from fastssl.ops.checks import (
     Problem,
     check_features,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import Shards, all_sum, gather_rows, resolve_levels
 from fastssl.ops.blocks import steps, wide, world
 from fastssl.ops.checks import check_features

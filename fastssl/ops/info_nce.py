@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import resolve_levels
 from fastssl.ops import contrastive, queue
 from fastssl.ops.checks import (

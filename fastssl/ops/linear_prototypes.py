@@ -7,9 +7,9 @@ no product is made twice: the upstream gradient is one number, by which the back
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from fastssl.autograd import once_differentiable
 from fastssl.ops.checks import (
     check_floating,
     common_dtype,

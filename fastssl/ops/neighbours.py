@@ -4,8 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import all_sum, gather_rows, host_may_wait, resolve_levels, scatter_sums
 from fastssl.extension import cpu_features
 from fastssl.ops.blocks import steps, wide, world

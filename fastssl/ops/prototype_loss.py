@@ -11,8 +11,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import Shards, agree, resolve_levels
 from fastssl.ops.checks import check_floating, check_reduction, reduced, slope_of_row
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast

@@ -6,8 +6,8 @@ row_lse_i = log sum_j e^l_ij and out_i = sum_j softmax_ij k_j, so dl/dq_i = scal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import Shards, exchange_parts, gather_rows, resolve_levels
 from fastssl.ops import contrastive
 from fastssl.ops.checks import (

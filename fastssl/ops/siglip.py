@@ -7,9 +7,9 @@ is known from the pair alone: three products in all where two passes would take 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import Shards, gather_rows, resolve_levels
 from fastssl.ops import contrastive
 from fastssl.ops.checks import (

@@ -11,11 +11,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl.augment.random import philox4x32
+from fastssl.autograd import once_differentiable
 from fastssl.dist import agree, all_sum, resolve_levels, world_size
-from fastssl.ops.checks import check_floating, check_reduction
+from fastssl.ops.checks import check_floating, check_reduction, number_or_tensor
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 # Apart from the streams of fastssl.augment.random, which share a run's seed.
@@ -130,10 +130,10 @@ class SigReg(torch.autograd.Function):
         if levels:
             packed = all_sum(torch.cat([sums.flatten(), count]), levels)
             sums, count = packed[: sums.numel()].view(sums.shape), packed[sums.numel() :]
-        n = count.clamp(min=1).view(-1, 1)
+        n = count.where(count > 0, math.inf).view(-1, 1)
         ctx.save_for_backward(z, directions, sums, n)
         ctx.options = by_reference, knots, t_max, world_size(levels)
-        return torch.einsum("k,gcks->gs", weight[1:], sums.square()) / n
+        return (sums.square().sum(1) * weight[1:, None]).sum(1) / n
 
     @staticmethod
     @once_differentiable
@@ -154,7 +154,7 @@ def sigreg_directions(
 
     Args:
         num_slices, dim: S and D, >= 1.
-        seed: 64 bits.
+        seed: an integer, of which 64 bits count.
         step: >= 0, of which 56 bits count: a number, or an int64 scalar on the device, which no
             host reads.
         device: where, if step is a number.
@@ -182,6 +182,7 @@ def sigreg_directions(
         raise ValueError(
             f"{name}: step must be one int64 number, got {step.dtype} {tuple(step.shape)}."
         )
+    seed = (seed + 2**63) % 2**64 - 2**63  # as the int64 with these bits
     return torch.ops.fastssl.sigreg_directions(step.view(()), seed, num_slices, dim)
 
 
@@ -235,8 +236,8 @@ def sigreg(
 
     Notes: projections and angles in float32, sums in float32 over blocks of rows, on a CPU in
         float64 across. One all-reduce of sums and counts, exact for uneven ranks; none in the
-        backward, which takes the upstream gradient to be equal on all ranks. Deterministic; equal
-        for any number of threads. The order of rows changes rounding alone. Autocast has no effect.
+        backward, which takes the upstream gradient to be equal on all ranks. Deterministic for a
+        given number of threads. The order of rows changes rounding alone. Autocast has no effect.
         Differentiable once, in z. Gradients over several ranks as in `info_nce`.
 
     Example:
@@ -264,14 +265,12 @@ def sigreg(
         )
     D = z.shape[-1]
     if directions is None:
-        if not isinstance(step, Tensor):
-            step = torch.full((), step, dtype=torch.int64, device=z.device)
-        directions = sigreg_directions(num_slices, D, seed=seed, step=step)
+        directions = sigreg_directions(num_slices, D, seed=seed, step=step, device=z.device)
     elif not isinstance(directions, Tensor) or directions.dim() != 2 or len(directions) != D:
         got = tuple(directions.shape) if isinstance(directions, Tensor) else directions
         raise ValueError(f"{name}: directions must be (D, S) with z's D={D}, got {got}.")
     directions = directions.detach().to(device=z.device, dtype=wide(z)) / target_std
-    flat, count = z.reshape(-1, *z.shape[-2:]), None
+    flat, count = z.reshape(math.prod(z.shape[:-2]), *z.shape[-2:]), None
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != z.shape[:-1]:
             got = (mask.dtype, tuple(mask.shape)) if isinstance(mask, Tensor) else mask
@@ -287,13 +286,13 @@ def sigreg(
             "the width, slices and knots": (*directions.shape, knots),
             "the dtype": z.dtype,
             "t_max and target_std": (t_max, target_std),
-            "the seed": seed,
+            "the seed and step": (seed, *number_or_tensor(step)),
             "whether rows are masked": mask is not None,
         }
         agree(name, levels, (), z, **same)
     statistic = SigReg.apply(flat, directions, count, knots, t_max, levels)
     if clip is not None:
-        statistic = statistic.where(statistic >= clip, 0)
+        statistic = statistic.masked_fill(statistic < clip, 0)
     if reduction == "none":
         return statistic.view(*z.shape[:-2], directions.shape[1])
     return statistic.sum() if reduction == "sum" else statistic.mean()

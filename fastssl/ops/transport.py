@@ -12,8 +12,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastssl.autograd import once_differentiable
 from fastssl.dist import host_may_wait
 from fastssl.ops.blocks import wide
 from fastssl.ops.checks import check_floating
