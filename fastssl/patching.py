@@ -10,7 +10,21 @@ from fastssl.extras import nearest
 
 # Library: its distribution, the module that names its losses, and those that are replaced.
 LIBRARIES = {
-    "lightly": ("lightly", "lightly.loss", ("NTXentLoss", "DCLLoss", "DCLWLoss")),
+    "lightly": (
+        "lightly",
+        "lightly.loss",
+        (
+            "NTXentLoss",
+            "DCLLoss",
+            "DCLWLoss",
+            "SwaVLoss",
+            "DINOLoss",
+            "IBOTPatchLoss",
+            "KoLeoLoss",
+            "VICRegLoss",
+            "BarlowTwinsLoss",
+        ),
+    ),
     "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss", "SigLipLoss")),
 }
 
@@ -27,7 +41,8 @@ def patch(library: str) -> list[str]:
     are. A second call changes nothing.
 
     Args:
-        library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss).
+        library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
+            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss).
 
     Returns:
         The names now bound to our classes, such as "open_clip.factory.ClipLoss".
