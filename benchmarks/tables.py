@@ -15,14 +15,21 @@ NAMES = {
     "sinkhorn_bias": "sinkhorn_bias",
     "sinkhorn": "sinkhorn",
     "dino": "prototype_cross_entropy",
+    "linear_prototypes": "linear_prototype_cross_entropy",
+    "linear_prototypes_autocast": "the same under autocast",
+    "sigreg": "sigreg",
     "vicreg": "VICRegLoss",
     "barlow_twins": "BarlowTwinsLoss",
     "koleo": "KoLeoLoss",
     "topk": "topk_cosine",
 }
-SIZES = {"queue": "NMD", "topk": "NMD", "sinkhorn_bias": "NM", "sinkhorn": "NM", "dino": "NM"}
+SIZES = {
+    "queue": "NMD", "topk": "NMD", "sinkhorn_bias": "NM", "sinkhorn": "NM", "dino": "NM",
+    "linear_prototypes": "NMD", "linear_prototypes_autocast": "NMD", "sigreg": "VNMD",
+}  # fmt: skip
 LIMIT = """Sizes are N x D; N x M x D with a queue or bank of M; N x M over M prototypes, for the
-cross-entropy with 2 teacher and 10 student crops. Of the limit: the time of fastssl over that of
+cross-entropy with 2 teacher and 10 student crops; V x N x M x D for V views and M slices. Of the
+limit: the time of fastssl over that of
 the algorithm's own products and exponentials, timed bare in the same run (float32)."""
 SHARDED = """One batch over several processes under gloo on the same CPU, one thread each; N rows
 (of each view) in all. A step takes the slowest rank's time; extra memory is rank 0's. fastssl by
@@ -105,7 +112,7 @@ def main() -> None:
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     parts = [LIMIT]
-    for name in ("contrastive", "prototypes", "gram"):
+    for name in ("contrastive", "prototypes", "linear_prototypes", "gram", "sigreg"):
         parts += map(table, results(name))
     if sharded := results("sharded"):
         parts += [SHARDED, *map(sharded_table, sharded)]
