@@ -414,6 +414,16 @@ def projections(z: Tensor, directions: Tensor) -> Tensor:
     return p
 
 
+def merged(parts: Tensor, N: int, spacing: float) -> Tensor:
+    """X and Y (G, 2, knots, S) of N rows, of sums (spans, G, 2, knots, S)."""
+    spans, G, _, knots, S = parts.shape
+    out, known = parts.new_empty(parts.shape[1:]), merge_constants()
+    sigreg_merge_kernel[G * 2 * knots, triton.cdiv(S, known["BLOCK_S"])](
+        parts, out, N, S, G, spans, SPACING=spacing, KNOTS=knots, **known
+    )
+    return out
+
+
 def sigreg_directions(step: Tensor, seed: int, num_slices: int, dim: int) -> Tensor:
     """(dim, num_slices) float32."""
     out = step.new_empty(dim, num_slices, dtype=torch.float32)
@@ -433,23 +443,18 @@ def sigreg_fwd(
 ) -> Tensor:
     """X and Y (G, 2, knots, S) float32."""
     (G, N, _), S = z.shape, directions.shape[1]
-    out = directions.new_empty(G, 2, knots, S)
     if 0 in (N, S):
-        return out.zero_()
+        return directions.new_zeros(G, 2, knots, S)
     with device_of(z):
         p = projections(z, directions)
         grid, span = spans_of(p)
-        parts = p.new_empty(grid[1], *out.shape)
+        parts = p.new_empty(grid[1], G, 2, knots, S)
         for anchors in anchors_of(knots):
             sigreg_fwd_kernel[grid](
                 p, parts, *reduction(spacing), N, S, G, span,
                 KNOTS=knots, **anchors, **walk_constants(),
             )  # fmt: skip
-        known = merge_constants()
-        sigreg_merge_kernel[G * 2 * knots, triton.cdiv(S, known["BLOCK_S"])](
-            parts, out, N, S, G, len(parts), SPACING=spacing, KNOTS=knots, **known
-        )
-    return out
+        return merged(parts, N, spacing)
 
 
 def sigreg_bwd(
@@ -460,9 +465,8 @@ def sigreg_bwd(
 ) -> Tensor:
     """dz (G, N, D) in z's dtype."""
     (G, N, D), (_, _, knots, S) = z.shape, series.shape
-    dz = z.new_empty(z.shape)
     if 0 in (N, S):
-        return dz.zero_()
+        return z.new_zeros(z.shape)
     with device_of(z):
         p = projections(z, directions)
         launches, (grid, span) = anchors_of(knots), spans_of(p)
@@ -476,8 +480,10 @@ def sigreg_bwd(
         columns = triton.cdiv(D, known["BLOCK_M"])
         sizes = {"BLOCK_N": known["BLOCK_N"], "BLOCK_M": known["BLOCK_K"]}
         blocks, splits, span = splits_of(z, G * N, S, columns, sizes)
-        out = dz if splits == 1 else p.new_empty(splits, G, N, D)
+        out = torch.empty(
+            splits, G, N, D, device=z.device, dtype=z.dtype if splits == 1 else torch.float32
+        )
         sigreg_product_kernel[blocks // columns, columns, splits](
             dp, directions, out, G * N, D, S, span, S, *directions.stride()[::-1], **known
         )
-    return dz if splits == 1 else out.sum(0).to(z.dtype)
+        return out[0] if splits == 1 else out.sum(0).to(z.dtype)

@@ -78,9 +78,20 @@ def test_large_projections(largest, spacing):
     assert (p.double() - z.double() @ directions.double()).abs().max() <= 3e-7 * largest
     got = kernels.sigreg_fwd(z, directions, spacing, 16)
     true = sigreg_fwd_ref(p.double(), torch.eye(20, device=DEVICE).double(), spacing, 16)
+    assert (got - true).abs().max() <= 3e-5
     got, true = statistic(got, 120, 17), statistic(true, 120, 17)
     assert ((got - true).abs() <= 1e-5 * true).all()
     assert (got.mean() - true.mean()).abs() <= 1e-6 * true.mean()
+
+
+def test_sums_of_many_rows():
+    """300 spans of 256 rows near the null: nothing is left of sums that fp32 adds up."""
+    _, phi, _ = knot_weights(17, 3.0, torch.empty(0, dtype=torch.float64, device=DEVICE))
+    rest = torch.randn(300, 1, 2, 16, 3, device=DEVICE)
+    rest[:, :, 0] += 256 * phi[1:, None].float()
+    true = rest.double().sum(0)
+    true[:, 0] -= 300 * 256 * phi[1:, None]
+    assert (kernels.merged(rest, 300 * 256, 3 / 16) - true).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("largest", [1e5, 1e9, 1e30])
@@ -100,15 +111,15 @@ def test_out_of_reach(largest):
 
 @dtypes
 @pytest.mark.parametrize(
-    "G, N, D, S", [(1, 1, 1, 1), (2, 2, 3, 5), (1, 33, 17, 70), (3, 9, 70, 7), (1, 70, 130, 65)]
+    "G, N, D, S", [(1, 1, 1, 1), (2, 2, 3, 5), (1, 33, 17, 70), (3, 9, 70, 7), (1, 40, 70, 65)]
 )
 def test_sizes(G, N, D, S, dtype):
     check(*problem(G, N, D, S, dtype))
 
 
-@pytest.mark.parametrize("knots", [1, 2, 3, 4, 7, 8, 17, 18, 40])
+@pytest.mark.parametrize("knots", [1, 2, 4, 7, 8, 17, 18, 40])
 def test_knots(knots):
-    """Before the first anchor, at the edges of anchors and launches; of T = 3, 5, 9 and 41."""
+    """Before the first anchor, at the edges of anchors and launches; of T = 3, 5, 9, 41."""
     check(*problem(2, 11, 6, 9), 3 / knots, knots)
 
 
@@ -134,16 +145,16 @@ def test_splits(programs, dtype, monkeypatch):
 @dtypes
 def test_layouts(dtype):
     z, directions = problem(2, 9, 20, 18, dtype)
-    expected = check(z, directions)
+    expected = check(z, directions, 3 / 4, 4)
     for other in (
         z.transpose(0, 1).contiguous().transpose(0, 1),
         z.mT.contiguous().mT,
         torch.cat([z, z], 2)[:, :, 20:],
         z.repeat_interleave(2, 1)[:, ::2],
     ):
-        for got, want in zip(check(other, directions), expected, strict=True):
+        for got, want in zip(check(other, directions, 3 / 4, 4), expected, strict=True):
             assert torch.equal(got, want)
-    check(z[:1].expand(2, 9, 20), directions.T.contiguous().T)
+    check(z[:1].expand(2, 9, 20), directions.T.contiguous().T, 3 / 4, 4)
 
 
 @dtypes
@@ -159,20 +170,20 @@ def test_gradient_keeps_the_series_apart(dtype):
 @dtypes
 def test_what_is_not_finite(dtype):
     z, directions = problem(3, 9, 6, 10, dtype)
-    clean = kernels.sigreg_fwd(z, directions, 3 / 16, 16)
+    clean = kernels.sigreg_fwd(z, directions, 3 / 4, 4)
     series = torch.randn_like(clean)
-    finite = kernels.sigreg_bwd(z, directions, series, 3 / 16)
+    finite = kernels.sigreg_bwd(z, directions, series, 3 / 4)
     for bad in (torch.nan, torch.inf):
         z[1, 7, 2] = bad
-        sums = kernels.sigreg_fwd(z, directions, 3 / 16, 16)
+        sums = kernels.sigreg_fwd(z, directions, 3 / 4, 4)
         assert sums[1].isnan().all() and torch.equal(sums[::2], clean[::2])
-        gradient = kernels.sigreg_bwd(z, directions, series, 3 / 16)
+        gradient = kernels.sigreg_bwd(z, directions, series, 3 / 4)
         assert gradient[1, 7].isnan().all()
         gradient[1, 7] = finite[1, 7]
         assert torch.equal(gradient, finite)
     # The NaN that GPUs make, all of whose bits are set: rounding could make a number of it.
-    series[2, 1, 5, 3].view(torch.int32).fill_(0x7FFFFFFF)
-    gradient = kernels.sigreg_bwd(z, directions, series, 3 / 16)
+    series[2, 1, 1, 3].view(torch.int32).fill_(0x7FFFFFFF)
+    gradient = kernels.sigreg_bwd(z, directions, series, 3 / 4)
     assert gradient[2].isnan().all() and torch.equal(gradient[0], finite[0])
 
 
@@ -192,7 +203,7 @@ def test_nothing_to_sum(dtype):
 
 @dtypes
 def test_repeats_to_the_bit(dtype):
-    z, directions = problem(1, 50, 10, 20, dtype)
+    z, directions = problem(1, 30, 10, 20, dtype)
     series = torch.randn(1, 2, 16, 20, device=DEVICE)
     assert same_bits(
         lambda: (
