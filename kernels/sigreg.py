@@ -1,9 +1,9 @@
 """Triton kernels of the op `sigreg`: directions, sums for characteristic functions, and back.
 
-Projections p = z A (G N, S) are stored in fp32. A thread then keeps two slices and walks rows. Each
-element costs one range reduction and one pair of polynomials, for c_1 + i s_1 = e^(i h p); powers
-follow by complex products, whose error grows like the power (that of a recurrence of three terms
-like its square). Of the anchors b = 5, 10, 15, .. with j = 1, 2
+Projections p = z A (G N, S) are stored in fp32. Threads then keep to their slices and walk rows.
+Each element costs one range reduction and one pair of polynomials, for c_1 + i s_1 = e^(i h p);
+powers follow by complex products, whose error grows like the power (that of a recurrence of three
+terms like its square). Of the anchors b = 5, 10, 15, .. with j = 1, 2
 cos((b +- j) h p) = c_b c_j -+ s_b s_j and sin((b +- j) h p) = s_b c_j +- c_b s_j, so that ten sums
 of products give five knots, and a series over five knots is ten products.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastssl.ops.sigreg import SLICES
 
-ANCHORS = 3  # of one launch: 34 sums or coefficients a slice, for two slices, stay in registers
-ROWS_A_LANE = 32  # in fp32; more would show near the null, where sums are nearly N phi
+ANCHORS = 3  # of one launch: 34 sums or coefficients for each of two elements fit the registers
+ROWS_A_LANE = 64  # in fp32; more would show near the null, where sums are nearly N phi
 PI = tl.constexpr(math.pi)
 # 1.5 * 2^23: added, it leaves an integer in the low bits of a number.
 ROUND = tl.constexpr(12582912.0)
@@ -98,16 +98,32 @@ def store_knot(ptr, cos_sum, sin_sum, S, offs_s, k: tl.constexpr, KNOTS: tl.cons
 
 
 @triton.jit
+def add_rows(a, b):
+    return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@triton.jit
+def add_rows_of_four(a, b, c, d):
+    """Sums over the rows of four tiles, for which warps meet once."""
+    ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    return a, b, c, d
+
+
+@triton.jit
 def store_anchor(ptr, of, S, offs_s, b: tl.constexpr, KNOTS: tl.constexpr):
-    store_knot(ptr, tl.sum(of[0], 0), tl.sum(of[1], 0), S, offs_s, b, KNOTS)
+    c, s = add_rows(of[0], of[1])
+    store_knot(ptr, c, s, S, offs_s, b, KNOTS)
     for j in tl.static_range(1, 3):
-        cc, ss = tl.sum(of[4 * j - 2], 0), tl.sum(of[4 * j - 1], 0)
-        sc, cs = tl.sum(of[4 * j], 0), tl.sum(of[4 * j + 1], 0)
+        cc, ss, sc, cs = add_rows_of_four(of[4 * j - 2], of[4 * j - 1], of[4 * j], of[4 * j + 1])
         store_knot(ptr, cc + ss, sc - cs, S, offs_s, b - j, KNOTS)
         store_knot(ptr, cc - ss, sc + cs, S, offs_s, b + j, KNOTS)
 
 
-@triton.jit(do_not_specialize=["N", "groups", "span"])
+# S is not specialised: told that rows are aligned Triton gives a thread two slices of a row, whose
+# sums pass between threads one by one; else two rows of a slice, which are added first.
+@triton.jit(do_not_specialize=["N", "S", "groups", "span"])
 def sigreg_fwd_kernel(
     p_ptr, part_ptr, spacing, per_pi, pi_1, pi_2, pi_3, N, S, groups, span,
     KNOTS: tl.constexpr, FIRST: tl.constexpr, ANCHORS: tl.constexpr,
@@ -117,7 +133,7 @@ def sigreg_fwd_kernel(
     5 (FIRST + 1), .., and for knots 1 and 2 with the first of them.
 
     A program owns BLOCK_S slices of one group: 4 bytes read and about 90 operations an element,
-    8 bytes written for a slice, knot and span. Safe: a lane adds at most 32 rows; lanes meet in a
+    8 bytes written for a slice, knot and span. Safe: a lane adds at most 64 rows; lanes meet in a
     tree, spans in fp64. A NaN or an infinity makes its slice NaN.
     LeJEPA: arXiv:2511.08544.
     """
@@ -151,8 +167,9 @@ def sigreg_fwd_kernel(
     part = tl.cast(tl.program_id(1), tl.int64) * groups + group
     part_ptr += part * 2 * KNOTS * S
     if FIRST == 0:
-        store_knot(part_ptr, tl.sum(low[0], 0), tl.sum(low[1], 0), S, offs_s, 1, KNOTS)
-        store_knot(part_ptr, tl.sum(low[2], 0), tl.sum(low[3], 0), S, offs_s, 2, KNOTS)
+        c1, s1, c2, s2 = add_rows_of_four(low[0], low[1], low[2], low[3])
+        store_knot(part_ptr, c1, s1, S, offs_s, 1, KNOTS)
+        store_knot(part_ptr, c2, s2, S, offs_s, 2, KNOTS)
     for a in tl.static_range(ANCHORS):
         store_anchor(part_ptr, sums[a], S, offs_s, 5 * (FIRST + a + 1), KNOTS)
 
@@ -350,7 +367,7 @@ def sigreg_directions_kernel(
 
 
 def walk_constants() -> dict:
-    """Of the kernels that walk rows: two slices a thread."""
+    """Of the kernels that walk rows: two elements a thread."""
     return {"BLOCK_N": 8, "BLOCK_S": 64, "num_warps": 8, "enable_fp_fusion": True}
 
 
