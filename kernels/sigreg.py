@@ -25,9 +25,6 @@ PI = tl.constexpr(math.pi)
 ROUND = tl.constexpr(12582912.0)
 
 
-# ---------------------------------------------------------------------------------------- angles
-
-
 @triton.jit
 def with_sign(x, odd):
     return (x.to(tl.int32, bitcast=True) ^ odd).to(tl.float32, bitcast=True)
@@ -344,8 +341,7 @@ def sigreg_directions_kernel(
     """BLOCK_S columns (D, S) of length 1: Philox4x32-10 of (seed, step, slice, dimensions), four
     normal numbers a block of words by Box-Muller, made twice: once for the lengths.
 
-    Safe: u is exact and never 0 or 1.
-    Philox: SC 2011.
+    Safe: u is exact and never 0 or 1. Philox: SC 2011.
     """
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     step = tl.load(step_ptr)
@@ -376,11 +372,11 @@ def merge_constants() -> dict:
 
 
 def product_constants(terms: int) -> dict:
-    if terms == 0:
-        sizes = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 16, "num_stages": 2}
-    else:
-        sizes = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 32, "num_stages": 3}
-    return sizes | {"TERMS": terms, "num_warps": 4, "enable_fp_fusion": True}
+    block_k, num_stages = (16, 2) if terms == 0 else (32, 3)
+    return {
+        "TERMS": terms, "BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": block_k,
+        "num_warps": 4, "num_stages": num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def directions_constants() -> dict:
@@ -497,9 +493,7 @@ def sigreg_bwd(
         columns = triton.cdiv(D, known["BLOCK_M"])
         sizes = {"BLOCK_N": known["BLOCK_N"], "BLOCK_M": known["BLOCK_K"]}
         blocks, splits, span = splits_of(z, G * N, S, columns, sizes)
-        out = torch.empty(
-            splits, G, N, D, device=z.device, dtype=z.dtype if splits == 1 else torch.float32
-        )
+        out = (z if splits == 1 else p).new_empty(splits, G, N, D)
         sigreg_product_kernel[blocks // columns, columns, splits](
             dp, directions, out, G * N, D, S, span, S, *directions.stride()[::-1], **known
         )
