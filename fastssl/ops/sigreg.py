@@ -12,14 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.augment.random import philox4x32
+from fastssl.augment.random import SLICES, philox4x32
 from fastssl.autograd import once_differentiable
 from fastssl.dist import agree, all_sum, resolve_levels, world_size
 from fastssl.ops.checks import check_floating, check_reduction, number_or_tensor
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
-
-# Apart from the streams of fastssl.augment.random, which share a run's seed.
-SLICES = 4
 
 
 def wide(z: Tensor) -> torch.dtype:
