@@ -26,12 +26,13 @@ lint: .venv/installed-dev
 test-cpu: .venv/installed-dev
 	$(BIN)/pytest --ignore-glob "tests/*_triton.py" --ignore-glob "tests/*_cubin.py"
 
-# The interpreter must be chosen before the kernels are imported, hence a process of its own.
+# The interpreter must be chosen before the kernels are imported, hence a process of its own. It and
+# the compiler run on one thread: a process a core.
 test-triton: .venv/installed-dev
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/*_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/*_triton.py
 
 test-cubin: .venv/installed-dev
-	$(BIN)/pytest tests/*_cubin.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/*_cubin.py
 
 bench: .venv/installed-dev
 	$(BIN)/pytest benchmarks -s -q
