@@ -5,6 +5,7 @@
 
 from fastssl.losses import pml
 from fastssl.losses.clip import ClipLoss, SigLipLoss
+from fastssl.losses.lejepa import EppsPulley, LeJEPALoss, SIGReg, SlicingUnivariateTest
 from fastssl.losses.ntxent import DCLLoss, DCLWLoss, NTXentLoss
 from fastssl.losses.own import InfoNCELoss, QueueNCELoss
 from fastssl.losses.spread import BarlowTwinsLoss, KoLeoLoss, VICRegLoss
@@ -15,11 +16,15 @@ __all__ = [
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
+    "EppsPulley",
     "InfoNCELoss",
     "KoLeoLoss",
+    "LeJEPALoss",
     "NTXentLoss",
     "QueueNCELoss",
+    "SIGReg",
     "SigLipLoss",
+    "SlicingUnivariateTest",
     "SupConLoss",
     "VICRegLoss",
     "pml",
