@@ -8,6 +8,7 @@ from fastssl.ops.prototypes import sinkhorn, sinkhorn_bias
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
 from fastssl.ops.sigreg import sigreg, sigreg_directions
+from fastssl.ops.sliced import sliced_moments, visreg
 from fastssl.ops.supcon import sup_con
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "sigreg_directions",
     "sinkhorn",
     "sinkhorn_bias",
+    "sliced_moments",
     "sup_con",
     "topk_cosine",
     "vicreg",
+    "visreg",
 ]
