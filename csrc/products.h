@@ -42,6 +42,25 @@ struct Tile {
   }
 };
 
+// C = op(A) op(B) + beta * C in fp32 by the library, row-major, C (m x n), contracted over k.
+inline void float_product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a,
+                          int64_t lda, const float* b, int64_t ldb, float beta, float* c,
+                          int64_t ldc) {
+  const auto view = [](const float* p, int64_t rows, int64_t cols, int64_t ld, bool transpose) {
+    const int64_t size[2] = {rows, cols};
+    const int64_t stride[2] = {transpose ? 1 : ld, transpose ? ld : 1};
+    return torch::stable::from_blob(const_cast<float*>(p), {size, 2}, {stride, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    ScalarType::Float);
+  };
+  Tensor out = view(c, m, n, ldc, false);
+  const Tensor left = view(a, m, k, lda, ta), right = view(b, k, n, ldb, tb);
+  const auto status = beta == 0.f
+      ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
+      : aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, 1.0);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "the library's matrix product failed");
+}
+
 // ------------------------------------------------------------------------------------- Library
 
 template <bool kBf16>
@@ -111,14 +130,7 @@ class LibraryProducts {
       load_float_rows(t, row0, rows, out, D_);
     }
   }
-  static Tensor view(const float* p, int64_t rows, int64_t cols, int64_t ld, bool transpose) {
-    const int64_t size[2] = {rows, cols};
-    const int64_t stride[2] = {transpose ? 1 : ld, transpose ? ld : 1};
-    return torch::stable::from_blob(const_cast<float*>(p), {size, 2}, {stride, 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    ScalarType::Float);
-  }
-  // C = op(A) op(B) + beta * C, row-major, C (m x n), contracted over k.
+  // As float_product, in T.
   static void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
                    const T* b, int64_t ldb, float beta, float* c, int64_t ldc) {
     if constexpr (kBf16) {
@@ -127,12 +139,7 @@ class LibraryProducts {
                              c, ldc);
 #endif
     } else {
-      Tensor out = view(c, m, n, ldc, false);
-      const Tensor left = view(a, m, k, lda, ta), right = view(b, k, n, ldb, tb);
-      const auto status = beta == 0.f
-          ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
-          : aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, 1.0);
-      STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "the library's matrix product failed");
+      float_product(ta, tb, m, n, k, a, lda, b, ldb, beta, c, ldc);
     }
   }
 

@@ -1,4 +1,4 @@
-"""SIGReg: how far features are from an isotropic Gaussian, by the characteristic functions of slices.
+"""SIGReg: how far features are from an isotropic Gaussian, by characteristic functions of slices.
 
 With p = z a along direction a and knots t_k = k h, h = t_max / (T - 1), over N rows
 X_k = sum_n (cos(t_k p_n) - phi_k), Y_k = sum_n sin(t_k p_n), phi_k = e^(-t_k^2 / 2),
@@ -73,7 +73,7 @@ def sigreg_fwd_ref(z: Tensor, directions: Tensor, spacing: float, knots: int) ->
 
 @without_autocast
 def sigreg_bwd_ref(z: Tensor, directions: Tensor, series: Tensor, spacing: float) -> Tensor:
-    """dz (G, N, D) of dp_n = sum_k a_k cos(k h p_n) + b_k sin(k h p_n); a and b (G, 2, knots, S)."""
+    """dz (G, N, D) of dp_n = sum_k a_k cos(k h p_n) + b_k sin(k h p_n); series (G, 2, knots, S)."""
     a, b = series.unsqueeze(3).unbind(1)  # (G, knots, 1, S)
     angles = _angles(z, directions, spacing, series.shape[2])
     dp = (a * angles.cos() + b * angles.sin()).sum(1)  # (G, N, S)
