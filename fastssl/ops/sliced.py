@@ -1,5 +1,7 @@
 """SIGReg's siblings: moments of random slices, and VISReg's sorted form."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def _settled(name: str, z: Tensor, num_slices, seed, step, directions, group):
         sizes = agree(name, levels, sizes, z, **same)[0]
     if not sum(sizes):
         raise ValueError(f"{name}: z must have at least one row, got none. Skip empty batches.")
-    z = z.reshape(-1, *z.shape[-2:]).to(wide(z))
+    z = z.reshape(math.prod(z.shape[:-2]), *z.shape[-2:]).to(wide(z))
     return z, directions.detach().to(z), Shards(levels, sizes)
 
 
@@ -174,8 +176,4 @@ def _visreg(z, a, shards, scale, shape, centre, eps):
     target = torch.empty_like(quantile).scatter(1, order, quantile)
     own = target[:, shards.first : shards.first + z.shape[1]]
     errors = _mean((x @ a - own).square().sum(1), shards)  # (G, S)
-    return (
-        centre * mean.square().mean()
-        + scale * (std - 1).square().mean()
-        + shape * errors.mean()
-    )
+    return centre * mean.square().mean() + scale * (std - 1).square().mean() + shape * errors.mean()
