@@ -266,9 +266,7 @@ class SlicingUnivariateTest(SIGReg):
                 f"{type(univariate_test).__name__}. Other tests are not offered."
             )
         if sampler != "gaussian":
-            raise ValueError(
-                f'SlicingUnivariateTest: sampler must be "gaussian", got {sampler!r}.'
-            )
+            raise ValueError(f'SlicingUnivariateTest: sampler must be "gaussian", got {sampler!r}.')
         super().__init__(
             num_slices, univariate_test.n_points, univariate_test.t_max, clip=clip_value,
             reduction="none" if reduction is None else reduction,
