@@ -6,6 +6,7 @@ DINOv2 and v3, some of which are taken here.
 
 from fastssl.losses import dinov2, pml
 from fastssl.losses.clip import ClipLoss, SigLipLoss
+from fastssl.losses.lejepa import EppsPulley, LeJEPALoss, SIGReg, SlicingUnivariateTest
 from fastssl.losses.ntxent import DCLLoss, DCLWLoss, NTXentLoss
 from fastssl.losses.own import InfoNCELoss, QueueNCELoss
 from fastssl.losses.prototypes import DINOLoss, IBOTPatchLoss, SwaVLoss, power_law_marginal
@@ -18,12 +19,16 @@ __all__ = [
     "DCLLoss",
     "DCLWLoss",
     "DINOLoss",
+    "EppsPulley",
     "IBOTPatchLoss",
     "InfoNCELoss",
     "KoLeoLoss",
+    "LeJEPALoss",
     "NTXentLoss",
     "QueueNCELoss",
+    "SIGReg",
     "SigLipLoss",
+    "SlicingUnivariateTest",
     "SupConLoss",
     "SwaVLoss",
     "VICRegLoss",

@@ -3,11 +3,12 @@
 from torch import nn
 
 from ..extras import nearest
+from .lejepa import LeJEPA
 from .simclr import SimCLR
 
-METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR}
+METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR, "lejepa": LeJEPA}
 
-__all__ = ["METHODS", "SimCLR", "method_class"]
+__all__ = ["METHODS", "LeJEPA", "SimCLR", "method_class"]
 
 
 def method_class(name: str) -> type[nn.Module]:

@@ -15,12 +15,27 @@ _SIMCLR_SMALL = {
     "method_args": {"temperature": 0.2},
 }
 
+_LEJEPA_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 256,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 5e-2,
+    "warmup_epochs": 1.0,
+    "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
+}
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "lejepa": {
+        "digits": {**_LEJEPA_SMALL, "epochs": 20},
+        "patches": {**_LEJEPA_SMALL, "epochs": 20},
+        "folder": {**_LEJEPA_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
     "simclr": {
         "digits": {**_SIMCLR_SMALL, "epochs": 20},
         "patches": {**_SIMCLR_SMALL, "epochs": 20},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    }
+    },
 }
 """Method, then `digits`, `patches` or `folder` (anything else), then fields of `PretrainConfig`."""
 

@@ -15,6 +15,7 @@ from fastssl.ops.prototypes import (
 from fastssl.ops.queue import queue_nce
 from fastssl.ops.siglip import siglip
 from fastssl.ops.sigreg import sigreg, sigreg_directions
+from fastssl.ops.sliced import sliced_moments, visreg
 from fastssl.ops.supcon import sup_con
 from fastssl.ops.transport import optimal_transport
 
@@ -34,7 +35,9 @@ __all__ = [
     "sigreg_directions",
     "sinkhorn",
     "sinkhorn_bias",
+    "sliced_moments",
     "sup_con",
     "topk_cosine",
     "vicreg",
+    "visreg",
 ]
