@@ -28,7 +28,8 @@ class PretrainConfig:
     method: str = "simclr"
     data: str = "digits"
     """A folder of images (subfolders are labels), or the built-in `digits` or `patches`."""
-    out: str = "runs/simclr"
+    out: str | None = None
+    """The run's folder; none: runs/METHOD."""
     method_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the method's class, e.g. temperature."""
     backbone: str | None = None
@@ -64,6 +65,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
+        if self.out is None:
+            self.out = f"runs/{self.method}"
         arguments = method_arguments(self.method)
         self.method_args = _checked(self.method_args, arguments, "config: method_args")
         for name, least in _LEAST.items():

@@ -23,6 +23,7 @@ LIBRARIES = {
             "KoLeoLoss",
             "VICRegLoss",
             "BarlowTwinsLoss",
+            "LeJEPALoss",
         ),
     ),
     "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss", "SigLipLoss")),
@@ -42,7 +43,8 @@ def patch(library: str) -> list[str]:
 
     Args:
         library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
-            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss).
+            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss,
+            LeJEPALoss).
 
     Returns:
         The names now bound to our classes, such as "open_clip.factory.ClipLoss".
