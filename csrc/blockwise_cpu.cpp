@@ -22,11 +22,12 @@ namespace {
 constexpr int64_t kMost = 4096;  // of a block
 constexpr int64_t kElements = 1 << 14;  // of a task, at least one block
 
-// The codes, ascending, and the fp32 midpoints of those at or above 0. The construction is that of
+// The codes, ascending, and the entries of nearest_code. The construction is that of
 // fastssl/ops/blockwise.py, which checks it against the published one.
 template <bool kSigned>
 struct Book {
-  float code[256], middle[256];
+  float code[256];
+  int32_t entries[kHalves];
 
   Book() {
     std::vector<float> values = {0.f, 1.f};
@@ -47,8 +48,16 @@ struct Book {
     std::sort(values.begin(), values.end());
     std::copy(values.begin(), values.end(), code);
     const int zero = kSigned ? 127 : 0;
-    for (int j = 0; j < 255 - zero; ++j)
-      middle[j] = (code[zero + j] + code[zero + j + 1]) * 0.5f;
+    int place = 0;
+    for (uint32_t half = kFirstHalf; half <= kLastHalf; ++half) {
+      const int below = zero + place;
+      const uint32_t middle =
+          below < 255 ? bit_cast<uint32_t>((code[below] + code[below + 1]) * 0.5f) : 0;
+      const bool crossed = middle >> 16 == half;
+      const int32_t from = crossed ? int32_t(middle & 0xffffu) + (below % 2 == 0) : 1 << 16;
+      entries[half - kFirstHalf] = place << kSplit | from;
+      place += crossed;
+    }
   }
 };
 template <bool kSigned>
@@ -91,31 +100,35 @@ FASTSSL_CLONES float absolute_maximum(const float* x, int64_t n) {
   return bit_cast<float>(top);
 }
 template <bool kSigned>
-FASTSSL_HD void encode(const float* x, int64_t n, float absmax, const float* middle,
-                       uint8_t* codes) {
+FASTSSL_HD void encode(const float* x, int64_t n, float absmax, const int32_t* entries,
+                       uint8_t* __restrict codes) {
   const float lift = absmax < 0x1p-64f ? 0x1p64f : 1.0f;  // so that the inverse is finite
   const float inverse = absmax == 0.0f ? 0.0f : 1.0f / (absmax * lift);
-  int32_t below[kMost], found[kMost];
-  float size[kMost], edge[kMost];
+  int32_t bits[kMost], entry[kMost], found[kMost];
   for (int64_t i = 0; i < n; ++i) {
-    size[i] = std::fabs(x[i] * lift * inverse);
-    below[i] = code_below<kSigned>(size[i]);
+    bits[i] = bit_cast<int32_t>(x[i] * lift * inverse);
+    entry[i] = entry_of(bits[i] & 0x7fffffff);
   }
-  for (int64_t i = 0; i < n; ++i) edge[i] = middle[below[i]];
+  for (int64_t i = 0; i < n; ++i) entry[i] = entries[entry[i]];
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t j = nearest_code<kSigned>(size[i], below[i], edge[i]);
+    const int32_t j = nearest_code(bits[i] & 0x7fffffff, entry[i]);
     const int32_t at_most = j < 127 ? j : 127;  // there is no -1
-    found[i] = !kSigned ? j : x[i] < 0.0f ? 127 - at_most : 127 + j;
+    found[i] = !kSigned ? j : bits[i] < 0 ? 127 - at_most : 127 + j;
   }
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(found[i]);
 }
-FASTSSL_CLONES void encode_signed(const float* x, int64_t n, float absmax, const float* middle,
+FASTSSL_CLONES void encode_signed(const float* x, int64_t n, float absmax, const int32_t* entries,
                                   uint8_t* codes) {
-  encode<true>(x, n, absmax, middle, codes);
+  encode<true>(x, n, absmax, entries, codes);
 }
-FASTSSL_CLONES void encode_unsigned(const float* x, int64_t n, float absmax, const float* middle,
+FASTSSL_CLONES void encode_unsigned(const float* x, int64_t n, float absmax, const int32_t* entries,
                                     uint8_t* codes) {
-  encode<false>(x, n, absmax, middle, codes);
+  encode<false>(x, n, absmax, entries, codes);
+}
+
+Hyper with_inverses(Hyper h) {
+  h.correction1 = 1.0f / h.correction1, h.correction2 = 1.0f / h.correction2;
+  return h;
 }
 
 // Every rule as two loops over a block: the step, and sums of squares of p and of what LARS and LAMB
@@ -124,7 +137,7 @@ FASTSSL_CLONES void encode_unsigned(const float* x, int64_t n, float absmax, con
   FASTSSL_CLONES void step_##NAME(int64_t n, const float* __restrict g, const Hyper& given,        \
                                   float trust, bool finite_only, float* __restrict p,              \
                                   float* __restrict m, float* __restrict v) {                      \
-    const Hyper h = given;                                                                        \
+    const Hyper h = with_inverses(given);                                                                        \
     for (int64_t i = 0; i < n; ++i) {                                                             \
       float next_m = m[i], next_v = v[i];                                                         \
       const float next = stepped<kRule>(p[i], g[i], h, trust, next_m, next_v);                     \
@@ -134,7 +147,7 @@ FASTSSL_CLONES void encode_unsigned(const float* x, int64_t n, float absmax, con
   }                                                                                               \
   FASTSSL_CLONES void norm_##NAME(int64_t n, const float* g, const Hyper& given,                   \
                                   const float* p, const float* m, const float* v, double* sums) { \
-    const Hyper h = given;                                                                        \
+    const Hyper h = with_inverses(given);                                                                        \
     float p_sum[16] = {}, d_sum[16] = {}, d[kMost];                                               \
     for (int64_t i = 0; i < n; ++i) d[i] = trusted<kRule>(p[i], g[i], h, m[i], v[i]);              \
     const int64_t whole = n / 16 * 16;                                                            \
@@ -232,8 +245,8 @@ struct State {
     if (!codes) return;
     if (root) square_root(n, x);
     absmax[b] = absolute_maximum(x, n);
-    if (is_signed) encode_signed(x, n, absmax[b], book<true>().middle, codes + at);
-    else encode_unsigned(x, n, absmax[b], book<false>().middle, codes + at);
+    if (is_signed) encode_signed(x, n, absmax[b], book<true>().entries, codes + at);
+    else encode_unsigned(x, n, absmax[b], book<false>().entries, codes + at);
   }
 };
 
@@ -270,8 +283,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t block_size, bool
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * block_size, some = std::min(block_size, n - at);
       most[b] = absolute_maximum(from + at, some);
-      if (is_signed) encode_signed(from + at, some, most[b], book<true>().middle, to + at);
-      else encode_unsigned(from + at, some, most[b], book<false>().middle, to + at);
+      if (is_signed) encode_signed(from + at, some, most[b], book<true>().entries, to + at);
+      else encode_unsigned(from + at, some, most[b], book<false>().entries, to + at);
     }
   });
   return {codes, absmax};

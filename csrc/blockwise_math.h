@@ -1,9 +1,8 @@
 // The 8-bit dynamic code and the arithmetic of optimizer steps, for host and device.
 //
-// Magnitudes x in [0, 1] lie in seven decades; decade d begins at 10^(d-7) and has 2^d cells (signed)
-// or 2^(d+1) (unsigned), each with its code in the middle. A code is found without a search: the
-// decade by six comparisons, the nearest edge between two codes by one product, and which side of it
-// by comparing with their fp32 midpoint, which alone decides, so rounding before it does not matter.
+// The code nearest a magnitude x in [0, 1] takes one look into a table, by the sign-free upper half of
+// x's bits: no two codes' midpoints share one, so an entry has the code below and the lower half from
+// which on it is the next. Midpoints are those of fp32; between two codes the even place is taken.
 #pragma once
 
 #include <cmath>
@@ -19,38 +18,25 @@ namespace fastssl {
 
 enum Rule { kAdam, kAdamW, kSGD, kNesterov, kLion, kRMSprop, kAdagrad, kLARS, kLAMB };
 
-// A row of `hyper`.
+// A row of `hyper`. Loops take the inverses of the corrections.
 struct Hyper {
   float lr, beta1, beta2, eps, decay, correction1, correction2, extra, scale, adapt, most;
 };
 constexpr int64_t kHyper = sizeof(Hyper) / sizeof(float);
 
-// The place j, counted from 0, of the code below the edge that is nearest x >= 0; NaN gives some j.
-template <bool kSigned>
-FASTSSL_HD int32_t code_below(float x) {
-  float power = 1e6f;
-  int32_t cells = kSigned ? 1 : 2;
-  power = x >= 1e-6f ? 1e5f : power, cells = x >= 1e-6f ? cells + cells : cells;
-  power = x >= 1e-5f ? 1e4f : power, cells = x >= 1e-5f ? cells + cells : cells;
-  power = x >= 1e-4f ? 1e3f : power, cells = x >= 1e-4f ? cells + cells : cells;
-  power = x >= 1e-3f ? 1e2f : power, cells = x >= 1e-3f ? cells + cells : cells;
-  power = x >= 1e-2f ? 1e1f : power, cells = x >= 1e-2f ? cells + cells : cells;
-  power = x >= 1e-1f ? 1.0f : power, cells = x >= 1e-1f ? cells + cells : cells;
-  const float place = (x * power * (1.0f / 0.9f) - 1.0f / 9.0f) * static_cast<float>(cells);
-  const float in_reach = place < 254.0f ? place : 254.0f;  // also of NaN
-  const int32_t edge = static_cast<int32_t>((in_reach > 0.0f ? in_reach : 0.0f) + 0.5f);
-  const int32_t below = cells + edge - (kSigned ? 1 : 2), last = kSigned ? 127 : 254;
-  return below < last ? below : last;
-}
+// The entries are for upper halves from that of 2^-23, below all midpoints, to that of 1.
+constexpr uint32_t kFirstHalf = 0x3400, kLastHalf = 0x3f80, kHalves = kLastHalf - kFirstHalf + 1;
+constexpr int kSplit = 17;  // an entry: the place of the code, and 17 bits of the lower half
 
-// The place of the code nearest x >= 0, given code_below and the fp32 midpoint between that one and
-// the next: between two codes the even place in the whole table, where the signed one has 127 places
-// below 0. NaN gives 0.
-template <bool kSigned>
-FASTSSL_HD int32_t nearest_code(float x, int32_t below, float edge) {
-  const int32_t tie_up = (below & 1) ^ (kSigned ? 1 : 0);
-  const int32_t up = (x > edge ? 1 : 0) + (x == edge ? tie_up : 0);
-  return x == x ? below + up : 0;
+// Which entry the bits of a magnitude look up; NaN that of 0.
+FASTSSL_HD int32_t entry_of(int32_t bits) {
+  const int32_t first = kFirstHalf, last = kLastHalf, half = bits >> 16;
+  const int32_t at = half < last ? half : last;
+  return (at > first && bits <= 0x7f800000 ? at : first) - first;
+}
+// The place of the nearest code, counted from that of 0.
+FASTSSL_HD int32_t nearest_code(int32_t bits, int32_t entry) {
+  return (entry >> kSplit) + ((bits & 0xffff) >= (entry & ((1 << kSplit) - 1)) ? 1 : 0);
 }
 
 // Taken before anything else: g in the units of the loss, with p's decay where that is a part of it.
@@ -67,7 +53,7 @@ FASTSSL_HD float direction(float p, float g, const Hyper& h, float& m, float& v)
   if (kRule == kAdam || kRule == kAdamW || kRule == kLAMB) {
     m = h.beta1 * m + (1.0f - h.beta1) * g;
     v = h.beta2 * v + (1.0f - h.beta2) * (g * g);
-    const float u = m / h.correction1 / (sqrtf(v / h.correction2) + h.eps);
+    const float u = m * h.correction1 / (sqrtf(v * h.correction2) + h.eps);
     return kRule == kLAMB ? u + h.decay * p : u;
   }
   if (kRule == kLion) {
