@@ -334,6 +334,12 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     const int64_t n = params[t].numel();
     STD_TORCH_CHECK(grads[t].numel() == n, "blockwise_step_: a gradient of ", grads[t].numel(),
                     " elements for a parameter of ", n);
+    for (const Tensor& x : {params[t], grads[t]})
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float ||
+                          x.scalar_type() == ScalarType::BFloat16 ||
+                          x.scalar_type() == ScalarType::Half,
+                      "blockwise_step_: parameters and gradients must be float32, bfloat16 or "
+                      "float16");
     items.push_back({params[t], grads[t], n,
                      State(first[t], first_scale[t], n, block_size, true, false),
                      State(second[t], second_scale[t], n, block_size, false, root),
