@@ -1,0 +1,410 @@
+// Optimizer steps over many tensors with states of 8 bits in blocks, or of fp32, in one call.
+//
+// A task owns some blocks of one tensor; a block stays in the first cache while its parameters,
+// gradients and codes are read once, stepped and written once. LARS and LAMB take a pass before, that
+// writes nothing, for the norms of tensors: partial sums of tasks in fp64, added in fixed order.
+// No result depends on the number of threads.
+// Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962.
+#include "blockwise_math.h"
+#include "common.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+namespace fastssl {
+namespace {
+
+constexpr int64_t kMost = 4096;  // of a block
+constexpr int64_t kElements = 1 << 14;  // of a task, at least one block
+
+// The codes, ascending, and the entries of nearest_code. The construction is that of
+// fastssl/ops/blockwise.py, which checks it against the published one.
+template <bool kSigned>
+struct Book {
+  float code[256];
+  int32_t entries[kHalves];
+
+  Book() {
+    std::vector<float> values = {0.f, 1.f};
+    const float powers[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.f};
+    for (int i = 0; i < 7; ++i) {
+      const int cells = 1 << (i + !kSigned);
+      const float low = 0.1f, step = static_cast<float>((1.0 - low) / cells);
+      const auto edge = [&](int k) {
+        return static_cast<float>(k < (cells + 1) / 2 ? double(low) + double(step) * k
+                                                      : 1.0 - double(step) * (cells - k));
+      };
+      for (int k = 0; k < cells; ++k) {
+        const float center = static_cast<float>((double(edge(k)) + edge(k + 1)) / 2);
+        values.push_back(powers[i] * center);
+        if (kSigned) values.push_back(-values.back());
+      }
+    }
+    std::sort(values.begin(), values.end());
+    std::copy(values.begin(), values.end(), code);
+    const int zero = kSigned ? 127 : 0;
+    int place = 0;
+    for (uint32_t half = kFirstHalf; half <= kLastHalf; ++half) {
+      const int below = zero + place;
+      const uint32_t middle =
+          below < 255 ? bit_cast<uint32_t>((code[below] + code[below + 1]) * 0.5f) : 0;
+      const bool crossed = middle >> 16 == half;
+      const int32_t from = crossed ? int32_t(middle & 0xffffu) + (below % 2 == 0) : 1 << 16;
+      entries[half - kFirstHalf] = place << kSplit | from;
+      place += crossed;
+    }
+  }
+};
+template <bool kSigned>
+const Book<kSigned>& book() {
+  static const Book<kSigned> only;
+  return only;
+}
+
+// ---------------------------------------------------------------------------- loops over a block
+
+FASTSSL_CLONES void load_bf16(const uint16_t* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = bf16_float(x[i]);
+}
+FASTSSL_CLONES void load_fp16(const uint16_t* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = half_float(x[i]);
+}
+FASTSSL_CLONES void store_bf16(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint16_t>(bf16_bits(x[i]));
+}
+FASTSSL_CLONES void store_fp16(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = half_bits(x[i]);
+}
+// Places are widened first: compilers gather by 32-bit places alone.
+FASTSSL_CLONES void decode(const uint8_t* codes, int64_t n, const float* code, float absmax,
+                           float* __restrict out) {
+  int32_t place[kMost];
+  for (int64_t i = 0; i < n; ++i) place[i] = codes[i];
+  for (int64_t i = 0; i < n; ++i) out[i] = code[place[i]] * absmax;
+}
+FASTSSL_CLONES void square(int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= x[i];
+}
+FASTSSL_CLONES void square_root(int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = std::sqrt(x[i]);
+}
+// As integers, which compilers vectorise; NaN is the largest.
+FASTSSL_CLONES float absolute_maximum(const float* x, int64_t n) {
+  int32_t top = 0;
+  for (int64_t i = 0; i < n; ++i) top = std::max(top, bit_cast<int32_t>(x[i]) & 0x7fffffff);
+  return bit_cast<float>(top);
+}
+template <bool kSigned>
+FASTSSL_HD void encode(const float* x, int64_t n, float absmax, const int32_t* entries,
+                       uint8_t* __restrict codes) {
+  const float lift = absmax < 0x1p-64f ? 0x1p64f : 1.0f;  // so that the inverse is finite
+  const float inverse = absmax == 0.0f ? 0.0f : 1.0f / (absmax * lift);
+  int32_t bits[kMost], entry[kMost], found[kMost];
+  for (int64_t i = 0; i < n; ++i) {
+    bits[i] = bit_cast<int32_t>(x[i] * lift * inverse);
+    entry[i] = entry_of(bits[i] & 0x7fffffff);
+  }
+  for (int64_t i = 0; i < n; ++i) entry[i] = entries[entry[i]];
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t j = nearest_code(bits[i] & 0x7fffffff, entry[i]);
+    const int32_t at_most = j < 127 ? j : 127;  // there is no -1
+    found[i] = !kSigned ? j : bits[i] < 0 ? 127 - at_most : 127 + j;
+  }
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(found[i]);
+}
+FASTSSL_CLONES void encode_signed(const float* x, int64_t n, float absmax, const int32_t* entries,
+                                  uint8_t* codes) {
+  encode<true>(x, n, absmax, entries, codes);
+}
+FASTSSL_CLONES void encode_unsigned(const float* x, int64_t n, float absmax, const int32_t* entries,
+                                    uint8_t* codes) {
+  encode<false>(x, n, absmax, entries, codes);
+}
+
+Hyper with_inverses(Hyper h) {
+  h.correction1 = 1.0f / h.correction1, h.correction2 = 1.0f / h.correction2;
+  return h;
+}
+
+// Every rule as two loops over a block: the step, and sums of squares of p and of what LARS and LAMB
+// compare it with. Elements whose gradient is not finite stay as they are if `finite_only`.
+#define RULE(NAME, kRule)                                                                         \
+  FASTSSL_CLONES void step_##NAME(int64_t n, const float* __restrict g, const Hyper& given,        \
+                                  float trust, bool finite_only, float* __restrict p,              \
+                                  float* __restrict m, float* __restrict v) {                      \
+    const Hyper h = with_inverses(given);                                                                        \
+    for (int64_t i = 0; i < n; ++i) {                                                             \
+      float next_m = m[i], next_v = v[i];                                                         \
+      const float next = stepped<kRule>(p[i], g[i], h, trust, next_m, next_v);                     \
+      const bool keep = finite_only && (bit_cast<uint32_t>(g[i]) & 0x7f800000u) == 0x7f800000u;    \
+      p[i] = keep ? p[i] : next, m[i] = keep ? m[i] : next_m, v[i] = keep ? v[i] : next_v;         \
+    }                                                                                             \
+  }                                                                                               \
+  FASTSSL_CLONES void norm_##NAME(int64_t n, const float* g, const Hyper& given,                   \
+                                  const float* p, const float* m, const float* v, double* sums) { \
+    const Hyper h = with_inverses(given);                                                                        \
+    float p_sum[16] = {}, d_sum[16] = {}, d[kMost];                                               \
+    for (int64_t i = 0; i < n; ++i) d[i] = trusted<kRule>(p[i], g[i], h, m[i], v[i]);              \
+    const int64_t whole = n / 16 * 16;                                                            \
+    for (int64_t i = 0; i < whole; i += 16)                                                       \
+      for (int64_t c = 0; c < 16; ++c)                                                            \
+        p_sum[c] += p[i + c] * p[i + c], d_sum[c] += d[i + c] * d[i + c];                          \
+    for (int64_t i = whole; i < n; ++i) p_sum[0] += p[i] * p[i], d_sum[0] += d[i] * d[i];          \
+    for (int64_t c = 0; c < 16; ++c) sums[0] += p_sum[c], sums[1] += d_sum[c];                     \
+  }
+RULE(adam, kAdam)
+RULE(adamw, kAdamW)
+RULE(sgd, kSGD)
+RULE(nesterov, kNesterov)
+RULE(lion, kLion)
+RULE(rmsprop, kRMSprop)
+RULE(adagrad, kAdagrad)
+RULE(lars, kLARS)
+RULE(lamb, kLAMB)
+#undef RULE
+
+struct Loops {
+  decltype(&step_adam) step;
+  decltype(&norm_adam) norm;
+};
+constexpr Loops kLoops[] = {  // in the order of Rule
+    {step_adam, norm_adam}, {step_adamw, norm_adamw}, {step_sgd, norm_sgd},
+    {step_nesterov, norm_nesterov}, {step_lion, norm_lion}, {step_rmsprop, norm_rmsprop},
+    {step_adagrad, norm_adagrad}, {step_lars, norm_lars}, {step_lamb, norm_lamb},
+};
+
+// Rounds to bf16 up or down with the probabilities that make the mean exact: element e of tensor `id`
+// at `step` by a 16-bit half of a word of Philox4x32-10, which has eight of them.
+FASTSSL_CLONES void store_bf16_stochastic(const float* x, int64_t n, int64_t first, int64_t step,
+                                          int64_t id, int64_t seed, uint16_t* out) {
+  uint32_t random[kMost + 8];
+  const int64_t groups = (n + 7) / 8;
+  for (int64_t e = 0; e < groups; ++e) {
+    const uint64_t group = uint64_t(first) / 8 + e;
+    uint32_t w0 = uint32_t(group), w1 = uint32_t(group >> 32), w2 = uint32_t(step),
+             w3 = uint32_t(id), k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
+      w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
+      w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    random[e * 8] = w0 & 0xffffu, random[e * 8 + 1] = w0 >> 16;
+    random[e * 8 + 2] = w1 & 0xffffu, random[e * 8 + 3] = w1 >> 16;
+    random[e * 8 + 4] = w2 & 0xffffu, random[e * 8 + 5] = w2 >> 16;
+    random[e * 8 + 6] = w3 & 0xffffu, random[e * 8 + 7] = w3 >> 16;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = bit_cast<uint32_t>(x[i]);
+    out[i] = static_cast<uint16_t>(x[i] != x[i] ? 0x7fc0u : (u + random[i]) >> 16);
+  }
+}
+
+const float* read(const void* from, ScalarType dtype, int64_t at, int64_t n, float* out) {
+  if (dtype == ScalarType::Float) return static_cast<const float*>(from) + at;
+  const uint16_t* x = static_cast<const uint16_t*>(from) + at;
+  if (dtype == ScalarType::Half) load_fp16(x, n, out);
+  else load_bf16(x, n, out);
+  return out;
+}
+
+// A state of a tensor: codes with absmax by blocks, or fp32, or none.
+struct State {
+  uint8_t* codes = nullptr;
+  float *absmax = nullptr, *values = nullptr;
+  bool is_signed, root;  // root: the codes are those of square roots
+
+  State(const Tensor& t, const Tensor& scale, int64_t n, int64_t block, bool is_signed, bool root)
+      : is_signed(is_signed), root(root) {
+    if (!t.numel()) return;
+    const bool small = t.scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(t.numel() == n && (small || t.scalar_type() == ScalarType::Float) &&
+                        (!small || (scale.numel() == (n + block - 1) / block &&
+                                    scale.scalar_type() == ScalarType::Float)),
+                    "blockwise_step_: a state of ", n, " elements has ", t.numel(), " and ",
+                    scale.numel(), " block maxima for blocks of ", block);
+    if (small) codes = static_cast<uint8_t*>(t.mutable_data_ptr());
+    else values = static_cast<float*>(t.mutable_data_ptr());
+    if (small) absmax = static_cast<float*>(scale.mutable_data_ptr());
+  }
+  void read(int64_t b, int64_t at, int64_t n, float* out) const {
+    if (values) std::copy_n(values + at, n, out);
+    else if (!codes) std::fill_n(out, n, 0.f);
+    else {
+      decode(codes + at, n, is_signed ? book<true>().code : book<false>().code, absmax[b], out);
+      if (root) square(n, out);
+    }
+  }
+  void write(int64_t b, int64_t at, int64_t n, float* x) const {
+    if (values) std::copy_n(x, n, values + at);
+    if (!codes) return;
+    if (root) square_root(n, x);
+    absmax[b] = absolute_maximum(x, n);
+    if (is_signed) encode_signed(x, n, absmax[b], book<true>().entries, codes + at);
+    else encode_unsigned(x, n, absmax[b], book<false>().entries, codes + at);
+  }
+};
+
+struct Item {
+  Tensor p, g;
+  int64_t n;
+  State m, v;
+  Hyper h;
+  const int64_t* counter;
+  double sums[2] = {0.0, 0.0};
+  float trust = 1.f;
+};
+
+struct Buffers {
+  float p[kMost], g[kMost], m[kMost], v[kMost];
+};
+
+}  // namespace
+
+Tensor flat(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t block_size, bool is_signed) {
+  x = flat(x);
+  const int64_t n = x.numel(), blocks = (n + block_size - 1) / block_size;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && block_size >= 1 && block_size <= kMost,
+                  "quantize_blockwise: x must be float32 and block_size at most ", kMost);
+  Tensor codes = torch::stable::new_empty(x, {n}, ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(x, {blocks}, ScalarType::Float);
+  const float* from = static_cast<const float*>(x.const_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  float* most = static_cast<float*>(absmax.mutable_data_ptr());
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kElements / block_size),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t at = b * block_size, some = std::min(block_size, n - at);
+      most[b] = absolute_maximum(from + at, some);
+      if (is_signed) encode_signed(from + at, some, most[b], book<true>().entries, to + at);
+      else encode_unsigned(from + at, some, most[b], book<false>().entries, to + at);
+    }
+  });
+  return {codes, absmax};
+}
+
+Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t block_size, bool is_signed) {
+  codes = flat(codes), absmax = flat(absmax);
+  const int64_t n = codes.numel(), blocks = (n + block_size - 1) / block_size;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && absmax.numel() == blocks &&
+                      absmax.scalar_type() == ScalarType::Float,
+                  "dequantize_blockwise: codes must be uint8, absmax float32 with ", blocks,
+                  " elements");
+  Tensor out = torch::stable::new_empty(absmax, {n});
+  const float* code = is_signed ? book<true>().code : book<false>().code;
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kElements / block_size),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t at = b * block_size;
+      decode(static_cast<const uint8_t*>(codes.const_data_ptr()) + at, std::min(block_size, n - at),
+             code, static_cast<const float*>(absmax.const_data_ptr())[b],
+             static_cast<float*>(out.mutable_data_ptr()) + at);
+    }
+  });
+  return out;
+}
+
+void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> first,
+                    std::vector<Tensor> first_scale, std::vector<Tensor> second,
+                    std::vector<Tensor> second_scale, Tensor hyper, Tensor counters,
+                    std::optional<Tensor> found_inf, int64_t rule, int64_t block_size, bool root,
+                    bool finite_only, bool stochastic, int64_t seed) {
+  if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0.f) return;
+  const int64_t T = static_cast<int64_t>(params.size());
+  STD_TORCH_CHECK(rule >= 0 && rule <= kLAMB && block_size >= 8 && block_size <= kMost &&
+                      block_size % 8 == 0,
+                  "blockwise_step_: unknown rule ", rule, " or block size ", block_size);
+  STD_TORCH_CHECK(hyper.numel() == T * kHyper && hyper.scalar_type() == ScalarType::Float &&
+                      hyper.is_contiguous() && counters.numel() == 2 * T &&
+                      counters.scalar_type() == ScalarType::Long && counters.is_contiguous(),
+                  "blockwise_step_: hyper must be float32 (T, ", kHyper, "), counters int64 (T, 2)");
+  const Loops loops = kLoops[rule];
+  const bool adapts = rule == kLARS || rule == kLAMB;
+  std::vector<Item> items;
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // a tensor and its first block
+  const int64_t blocks = std::max<int64_t>(1, kElements / block_size);
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t n = params[t].numel();
+    STD_TORCH_CHECK(grads[t].numel() == n, "blockwise_step_: a gradient of ", grads[t].numel(),
+                    " elements for a parameter of ", n);
+    for (const Tensor& x : {params[t], grads[t]})
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float ||
+                          x.scalar_type() == ScalarType::BFloat16 ||
+                          x.scalar_type() == ScalarType::Half,
+                      "blockwise_step_: parameters and gradients must be float32, bfloat16 or "
+                      "float16");
+    items.push_back({params[t], grads[t], n,
+                     State(first[t], first_scale[t], n, block_size, true, false),
+                     State(second[t], second_scale[t], n, block_size, false, root),
+                     static_cast<const Hyper*>(hyper.const_data_ptr())[t],
+                     static_cast<const int64_t*>(counters.const_data_ptr()) + 2 * t});
+    for (int64_t b = 0; b * block_size < n; b += blocks) tasks.emplace_back(t, b);
+  }
+  // f(item, block, first element, elements, buffers, parameters, gradients) over a task's blocks.
+  const auto each_block = [&](int64_t task, Buffers& w, const auto& f) {
+    const auto [t, begin] = tasks[task];
+    Item& item = items[t];
+    for (int64_t b = begin; b < begin + blocks && b * block_size < item.n; ++b) {
+      const int64_t at = b * block_size, n = std::min(block_size, item.n - at);
+      const float* g = read(item.g.const_data_ptr(), item.g.scalar_type(), at, n, w.g);
+      const float* p = read(item.p.const_data_ptr(), item.p.scalar_type(), at, n, w.p);
+      item.m.read(b, at, n, w.m);
+      item.v.read(b, at, n, w.v);
+      f(item, b, at, n, p, g);
+    }
+  };
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  if (adapts) {
+    std::vector<double> sums(2 * count, 0.0);
+    parallel_tasks(count, [&](int64_t task) {
+      const std::unique_ptr<Buffers> own(new Buffers);
+    Buffers& w = *own;
+      each_block(task, w, [&](Item& item, int64_t, int64_t, int64_t n, const float* p,
+                                 const float* g) {
+        loops.norm(n, g, item.h, p, w.m, w.v, &sums[2 * task]);
+      });
+    });
+    for (int64_t task = 0; task < count; ++task)
+      for (int i = 0; i < 2; ++i) items[tasks[task].first].sums[i] += sums[2 * task + i];
+    for (Item& item : items) {
+      const double of_p = std::sqrt(item.sums[0]), of_d = std::sqrt(item.sums[1]);
+      if (item.h.adapt == 0.f || of_p == 0.0 || of_d == 0.0) continue;
+      const double factor = rule == kLARS ? item.h.extra : 1.0;
+      item.trust = std::min(static_cast<float>(factor * of_p / of_d), item.h.most);
+    }
+  }
+  parallel_tasks(count, [&](int64_t task) {
+    const std::unique_ptr<Buffers> own(new Buffers);
+    Buffers& w = *own;
+    each_block(task, w, [&](Item& item, int64_t b, int64_t at, int64_t n, const float* p,
+                               const float* g) {
+      const ScalarType dtype = item.p.scalar_type();
+      void* out = item.p.mutable_data_ptr();
+      float* next = dtype == ScalarType::Float ? static_cast<float*>(out) + at : w.p;
+      loops.step(n, g, item.h, item.trust, finite_only, next, w.m, w.v);
+      if (dtype == ScalarType::Half) store_fp16(next, n, static_cast<uint16_t*>(out) + at);
+      else if (dtype == ScalarType::BFloat16 && stochastic)
+        store_bf16_stochastic(next, n, at, item.counter[0], item.counter[1], seed,
+                              static_cast<uint16_t*>(out) + at);
+      else if (dtype == ScalarType::BFloat16)
+        store_bf16(next, n, static_cast<uint16_t*>(out) + at);
+      item.m.write(b, at, n, w.m);
+      item.v.write(b, at, n, w.v);
+    });
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("quantize_blockwise", TORCH_BOX(&quantize_blockwise));
+  m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise));
+  m.impl("blockwise_step_", TORCH_BOX(&blockwise_step));
+}
+
+}  // namespace fastssl
