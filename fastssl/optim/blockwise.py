@@ -86,7 +86,7 @@ class _Call:
                     f"{name}: the gradient of a parameter of shape {tuple(p.shape)} is sparse "
                     f"({g.layout}). Use sparse=False in its module, or torch.optim.SparseAdam."
                 )
-            if not states.same_layout(g, p):
+            if g.stride() != strides and not states.same_layout(g, p):
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             out.append(g)
         return out

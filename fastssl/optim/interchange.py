@@ -161,6 +161,8 @@ def bitsandbytes(optimizer) -> dict[str, Any]:
             else:
                 form = {f"state{place}": x}
             new |= form | ({f"qmap{place}": code_book(signed, x.device)} if small else {})
+        if optimizer.rule in ("lars", "lamb"):
+            new["unorm_vec"] = torch.zeros(1, device=states.local(p).device)
         out["state"][key] = new
     out["param_groups"] = [_bnb_group(optimizer, group) for group in out["param_groups"]]
     return out
