@@ -111,7 +111,8 @@ class Blockwise(Optimizer):
         max_grad_norm: scale all gradients together so that their norm is at most this, as
             torch.nn.utils.clip_grad_norm_ does, within the step; `p.grad` stays as it is.
         nonfinite: of NaN and infinite gradients: "propagate" as torch does, "skip_element" (those
-            elements and their states stay as they are) or "skip_step" (everything stays).
+            elements and their states stay as they are) or "skip_step" (everything stays if the
+            norm of all gradients is not finite).
         stochastic_rounding: bfloat16 parameters are rounded up or down at random so that the mean
             is exact. The random numbers depend on seed, step, the place of the parameter in the
             groups and of the element in memory alone: a resumed run repeats them.
@@ -333,14 +334,17 @@ class Blockwise(Optimizer):
         """What gradients are multiplied by, and whether to skip the step, where needed."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = None if scale is None else 1 / scale.double()
-        if self.settings["nonfinite"] == "skip_step":
-            bad = ~_whole(get_total_norm(gradients, math.inf)).isfinite()
+        limit, skip = self.settings["max_grad_norm"], self.settings["nonfinite"] == "skip_step"
+        if limit is None and not skip:
+            return scale, found_inf
+        norm = get_total_norm(gradients)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double()
+        if skip:
+            bad = ~norm.isfinite()
             found_inf = bad if found_inf is None else bad | (found_inf != 0).to(bad.device)
-        if self.settings["max_grad_norm"] is not None:
-            norm = _whole(get_total_norm(gradients)).double()
-            norm = norm if scale is None else norm * scale.to(norm.device)
-            factor = (self.settings["max_grad_norm"] / (norm + 1e-6)).clamp(max=1)
-            scale = factor if scale is None else factor * scale.to(norm.device)
+        if limit is not None:
+            scale = torch.ones_like(norm) if scale is None else scale.to(norm.device)
+            scale = scale * (limit / (norm * scale + 1e-6)).clamp(max=1)
         return scale, found_inf
 
     # ---------------------------------------------------------------------- groups and their checks
@@ -416,7 +420,3 @@ class Blockwise(Optimizer):
     def bnb_state_dict(self) -> dict[str, Any]:
         """A state_dict() that bitsandbytes' class of this name loads, in blocks of 256."""
         return interchange.bitsandbytes(self)
-
-
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
