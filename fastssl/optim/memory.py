@@ -43,10 +43,10 @@ def memory_report(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
         MemoryReport(parameters, gradients, states, states_32bit).
 
     Example:
+        >>> import fastssl
         >>> model = torch.nn.Linear(256, 256)
-        >>> report = fastssl.optim.memory_report(model, fastssl.optim.AdamW8bit(model.parameters()))
-        >>> report.states_32bit / report.states > 3.8
-        True
+        >>> memory_report(model, fastssl.optim.AdamW8bit(model.parameters()))
+        MemoryReport(parameters=263168, gradients=263168, states=135168, states_32bit=526336)
     """
     parts = [(local(p), p.requires_grad) for p in model.parameters()]
     parameters = sum(p.nbytes for p, _ in parts)

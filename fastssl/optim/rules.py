@@ -50,7 +50,7 @@ class Adam8bit(Blockwise):
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
         >>> p.grad = torch.ones(8192)
-        >>> fastssl.optim.Adam8bit([p], lr=0.1).step()
+        >>> Adam8bit([p], lr=0.1).step()
 
     Paper: Kingma and Ba, arXiv 1412.6980; 8 bits: Dettmers et al., arXiv 2110.02861.
     """
@@ -96,7 +96,7 @@ class AdamW8bit(Blockwise):
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
         >>> p.grad = torch.ones(8192)
-        >>> fastssl.optim.AdamW8bit([p], lr=0.1, max_grad_norm=1.0).step()
+        >>> AdamW8bit([p], lr=0.1, max_grad_norm=1.0).step()
 
     Paper: Loshchilov and Hutter, arXiv 1711.05101; 8 bits: Dettmers et al., arXiv 2110.02861.
     """
@@ -143,7 +143,7 @@ class SGD8bit(Blockwise):
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
         >>> p.grad = torch.ones(8192)
-        >>> fastssl.optim.SGD8bit([p], lr=0.1, momentum=0.9).step()
+        >>> SGD8bit([p], lr=0.1, momentum=0.9).step()
 
     Paper: 8 bits: Dettmers et al., arXiv 2110.02861.
     """
@@ -204,7 +204,7 @@ class RMSprop8bit(Blockwise):
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
         >>> p.grad = torch.ones(8192)
-        >>> fastssl.optim.RMSprop8bit([p], lr=0.1).step()
+        >>> RMSprop8bit([p], lr=0.1).step()
 
     Paper: the formula is torch.optim.RMSprop's; 8 bits: Dettmers et al., arXiv 2110.02861.
     """
@@ -261,7 +261,7 @@ class Adagrad8bit(Blockwise):
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
         >>> p.grad = torch.ones(8192)
-        >>> fastssl.optim.Adagrad8bit([p], lr=0.1).step()
+        >>> Adagrad8bit([p], lr=0.1).step()
 
     Paper: Duchi et al., JMLR 12 (2011); 8 bits: Dettmers et al., arXiv 2110.02861.
     """
@@ -309,7 +309,7 @@ class Lion(Blockwise):
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
         >>> p.grad = torch.ones(8192)
-        >>> fastssl.optim.Lion([p], lr=1e-4).step()
+        >>> Lion([p], lr=1e-4).step()
 
     Paper: Chen et al., "Symbolic discovery of optimization algorithms", arXiv 2302.06675.
     """
@@ -369,7 +369,7 @@ class LARS(Blockwise):
     Example:
         >>> w = torch.nn.Parameter(torch.ones(128, 64))
         >>> w.grad = torch.ones(128, 64)
-        >>> fastssl.optim.LARS([w], lr=1.0).step()
+        >>> LARS([w], lr=1.0).step()
 
     Paper: You et al., "Large batch training of convolutional networks", arXiv 1708.03888.
     """
@@ -430,7 +430,7 @@ class LAMB(Blockwise):
     Example:
         >>> w = torch.nn.Parameter(torch.ones(128, 64))
         >>> w.grad = torch.ones(128, 64)
-        >>> fastssl.optim.LAMB([w], lr=1e-2).step()
+        >>> LAMB([w], lr=1e-2).step()
 
     Paper: You et al., "Large batch optimization for deep learning", arXiv 1904.00962.
     """
