@@ -339,3 +339,40 @@ def sharded_steps(group, name):
 def test_shards_are_stepped_where_they_lie(ranks):
     for told in ranks.run(sharded_steps, 2, "AdamW8bit"):
         assert "LARS: the trust ratio needs the norm of the whole tensor, got a shard" in told
+
+
+def resharded_steps(group, path, world, bits):
+    """Two more steps of a run that other numbers of ranks began; the weights."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 131), torch.nn.Linear(131, 1))
+    if world:
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    optimizer = build("AdamW8bit", model.parameters(), optim_bits=bits)
+    weights = dict(model.named_parameters())
+    if world > 1:
+        target = {"model": weights, "optimizer": optimizer.full_precision_state_dict()}
+        dcp.load(target, checkpoint_id=f"{path}/{world // 2}", process_group=group)
+        optimizer.load_state_dict(target["optimizer"])
+    begun = {0: 0, 1: 0, 2: 2, 4: 4}[world]
+    for step in range(begun, begun + 2 if world else 6):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        model(torch.randn(16, 64)).square().mean().backward()
+        optimizer.step()
+    if not world:
+        return [p.detach() for p in model.parameters()]
+    saved = {"model": weights, "optimizer": optimizer.full_precision_state_dict()}
+    dcp.save(saved, checkpoint_id=f"{path}/{world}", process_group=group)
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_run_goes_on_with_other_numbers_of_ranks(ranks, tmp_path, bits):
+    (truth,) = ranks.run(resharded_steps, 1, "", 0, bits)
+    for world in (1, 2, 4):
+        ends = ranks.run(resharded_steps, world, str(tmp_path), world, bits)
+    for p, q in zip(truth, ends[0], strict=True):
+        assert (p - q).norm() < (0.01 if bits == 8 else 1e-6) * p.norm()

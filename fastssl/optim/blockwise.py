@@ -295,7 +295,7 @@ class Blockwise(Optimizer):
         for p, i, number in active:
             group = self.param_groups[i]
             if not self.state[p]:
-                self.state[p].update(self._new_state(group, p))
+                self.state[p].update(self.new_state(group, p))
             device = local(p).device
             for name, x in self.state[p].items():
                 if x.device != device:
@@ -309,7 +309,7 @@ class Blockwise(Optimizer):
         self._calls = [_Call(self, kind, some) for kind, some in members.items()]
         self._made_for = *made_for[:3], len(self.state)
 
-    def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         like, root = local(p), group["state_format"] == "sqrt"
         state = {"step": torch.zeros((), dtype=torch.int64, device=like.device)}
         start = group.get("initial_accumulator_value", 0.0)
@@ -414,7 +414,12 @@ class Blockwise(Optimizer):
         self.state.update(loaded)
 
     def full_precision_state_dict(self) -> dict[str, Any]:
-        """A state_dict() with fp32 states by torch.optim's names, which the class there loads."""
+        """A state_dict() with fp32 states by torch.optim's names, which the class there loads.
+
+        Of shards they are DTensors, which torch.distributed.checkpoint saves whole and loads on any
+        number of ranks, into what this gives for a new optimizer: it has the states of parameters
+        that had no step yet, too.
+        """
         return interchange.full_precision(self)
 
     def bnb_state_dict(self) -> dict[str, Any]:

@@ -106,9 +106,9 @@ def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours
     return out
 
 
-def _values(optimizer, group: dict[str, Any], p: Tensor) -> list[Tensor | None]:
+def _values(group: dict[str, Any], state: dict[str, Tensor]) -> list[Tensor | None]:
     """The two states of a parameter in fp32, as it lies in memory."""
-    state, out = optimizer.state[p], []
+    out = []
     for k in (0, 1):
         x = state.get(f"state{k + 1}")
         if x is not None and x.dtype == torch.uint8:
@@ -119,13 +119,16 @@ def _values(optimizer, group: dict[str, Any], p: Tensor) -> list[Tensor | None]:
     return out
 
 
+def _parameters(optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    return [(p, group) for group in optimizer.param_groups for p in group["params"]]
+
+
 def full_precision(optimizer) -> dict[str, Any]:
     out = optimizer.state_dict()
-    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    for key, state in out["state"].items():
-        p, group = parameters[key]
-        values = zip(optimizer.torch_names, _values(optimizer, group, p), strict=True)
-        new = {name: x for name, x in values if x is not None}
+    for key, (p, group) in enumerate(_parameters(optimizer)):
+        state = optimizer.state.get(p) or optimizer.new_state(group, p)
+        values = zip(optimizer.torch_names, _values(group, state), strict=True)
+        new = {name: states.sharded(x, p) for name, x in values if x is not None}
         out["state"][key] = {"step": state["step"].float(), **new}
     out["param_groups"] = [
         {k: v for k, v in group.items() if k not in OURS} for group in out["param_groups"]
@@ -135,7 +138,7 @@ def full_precision(optimizer) -> dict[str, Any]:
 
 def bitsandbytes(optimizer) -> dict[str, Any]:
     out = optimizer.state_dict()
-    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     for key, state in out["state"].items():
         p, group = parameters[key]
         present = optimizer.has_states(group)
@@ -145,7 +148,7 @@ def bitsandbytes(optimizer) -> dict[str, Any]:
                 f"RMSprop, got momentum={group['momentum']}."
             )
         new = {"step": int(state["step"])}
-        values = [x.contiguous() for x in _values(optimizer, group, p) if x is not None]
+        values = [x.contiguous() for x in _values(group, state) if x is not None]
         for place, x in enumerate(values, 1):
             signed = place == 1  # the first place is read by the signed table whatever it holds
             own = f"state{place}" if all(present) else "state1" if present[0] else "state2"

@@ -13,6 +13,16 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def sharded(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's part as a DTensor of the layout of `like`, where that is one."""
+    if not hasattr(like, "to_local"):
+        return x
+    mesh, placements = like.device_mesh, like.placements
+    return type(like).from_local(
+        x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def flat(x: Tensor) -> Tensor:
     """(n,): the elements of a dense tensor in the order of memory, not copied."""
     return x.as_strided((x.numel(),), (1,))
