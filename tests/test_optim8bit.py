@@ -371,6 +371,19 @@ def test_the_learning_rate_may_change_and_be_a_tensor():
     assert torch.equal(params[0], others[0])
 
 
+def test_momentum_may_begin_later():
+    params, others = tensors((70, 80)), tensors((70, 80))
+    one = build("SGD8bit", params, momentum=0.0)
+    other = torch.optim.SGD(others, lr=1e-2)
+    for momentum in (0.0, 0.9, 0.9):
+        for optimizer in (one, other):
+            optimizer.param_groups[0]["momentum"] = momentum
+        params[0].grad = others[0].grad = torch.randn(70, 80)
+        one.step()
+        other.step()
+    torch.testing.assert_close(params[0], others[0], rtol=0, atol=1e-3)
+
+
 def test_closure_and_one_call_for_all_tensors(monkeypatch):
     params = tensors(*SHAPES, (100, 100))
     optimizer = build("AdamW8bit", params)

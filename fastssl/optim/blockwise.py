@@ -1,7 +1,6 @@
 """The base of the optimizers: states in 8 or 32 bits, one op call for the step of all tensors."""
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -235,7 +234,7 @@ class Blockwise(Optimizer):
         self._step()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here
     def _step(self) -> None:
         active = [
             (p, i, number)
@@ -280,22 +279,20 @@ class Blockwise(Optimizer):
 
     def _prepare(self, active: list[tuple[Tensor, int, int]], kinds: list[tuple]) -> None:
         """Makes the calls anew where parameters, their groups' rules or their states are others."""
-        made_for = [p for p, _, _ in active], kinds, self.state, len(self.state)
-        if self._made_for is not None:
-            params, *rest = self._made_for
-            if (
-                len(params) == len(active)
-                and all(map(operator.is_, params, made_for[0]))
-                and rest[0] == kinds
-                and rest[1] is self.state
-                and rest[2] == len(self.state)
-            ):
-                return
+        made_for = [id(p) for p, _, _ in active], kinds, id(self.state)
+        if (made_for, len(self.state)) == self._made_for:
+            return
         members = {}
         for p, i, number in active:
-            group = self.param_groups[i]
-            if not self.state[p]:
-                self.state[p].update(self.new_state(group, p))
+            group, state = self.param_groups[i], self.state[p]
+            if (
+                any(
+                    present and f"state{k + 1}" not in state
+                    for k, present in enumerate(self.has_states(group))
+                )
+                or "step" not in state
+            ):
+                state |= self.new_state(group, p) | state
             device = local(p).device
             for name, x in self.state[p].items():
                 if x.device != device:
@@ -307,7 +304,7 @@ class Blockwise(Optimizer):
             rule, block_size, root, _ = kinds[i]
             members.setdefault((device, rule, block_size, root), []).append((p, i, number))
         self._calls = [_Call(self, kind, some) for kind, some in members.items()]
-        self._made_for = *made_for[:3], len(self.state)
+        self._made_for = made_for, len(self.state)
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         like, root = local(p), group["state_format"] == "sqrt"
