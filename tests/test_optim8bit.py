@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from fastssl import optim
@@ -412,6 +413,23 @@ def test_compiled_step():
         step()
         other.step()
     assert torch.equal(params[0], others[0])
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch knows no cuda device")
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_is_read_back_from_the_device(name, monkeypatch):
+    # Tensors without contents raise where their values are asked for.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    with FakeTensorMode():
+        params = [Parameter(torch.randn(shape, device="cuda")) for shape in SHAPES]
+        optimizer = build(name, params, max_grad_norm=1.0, nonfinite="skip_step")
+        optimizer.grad_scale = optimizer.found_inf = torch.ones((), device="cuda")
+        for lr in (1e-2, torch.tensor(1e-2, device="cuda")):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        assert {x.device.type for p in params for x in optimizer.state[p].values()} == {"cuda"}
 
 
 # ------------------------------------------------------------------------------------------ errors
