@@ -109,9 +109,10 @@ class Blockwise(Optimizer):
         maximize: ascend instead of descend.
         max_grad_norm: scale all gradients together so that their norm is at most this, as
             torch.nn.utils.clip_grad_norm_ does, within the step; `p.grad` stays as it is.
-        nonfinite: of NaN and infinite gradients: "propagate" as torch does, "skip_element" (those
-            elements and their states stay as they are) or "skip_step" (everything stays if the
-            norm of all gradients is not finite).
+        nonfinite: of NaN and infinite gradients: "propagate" as torch does (8-bit states carry it
+            into the whole block at the next step), "skip_element" (those elements and their states
+            stay as they are) or "skip_step" (everything stays if the norm of all gradients is not
+            finite).
         stochastic_rounding: bfloat16 parameters are rounded up or down at random so that the mean
             is exact. The random numbers depend on seed, step, the place of the parameter in the
             groups and of the element in memory alone: a resumed run repeats them.
