@@ -40,8 +40,8 @@ class PretrainConfig:
     """Passes over the images."""
     batch_size: int | None = None
     """Images per step over all processes."""
-    optimizer: Literal["adamw", "lars", "sgd"] | None = None
-    """LARS is for batches of thousands."""
+    optimizer: Literal["adamw", "lars", "sgd", "adamw8bit", "lars8bit", "sgd8bit"] | None = None
+    """LARS is for batches of thousands; 8-bit states take a quarter of the memory."""
     lr: float | None = None
     """Peak learning rate, used as it is (no scaling with the batch)."""
     weight_decay: float | None = None

@@ -30,7 +30,8 @@ yaml = pytest.importorskip("yaml")
         ({"data": 3}, "data must be text, got 3 (int)."),
         (
             {"optimizer": "adam"},
-            "must be adamw, lars, sgd or none, got 'adam'. Did you mean 'adamw'?",
+            "must be adamw, lars, sgd, adamw8bit, lars8bit, sgd8bit or none, got 'adam'. "
+            "Did you mean 'adamw'?",
         ),
         ({"precision": "bf61"}, "must be auto, fp32 or bf16, got 'bf61'. Did you mean 'bf16'?"),
         ({"method": "simcrl"}, "got 'simcrl'. Did you mean 'simclr'?"),

@@ -378,6 +378,19 @@ def test_vit_with_lars_in_bf16(tmp_path, tiny):
     assert torch.isfinite(torch.tensor(run.metrics["loss"]))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "lars8bit", "sgd8bit"])
+def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, optimizer, monkeypatch):
+    whole = pretrain(tiny(tmp_path / "whole", optimizer=optimizer))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(tmp_path / "part", optimizer=optimizer))
+    run = pretrain(tiny(tmp_path / "part", optimizer=optimizer, resume=True))
+    states = last(run.path)["optimizer"]["state"].values()
+    assert torch.uint8 in {x.dtype for state in states for x in state.values()}
+    assert_equal_states(last(run.path), last(whole.path))
+
+
 def testlearning_rate():
     config = PretrainConfig(lr=2.0, warmup_epochs=2.0)
     rates = [learning_rate(config, step, 5, 50) for step in range(50)]

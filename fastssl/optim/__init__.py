@@ -1,6 +1,33 @@
-"""Optimizers and parameter groups."""
+"""Optimizers, with states of 8 or 32 bits, and parameter groups."""
 
 from .groups import param_groups
-from .lars import LARS
+from .memory import memory_report
+from .rules import (
+    LAMB,
+    LARS,
+    Adagrad8bit,
+    Adam8bit,
+    AdamW8bit,
+    LAMB8bit,
+    LARS8bit,
+    Lion,
+    Lion8bit,
+    RMSprop8bit,
+    SGD8bit,
+)
 
-__all__ = ["LARS", "param_groups"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "Adagrad8bit",
+    "Adam8bit",
+    "AdamW8bit",
+    "LAMB8bit",
+    "LARS8bit",
+    "Lion",
+    "Lion8bit",
+    "RMSprop8bit",
+    "SGD8bit",
+    "memory_report",
+    "param_groups",
+]

@@ -10,7 +10,7 @@ from torch import nn
 from ..config import PretrainConfig
 from ..data import epoch_order, load
 from ..methods.recipes import resolve
-from ..optim import LARS, param_groups
+from ..optim import LARS, AdamW8bit, LARS8bit, SGD8bit, param_groups
 from . import folder
 
 
@@ -48,13 +48,12 @@ def settle(config: PretrainConfig, world: int):
 
 
 def build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, LARS, or SGD with momentum 0.9; only matrices and kernels decay."""
+    """AdamW, LARS, or SGD with momentum 0.9, states of 32 or 8 bits; matrices and kernels decay."""
+    classes = {"adamw": torch.optim.AdamW, "lars": LARS, "sgd": torch.optim.SGD}
+    classes |= {"adamw8bit": AdamW8bit, "lars8bit": LARS8bit, "sgd8bit": SGD8bit}
+    momentum = {"momentum": 0.9} if config.optimizer.startswith("sgd") else {}
     groups = param_groups(method, config.weight_decay)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    if config.optimizer == "lars":
-        return LARS(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    return classes[config.optimizer](groups, lr=config.lr, **momentum)
 
 
 def precision(config: PretrainConfig, device: torch.device) -> str:

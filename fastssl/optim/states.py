@@ -1,0 +1,72 @@
+"""Optimizer states of one tensor: made, read, written and brought from one form to another.
+
+A state has its tensor's shape and strides: uint8 codes with `absmax`, the largest magnitude of each
+block of elements as they lie in memory, or fp32 without.
+"""
+
+import torch
+from torch import Tensor
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def sharded(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's part as a DTensor of the layout of `like`, where that is one."""
+    if not hasattr(like, "to_local"):
+        return x
+    mesh, placements = like.device_mesh, like.placements
+    return type(like).from_local(
+        x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def flat(x: Tensor) -> Tensor:
+    """(n,): the elements of a dense tensor in the order of memory, not copied."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(x: Tensor, y: Tensor) -> bool:
+    """Of tensors of one shape; strides of dimensions of one element do not count."""
+    return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())
+
+
+def blocks(n: int, block_size: int) -> int:
+    return (n + block_size - 1) // block_size
+
+
+def decode(codes: Tensor, absmax: Tensor, table: Tensor, block_size: int, root: bool) -> Tensor:
+    """fp32, of the shape and strides of the codes."""
+    x = table[flat(codes).long()] * absmax.repeat_interleave(block_size)[: codes.numel()]
+    out = torch.empty_like(codes, dtype=torch.float32)
+    flat(out).copy_(x.square() if root else x)
+    return out
+
+
+def encode(x: Tensor, block_size: int, signed: bool, root: bool) -> tuple[Tensor, Tensor]:
+    """Codes of the shape and strides of x, and absmax."""
+    x = x.sqrt() if root else x
+    found, absmax = torch.ops.fastssl.quantize_blockwise(flat(x), block_size, signed)
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    flat(codes).copy_(found)
+    return codes, absmax
+
+
+def pack(k: int, x: Tensor, bits: int, block_size: int, root: bool) -> dict[str, Tensor]:
+    """The entries of a parameter's state for its first (k=0, signed) or second moment x in fp32."""
+    if bits == 32:
+        return {f"state{k + 1}": x}
+    codes, absmax = encode(x, block_size, k == 0, root)
+    return {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
