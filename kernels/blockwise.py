@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels.launch import device_of
+from fastssl.kernels.tiles import INF
 from torch import Tensor
 
 from fastssl.ops.blockwise import HYPER, RULES, code_book
@@ -27,11 +28,12 @@ NONE, CODES, FULL = map(tl.constexpr, range(3))  # of states: 8 bits, fp32
 DTYPES = {torch.float32: FP32.value, torch.bfloat16: BF16.value, torch.float16: FP16.value}
 UNALIGNED = 256  # added to a kind, so that it is nobody's commonest
 
-# `books`: both codes, signed first, as bits; then the entries of the nearest code for the upper
-# halves of magnitudes, as csrc/blockwise_math.h has them.
-FIRST_HALF, LAST_HALF, SPLIT = map(tl.constexpr, (0x3400, 0x3F80, 17))
+# `books`: both codes, signed first, as bits; then, signed first, an entry for each upper half of a
+# magnitude's bits from that of 2^-23 to that of 1. No two codes' midpoints share one: the entry and
+# the bits add up to the place of the nearest code in the upper half, with the carry from its lower
+# half where a midpoint lies between.
+FIRST_HALF, LAST_HALF = map(tl.constexpr, (0x3400, 0x3F80))
 HALVES = tl.constexpr(LAST_HALF.value - FIRST_HALF.value + 1)
-LOW = tl.constexpr((1 << SPLIT.value) - 1)
 
 COLUMNS = tl.constexpr(9)  # of the table: the fields of Row, and the tensor's first program
 WIDTH = tl.constexpr(HYPER)
@@ -85,12 +87,12 @@ def encode(x, absmax, books_ptr, SIGNED: tl.constexpr):
     lift = tl.where(absmax < 2.0**-64, 2.0**64, 1.0)  # so that the inverse is finite
     inverse = tl.div_rn(1.0, tl.where(absmax == 0.0, 1.0, absmax * lift))
     bits = (x * lift[:, None] * inverse[:, None]).to(tl.int32, bitcast=True)  # (ROWS, BLOCK)
-    size = bits & 0x7FFFFFFF
-    half = tl.minimum(size >> 16, LAST_HALF)
-    half = tl.where((half > FIRST_HALF) & (size <= 0x7F800000), half, FIRST_HALF)
+    # NaN, also of infinity times 0, is there only where absmax is not finite. All else rounds to 1
+    # or hardly more: no entry past the last is looked up.
+    magnitude = tl.where(absmax < INF, 0x7FFFFFFF, 0)
+    size = tl.maximum(bits & magnitude[:, None], FIRST_HALF << 16)
     entries = books_ptr + (512 if SIGNED else 512 + HALVES)
-    entry = tl.load(entries + (half - FIRST_HALF))
-    place = (entry >> SPLIT) + ((size & 0xFFFF) >= (entry & LOW)).to(tl.int32)
+    place = (tl.load(entries + ((size >> 16) - FIRST_HALF)) + size) >> 16
     if SIGNED:  # there is no -1
         place = tl.where(bits < 0, 127 - tl.minimum(place, 127), 127 + place)
     return place.to(tl.uint8)
@@ -476,19 +478,19 @@ TRUST = {"BLOCK_P": 256, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": Fa
 @functools.cache
 def books_of(device: torch.device) -> Tensor:
     """(512 + 2 HALVES,) int32."""
-    first, last, split = FIRST_HALF.value, LAST_HALF.value, SPLIT.value
-    half = torch.arange(first, last + 1)
+    half = torch.arange(FIRST_HALF.value, LAST_HALF.value + 1)
     books, entries = [], []
     for signed in (True, False):
+        zero = 127 if signed else 0
         code = code_book(signed)
         books.append(code.view(torch.int32))
-        above = code[127 if signed else 0 :]
+        above = code[zero:]
         middle = ((above[1:] + above[:-1]) * 0.5).view(torch.int32).long()
         place = torch.searchsorted(middle >> 16, half)  # of the code below all that share a half
         inside = middle[place.clamp(max=len(middle) - 1)]
-        even = (place + (127 if signed else 0)) % 2 == 0
-        start = torch.where(inside >> 16 == half, (inside & 0xFFFF) + even, 1 << 16)
-        entries.append((place << split | start).int())
+        next_from = (inside & 0xFFFF) + ((place + zero) % 2 == 0)  # a tie goes to the even place
+        carry = torch.where(inside >> 16 == half, (1 << 16) - next_from, 0)
+        entries.append(((place - half << 16) + carry).int())
     return torch.cat(books + entries).to(device)
 
 
