@@ -290,11 +290,30 @@ def test_addresses_off_the_grain():
     """Views into larger memory, whose loads cannot be of 16 bytes."""
     args = problem("adamw", sizes=[2050, 1024])
     whole, _ = both(args, "adamw")
+    kind = kernels.Row._fields.index("kind")
     for i in (0, 1, 2, 4):
-        args[i] = [torch.cat([x[:1], x])[1:] for x in args[i]]
-        assert all(x.data_ptr() % 16 for x in args[i])
-    step(args)
-    same(args, whole)
+        off = copy.deepcopy(args)
+        off[i] = [torch.cat([x[:1], x])[1:] for x in off[i]]
+        step(off)
+        same(off, whole)
+        plan = list(kernels.plans.values())[-1]
+        assert (plan.table[:, kind] == plan.common + kernels.UNALIGNED).all()
+
+
+@pytest.mark.gpu
+def test_graphs_replay_steps():
+    args = problem("lamb", sizes=[1030, 9])
+    expected = copy.deepcopy(args)
+    step(copy.deepcopy(args), "lamb")  # compiles; the addresses captured are others
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(args, "lamb")
+    for _ in range(3):
+        for mine, other in zip(args[1], expected[1], strict=True):
+            other.copy_(mine.normal_())
+        graph.replay()
+        step(expected, "lamb")
+        same(args, expected)
 
 
 def test_what_is_empty():
