@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastssl.augment.random import philox4x32
-from fastssl.ops.contrastive import lib
+from fastssl.ops.contrastive import lib, on_cuda
 
 SHA256 = {
     True: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",
@@ -108,6 +108,8 @@ def _dequantize_fake(codes, absmax, block_size, signed):
 
 torch.library.register_fake("fastssl::quantize_blockwise", _quantize_fake, lib=lib)
 torch.library.register_fake("fastssl::dequantize_blockwise", _dequantize_fake, lib=lib)
+on_cuda("blockwise", "quantize_blockwise", quantize_ref)
+on_cuda("blockwise", "dequantize_blockwise", dequantize_ref)
 
 
 # ----------------------------------------------------------------------------------- the step
@@ -252,3 +254,4 @@ lib.define(
 )
 lib.impl("blockwise_step_", blockwise_step_ref, "CompositeExplicitAutograd")
 torch.library.register_fake("fastssl::blockwise_step_", lambda *args: None, lib=lib)
+on_cuda("blockwise", "blockwise_step_", blockwise_step_ref)

@@ -1,0 +1,650 @@
+"""Triton kernels of the op `blockwise`: the 8-bit codec, and optimizer steps over many tensors.
+
+A step is one launch, whatever the tensors are: a table on the device holds their addresses, sizes
+and dtypes, and a program finds its tensor by the first programs of all. LARS and LAMB take two
+launches before, for the norms. Whole tiles of the commonest dtypes at aligned addresses take a path
+made for them; tails, views and small tensors with fp32 states one that looks at dtypes as it runs.
+Elements stand in the order of memory, equal in parameter, gradient and states.
+Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962.
+"""
+
+import functools
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastssl.kernels.launch import device_of
+from fastssl.kernels.tiles import INF
+from torch import Tensor
+
+from fastssl.ops.blockwise import HYPER, RULES, code_book
+
+ADAM, ADAMW, SGD, NESTEROV, LION, RMSPROP, ADAGRAD, LARS, LAMB = map(tl.constexpr, range(9))
+
+FP32, BF16, FP16 = map(tl.constexpr, range(3))  # of parameters and gradients
+NONE, CODES, FULL = map(tl.constexpr, range(3))  # of states: 8 bits, fp32
+DTYPES = {torch.float32: FP32.value, torch.bfloat16: BF16.value, torch.float16: FP16.value}
+UNALIGNED = 256  # added to a kind, so that it is nobody's commonest
+
+# `books`: both codes, signed first, as bits; then, signed first, an entry for each upper half of a
+# magnitude's bits from that of 2^-23 to that of 1. No two codes' midpoints share one: the entry and
+# the bits add up to the place of the nearest code in the upper half, with the carry from its lower
+# half where a midpoint lies between.
+FIRST_HALF, LAST_HALF = map(tl.constexpr, (0x3400, 0x3F80))
+HALVES = tl.constexpr(LAST_HALF.value - FIRST_HALF.value + 1)
+
+COLUMNS = tl.constexpr(9)  # of the table: the fields of Row, and the tensor's first program
+WIDTH = tl.constexpr(HYPER)
+
+
+class Row(NamedTuple):
+    p: tl.tensor
+    g: tl.tensor
+    m: tl.tensor
+    m_scale: tl.tensor
+    v: tl.tensor
+    v_scale: tl.tensor
+    n: tl.tensor
+    kind: tl.tensor
+
+
+class Hyper(NamedTuple):
+    lr: tl.tensor
+    beta1: tl.tensor
+    beta2: tl.tensor
+    eps: tl.tensor
+    decay: tl.tensor
+    correction1: tl.tensor  # the inverses, in kernels
+    correction2: tl.tensor
+    extra: tl.tensor
+    scale: tl.tensor
+    adapt: tl.tensor
+    most: tl.tensor
+
+
+# ------------------------------------------------------------------------------------- the codec
+
+
+@triton.jit
+def decode(codes, absmax, books_ptr, SIGNED: tl.constexpr):
+    """codes (ROWS, BLOCK), absmax (ROWS,)."""
+    book = books_ptr if SIGNED else books_ptr + 256
+    return tl.load(book + codes.to(tl.int32)).to(tl.float32, bitcast=True) * absmax[:, None]
+
+
+@triton.jit
+def absolute_maximum(x):
+    # As integers, of which NaN is the largest.
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return top.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode(x, absmax, books_ptr, SIGNED: tl.constexpr):
+    """The places of the nearest codes; between two the even place; of NaN that of 0."""
+    lift = tl.where(absmax < 2.0**-64, 2.0**64, 1.0)  # so that the inverse is finite
+    inverse = tl.div_rn(1.0, tl.where(absmax == 0.0, 1.0, absmax * lift))
+    bits = (x * lift[:, None] * inverse[:, None]).to(tl.int32, bitcast=True)  # (ROWS, BLOCK)
+    # NaN, also of infinity times 0, is there only where absmax is not finite. All else rounds to 1
+    # or hardly more: no entry past the last is looked up.
+    magnitude = tl.where(absmax < INF, 0x7FFFFFFF, 0)
+    size = tl.maximum(bits & magnitude[:, None], FIRST_HALF << 16)
+    entries = books_ptr + (512 if SIGNED else 512 + HALVES)
+    place = (tl.load(entries + ((size >> 16) - FIRST_HALF)) + size) >> 16
+    if SIGNED:  # there is no -1
+        place = tl.where(bits < 0, 127 - tl.minimum(place, 127), 127 + place)
+    return place.to(tl.uint8)
+
+
+@triton.jit
+def quantize_blockwise_kernel(
+    x_ptr, codes_ptr, absmax_ptr, books_ptr, n,
+    SIGNED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """codes of x, and the largest magnitude of each block: ROWS blocks a program, each value read
+    once, one byte written."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offs < n
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # (ROWS, BLOCK)
+    absmax = absolute_maximum(x)
+    tl.store(absmax_ptr + row, absmax, mask=row * BLOCK < n)
+    tl.store(codes_ptr + offs, encode(x, absmax, books_ptr, SIGNED), mask=mask)
+
+
+@triton.jit
+def dequantize_blockwise_kernel(
+    codes_ptr, absmax_ptr, out_ptr, books_ptr, n,
+    SIGNED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The code's number times the block's magnitude: one byte read, four written."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offs < n
+    codes = tl.load(codes_ptr + offs, mask=mask, other=0)
+    absmax = tl.load(absmax_ptr + row, mask=row * BLOCK < n, other=0.0)
+    tl.store(out_ptr + offs, decode(codes, absmax, books_ptr, SIGNED), mask=mask)
+
+
+# -------------------------------------------------------------------------------------- the rules
+
+
+@triton.jit
+def whole_gradient(p, g, h, RULE: tl.constexpr):
+    """g in the units of the loss, with p's decay where that is a part of it."""
+    g = g * h.scale
+    apart: tl.constexpr = RULE == ADAMW or RULE == LION or RULE == LAMB
+    return g if apart else g + h.decay * p
+
+
+@triton.jit
+def direction(p, g, h, m, v, RULE: tl.constexpr):
+    """What lr times is taken from p, and the new states: of LAMB before, of LARS with the trust
+    ratio, which g has by then. Divisions and roots are those of IEEE, as on a CPU."""
+    if RULE == ADAM or RULE == ADAMW or RULE == LAMB:
+        m = h.beta1 * m + (1.0 - h.beta1) * g
+        v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
+        u = tl.div_rn(m * h.correction1, tl.sqrt_rn(v * h.correction2) + h.eps)
+        if RULE == LAMB:
+            u += h.decay * p
+    elif RULE == LION:
+        u = h.beta1 * m + (1.0 - h.beta1) * g
+        u = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u))
+        m = h.beta2 * m + (1.0 - h.beta2) * g
+    elif RULE == RMSPROP:
+        v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
+        m = h.beta1 * m + tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
+        u = m
+    elif RULE == ADAGRAD:
+        v = v + g * g
+        u = tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
+    elif RULE == LARS:
+        m = h.beta1 * m + g
+        u = m
+    else:
+        m = h.beta1 * m + (1.0 - h.extra) * g
+        u = g + h.beta1 * m if RULE == NESTEROV else m
+    return u, m, v
+
+
+@triton.jit
+def stepped(p, g, h, trust, m, v, RULE: tl.constexpr):
+    """p, m and v after a step."""
+    g = whole_gradient(p, g, h, RULE)
+    if RULE == ADAMW or RULE == LION:
+        p = p - h.lr * h.decay * p
+    if RULE == LARS:
+        g = g * trust
+    u, m, v = direction(p, g, h, m, v, RULE)
+    if RULE == LAMB:
+        u = trust * u
+    return p - h.lr * u, m, v
+
+
+# ------------------------------------------------------------------------- tensors by their address
+
+
+@triton.jit
+def pointer_to(address, dtype: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(ptr, 16) if WHOLE else ptr  # for loads and stores of 16 bytes
+
+
+@triton.jit
+def load(ptrs, mask):
+    return tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0)
+
+
+@triton.jit
+def load_values(address, kind, start, offs, mask, WHOLE: tl.constexpr):
+    """(ROWS, BLOCK) in fp32. `kind`, here and below, is known when compiling or looked at."""
+    if kind == FP32:
+        x = load(pointer_to(address, tl.float32, WHOLE) + start + offs, mask)
+    elif kind == BF16:
+        bits = load(pointer_to(address, tl.uint16, WHOLE) + start + offs, mask)
+        x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)  # right when interpreted, too
+    else:
+        x = load(pointer_to(address, tl.float16, WHOLE) + start + offs, mask)
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_state(
+    address, scale_address, kind, block, offs, mask, mask_rows, books_ptr,
+    SIGNED: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = block * BLOCK
+    if kind == CODES:
+        rows = tl.arange(0, ROWS)
+        codes = load(pointer_to(address, tl.uint8, WHOLE) + start + offs, mask)
+        absmax = load(pointer_to(scale_address, tl.float32, False) + block + rows, mask_rows)
+        x = decode(codes, absmax, books_ptr, SIGNED)
+        if ROOT:
+            x = x * x
+    elif kind == FULL:
+        x = load(pointer_to(address, tl.float32, WHOLE) + start + offs, mask)
+    else:
+        x = tl.zeros((ROWS, BLOCK), tl.float32)
+    return x
+
+
+@triton.jit
+def store_state(
+    x, address, scale_address, kind, block, offs, mask, mask_rows, books_ptr,
+    SIGNED: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = block * BLOCK
+    if kind == CODES:
+        if ROOT:
+            x = tl.sqrt_rn(x)
+        if not WHOLE:
+            x = tl.where(mask, x, 0.0)
+        absmax = absolute_maximum(x)
+        rows = tl.arange(0, ROWS)
+        tl.store(pointer_to(scale_address, tl.float32, False) + block + rows, absmax,
+                 mask=mask_rows)  # fmt: skip
+        codes = encode(x, absmax, books_ptr, SIGNED)
+        tl.store(pointer_to(address, tl.uint8, WHOLE) + start + offs, codes, mask=mask)
+    elif kind == FULL:
+        tl.store(pointer_to(address, tl.float32, WHOLE) + start + offs, x, mask=mask)
+
+
+@triton.jit
+def random16(start, counters_ptr, seed, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, BLOCK) in [0, 2^16): element e takes half a word of Philox4x32-10 of e // 8."""
+    group = start // 8 + tl.arange(0, ROWS * BLOCK // 8)
+    step, tensor = tl.load(counters_ptr), tl.load(counters_ptr + 1)
+    same = tl.zeros_like(group)
+    w0, w1, w2, w3 = tl.philox_impl(
+        group.to(tl.uint32), (group >> 32).to(tl.uint32), (same + step).to(tl.uint32),
+        (same + tensor).to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
+    )  # fmt: skip
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(words & 0xFFFF, words >> 16).reshape(ROWS, BLOCK)
+
+
+@triton.jit
+def store_parameter(
+    x, address, kind, start, offs, mask, counters_ptr, seed,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """x, rounded by the store to the nearest or, if bf16, at random."""
+    if kind == FP32:
+        tl.store(pointer_to(address, tl.float32, WHOLE) + start + offs, x, mask=mask)
+    elif kind == FP16:
+        tl.store(pointer_to(address, tl.float16, WHOLE) + start + offs, x, mask=mask)
+    elif STOCHASTIC:
+        # What is added to the half that goes carries into the other with the right probability.
+        up = x.to(tl.uint32, bitcast=True) + random16(start, counters_ptr, seed, BLOCK, ROWS)
+        bits = tl.where(x == x, up >> 16, 0x7FC0).to(tl.uint16)
+        tl.store(pointer_to(address, tl.uint16, WHOLE) + start + offs, bits, mask=mask)
+    else:
+        tl.store(pointer_to(address, tl.bfloat16, WHOLE) + start + offs, x, mask=mask)
+
+
+# --------------------------------------------------------------------------------------- the step
+
+
+@triton.jit
+def tensor_of(table_ptr, T, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's tensor, its row of the table, and the program's blocks: first and past the
+    last."""
+    program = tl.program_id(0)
+    t, past = 0, T
+    while past - t > 1:  # the last tensor whose first program is not after this one
+        middle = (t + past) // 2
+        if tl.load(table_ptr + middle * COLUMNS + COLUMNS - 1) <= program:
+            t = middle
+        else:
+            past = middle
+    ptr = table_ptr + t * COLUMNS
+    row = Row(
+        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4),
+        tl.load(ptr + 5), tl.load(ptr + 6), tl.load(ptr + 7),
+    )  # fmt: skip
+    first = (program - tl.load(ptr + 8)) * (CHUNK // BLOCK)
+    last = tl.minimum(first + CHUNK // BLOCK, tl.cdiv(row.n, BLOCK))
+    return t, row, first, last
+
+
+@triton.jit
+def hyper_of(ptr):
+    return Hyper(
+        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4),
+        tl.div_rn(1.0, tl.load(ptr + 5)), tl.div_rn(1.0, tl.load(ptr + 6)), tl.load(ptr + 7),
+        tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10),
+    )  # fmt: skip
+
+
+@triton.jit
+def step_tile(
+    row, kind, block, h, trust, counters_ptr, books_ptr, seed,
+    RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ROOT: tl.constexpr,
+    FINITE_ONLY: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start, rows = block * BLOCK, tl.arange(0, ROWS)
+    offs = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (ROWS, BLOCK)
+    left = tl.minimum(row.n - start, ROWS * BLOCK).to(tl.int32)
+    mask = None if WHOLE else offs < left
+    mask_rows = None if WHOLE else rows * BLOCK < left
+    old = load_values(row.p, kind % 4, start, offs, mask, WHOLE)
+    g = load_values(row.g, kind // 4 % 4, start, offs, mask, WHOLE)
+    m = load_state(row.m, row.m_scale, kind // 16 % 4, block, offs, mask, mask_rows, books_ptr,
+                   True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+    v = load_state(row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
+                   False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
+    p, next_m, next_v = stepped(old, g, h, trust, m, v, RULE)
+    if FINITE_ONLY:
+        finite = (g.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+        p, next_m = tl.where(finite, p, old), tl.where(finite, next_m, m)
+        next_v = tl.where(finite, next_v, v)
+    store_parameter(p, row.p, kind % 4, start, offs, mask, counters_ptr, seed,
+                    STOCHASTIC, BLOCK, ROWS, WHOLE)  # fmt: skip
+    store_state(next_m, row.m, row.m_scale, kind // 16 % 4, block, offs, mask, mask_rows, books_ptr,
+                True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+    store_state(next_v, row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
+                False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "seed"])
+def blockwise_step_kernel(
+    table_ptr, hyper_ptr, counters_ptr, found_inf_ptr, trust_ptr, books_ptr, T, seed,
+    RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    COMMON: tl.constexpr, ROOT: tl.constexpr, FINITE_ONLY: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """A step of CHUNK elements of one tensor, in place, by tiles of ROWS blocks.
+
+    A tile's parameters, gradients and codes are read once into registers, stepped in fp32 and
+    written once: 16.06 bytes an element of fp32 with two states. The step uses the states before
+    they are rounded. Safe: a block is its own largest magnitude times numbers up to 1. Without
+    fused multiply-adds the results are the reference's; the CPU kernel's compiler may fuse some.
+    """
+    t, row, first, last = tensor_of(table_ptr, T, BLOCK, CHUNK)
+    h = hyper_of(hyper_ptr + t * WIDTH)
+    trust = 1.0 if trust_ptr is None else tl.load(trust_ptr + t)
+    if found_inf_ptr is not None:
+        last = tl.where(tl.load(found_inf_ptr) == 0.0, last, first)
+    counters_ptr += 2 * t
+    seed = seed.to(tl.int64)
+    for block in range(first, last, ROWS):
+        if (row.kind == COMMON) & ((block + ROWS) * BLOCK <= row.n):
+            step_tile(row, COMMON, block, h, trust, counters_ptr, books_ptr, seed, RULE,
+                      BLOCK, ROWS, ROOT, FINITE_ONLY, STOCHASTIC, True)  # fmt: skip
+        else:
+            for each in range(block, tl.minimum(block + ROWS, last)):
+                step_tile(row, row.kind, each, h, trust, counters_ptr, books_ptr, seed, RULE,
+                          BLOCK, 1, ROOT, FINITE_ONLY, STOCHASTIC, False)  # fmt: skip
+
+
+@triton.jit
+def norm_tile(
+    row, kind, block, h, books_ptr, RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ROOT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, BLOCK) squares of p, and of what its norm is compared with."""
+    start, rows = block * BLOCK, tl.arange(0, ROWS)
+    offs = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    left = tl.minimum(row.n - start, ROWS * BLOCK).to(tl.int32)
+    mask = None if WHOLE else offs < left
+    mask_rows = None if WHOLE else rows * BLOCK < left
+    p = load_values(row.p, kind % 4, start, offs, mask, WHOLE)
+    d = whole_gradient(p, load_values(row.g, kind // 4 % 4, start, offs, mask, WHOLE), h, RULE)
+    if RULE == LAMB:
+        m = load_state(row.m, row.m_scale, kind // 16 % 4, block, offs, mask, mask_rows, books_ptr,
+                       True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+        v = load_state(row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
+                       False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
+        d, _, _ = direction(p, d, h, m, v, RULE)
+        if not WHOLE:
+            d = tl.where(mask, d, 0.0)  # 0 / (0 + eps), and eps may be 0
+    return p * p, d * d
+
+
+@triton.jit(do_not_specialize=["T"])
+def blockwise_norms_kernel(
+    table_ptr, hyper_ptr, books_ptr, part_ptr, T,
+    RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    COMMON: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    """part = sums of squares over a program's CHUNK elements of one tensor, of p and of what LARS
+    (the whole gradient) or LAMB (the direction, which needs the states) compares it with.
+
+    One read of what the step reads, 16 bytes written. A lane adds CHUNK / tile squares in fp32,
+    lanes meet in a tree: no atomics, so that results repeat to the last bit.
+    """
+    t, row, first, last = tensor_of(table_ptr, T, BLOCK, CHUNK)
+    h = hyper_of(hyper_ptr + t * WIDTH)
+    p_sum, d_sum = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+    for block in range(first, last, ROWS):
+        if (row.kind == COMMON) & ((block + ROWS) * BLOCK <= row.n):
+            p, d = norm_tile(row, COMMON, block, h, books_ptr, RULE, BLOCK, ROWS, ROOT, True)
+        else:
+            p, d = norm_tile(row, row.kind, block, h, books_ptr, RULE, BLOCK, ROWS, ROOT, False)
+        p_sum += p
+        d_sum += d
+    part_ptr += 2 * tl.program_id(0)
+    tl.store(part_ptr, tl.sum(p_sum).to(tl.float64))
+    tl.store(part_ptr + 1, tl.sum(d_sum).to(tl.float64))
+
+
+@triton.jit
+def blockwise_trust_kernel(
+    table_ptr, hyper_ptr, part_ptr, trust_ptr,
+    RULE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """trust = factor |p| / |d| of a tensor a program, at most `most`; 1 where a norm is 0 or the
+    tensor is not adapted. Parts are added in fp64 and fixed order."""
+    t = tl.program_id(0)
+    ptr = table_ptr + t * COLUMNS
+    first, count = tl.load(ptr + 8), tl.cdiv(tl.load(ptr + 6), CHUNK)
+    p_sum, d_sum = tl.zeros((BLOCK_P,), tl.float64), tl.zeros((BLOCK_P,), tl.float64)
+    for start in range(0, count, BLOCK_P):
+        offs = start + tl.arange(0, BLOCK_P)
+        part, mask = part_ptr + 2 * (first + offs), offs < count
+        p_sum += tl.load(part, mask=mask, other=0.0)
+        d_sum += tl.load(part + 1, mask=mask, other=0.0)
+    p_norm, d_norm = tl.sqrt(tl.sum(p_sum)), tl.sqrt(tl.sum(d_sum))
+    h = hyper_of(hyper_ptr + t * WIDTH)
+    factor = h.extra if RULE == LARS else 1.0
+    ratio = (factor * p_norm / d_norm).to(tl.float32)
+    ratio = tl.where(ratio > h.most, h.most, ratio)
+    alike = (p_norm == 0.0) | (d_norm == 0.0) | (h.adapt == 0.0)
+    tl.store(trust_ptr + t, tl.where(alike, 1.0, ratio))
+
+
+# ------------------------------------------------------------------------------------- launchers
+
+
+def constants(block_size: int, stochastic: bool = False) -> dict[str, int]:
+    """Eight elements a thread: a warp has a block of 256. Left to itself the assembler spills a few
+    bytes to fit one more program than the limit here, which is of four for most."""
+    tile = max(1024, block_size)
+    registers = 255 if block_size > 512 else 168 if stochastic else 128
+    return {
+        "BLOCK": block_size, "ROWS": tile // block_size, "num_warps": tile // 256,
+        "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+CHUNK = 8192  # elements of a program
+TRUST = {"BLOCK_P": 256, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@functools.cache
+def books_of(device: torch.device) -> Tensor:
+    """(512 + 2 HALVES,) int32."""
+    half = torch.arange(FIRST_HALF.value, LAST_HALF.value + 1)
+    books, entries = [], []
+    for signed in (True, False):
+        zero = 127 if signed else 0
+        code = code_book(signed)
+        books.append(code.view(torch.int32))
+        above = code[zero:]
+        middle = ((above[1:] + above[:-1]) * 0.5).view(torch.int32).long()
+        place = torch.searchsorted(middle >> 16, half)  # of the code below all that share a half
+        inside = middle[place.clamp(max=len(middle) - 1)]
+        next_from = (inside & 0xFFFF) + ((place + zero) % 2 == 0)  # a tie goes to the even place
+        carry = torch.where(inside >> 16 == half, (1 << 16) - next_from, 0)
+        entries.append(((place - half << 16) + carry).int())
+    return torch.cat(books + entries).to(device)
+
+
+class Plan(NamedTuple):
+    table: Tensor  # (T, COLUMNS) int64 on the device
+    host: Tensor  # what it is copied from
+    programs: int
+    common: int  # the kind that most elements have
+    stream: int  # that of the copy
+
+
+# By the addresses: steps like the one before copy nothing.
+plans: dict[tuple, Plan] = {}
+PLANS = 64
+# Graphs replay what reads a plan, or copies it: those live as long as the process.
+captured: list[Plan] = []
+
+
+def state_kind(state: Tensor, scale: Tensor, n: int, block_size: int) -> int:
+    if not state.numel():
+        return NONE.value
+    codes, blocks = state.dtype == torch.uint8, -(-n // block_size)
+    right = (
+        scale.numel() == blocks and scale.dtype == torch.float32
+        if codes
+        else state.dtype == torch.float32
+    )
+    if state.numel() != n or not right:
+        raise ValueError(
+            f"blockwise_step_: a state must have {n} elements, uint8 with {blocks} float32 block "
+            f"maxima or float32, got {state.numel()} of {state.dtype} with {scale.numel()} of "
+            f"{scale.dtype}. Was it made for another block size?"
+        )
+    return CODES.value if codes else FULL.value
+
+
+def plan_of(
+    tensors: list[list[Tensor]], block_size: int, device: torch.device, stream: int
+) -> Plan:
+    table, programs, elements = [], 0, Counter()
+    for p, g, m, m_scale, v, v_scale in zip(*tensors, strict=True):
+        n = p.numel()
+        if g.numel() != n or p.dtype not in DTYPES or g.dtype not in DTYPES:
+            raise ValueError(
+                "blockwise_step_: a parameter and its gradient must be of one size and float32, "
+                f"bfloat16 or float16, got {tuple(p.shape)} of {p.dtype} and {tuple(g.shape)} of "
+                f"{g.dtype}."
+            )
+        kind = DTYPES[p.dtype] + 4 * DTYPES[g.dtype]
+        kind += 16 * state_kind(m, m_scale, n, block_size)
+        kind += 64 * state_kind(v, v_scale, n, block_size)
+        elements[kind] += n
+        at = [x.data_ptr() for x in (p, g, m, m_scale, v, v_scale)]
+        unaligned = (at[0] | at[1] | at[2] | at[4]) % 16 != 0
+        table.append([*at, n, kind + UNALIGNED * unaligned, programs])
+        programs += -(-n // CHUNK)
+    host = torch.tensor(table, dtype=torch.int64)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    common = max(elements, key=elements.get)
+    return Plan(host.to(device, non_blocking=True), host, programs, common, stream)
+
+
+def plan_for(tensors: list[list[Tensor]], block_size: int, device: torch.device) -> Plan:
+    on_gpu = device.type == "cuda"
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+    key = (
+        device,
+        block_size,
+        *[x.data_ptr() for each in tensors for x in each],
+        *[x.numel() for x in tensors[0]],
+        *[x.dtype for i in (0, 1, 2, 4) for x in tensors[i]],
+    )
+    plan = plans.get(key)
+    if plan is None or (plan.stream != stream and not capturing):
+        plan = plan_of(tensors, block_size, device, stream)
+        if not capturing:  # else its copy runs with the graph alone
+            if len(plans) == PLANS:
+                plans.pop(next(iter(plans)))
+            plans[key] = plan
+    if capturing:
+        captured.append(plan)
+    return plan
+
+
+def blockwise_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],  # codes uint8 (n,), fp32 (n,), or (0,)
+    first_scale: list[Tensor],  # (blocks,) fp32, or (0,)
+    second: list[Tensor],
+    second_scale: list[Tensor],
+    hyper: Tensor,  # (T, HYPER) fp32
+    counters: Tensor,  # (T, 2) int64
+    found_inf: Tensor | None,  # () fp32
+    rule: int,
+    block_size: int,
+    root: bool,
+    finite_only: bool,
+    stochastic: bool,
+    seed: int,
+) -> None:
+    T = len(params)
+    if T == 0:
+        return
+    whole = hyper.is_contiguous() and counters.is_contiguous()
+    if hyper.shape != (T, HYPER) or counters.shape != (T, 2) or not whole:
+        raise ValueError(
+            f"blockwise_step_: hyper must be ({T}, {HYPER}) and counters ({T}, 2), contiguous, "
+            f"got {tuple(hyper.shape)} and {tuple(counters.shape)}."
+        )
+    with device_of(hyper):
+        tensors = [params, grads, first, first_scale, second, second_scale]
+        plan = plan_for(tensors, block_size, hyper.device)
+        if plan.programs == 0:
+            return
+        books, trust, grid = books_of(hyper.device), None, (plan.programs,)
+        known = constants(block_size, stochastic)
+        known |= {"RULE": rule, "CHUNK": CHUNK, "COMMON": plan.common, "ROOT": root}
+        if RULES[rule] in ("lars", "lamb"):
+            part = hyper.new_empty(plan.programs, 2, dtype=torch.float64)
+            trust = hyper.new_empty(T)
+            blockwise_norms_kernel[grid](plan.table, hyper, books, part, T, **known)
+            blockwise_trust_kernel[(T,)](
+                plan.table, hyper, part, trust, RULE=rule, CHUNK=CHUNK, **TRUST
+            )
+        blockwise_step_kernel[grid](
+            plan.table, hyper, counters, found_inf, trust, books, T, seed,
+            FINITE_ONLY=finite_only, STOCHASTIC=stochastic, **known,
+        )  # fmt: skip
+
+
+def quantize_blockwise(x: Tensor, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """codes (n,) uint8 and absmax (blocks,) fp32."""
+    x, n, known = x.contiguous(), x.numel(), constants(block_size)
+    codes = torch.empty(n, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(triton.cdiv(n, block_size), device=x.device)
+    if n:
+        with device_of(x):
+            quantize_blockwise_kernel[(triton.cdiv(len(absmax), known["ROWS"]),)](
+                x, codes, absmax, books_of(x.device), n, SIGNED=signed, **known
+            )
+    return codes, absmax
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, block_size: int, signed: bool) -> Tensor:
+    """(n,) fp32."""
+    n, known = codes.numel(), constants(block_size)
+    out = absmax.new_empty(n)
+    if n:
+        with device_of(codes):
+            dequantize_blockwise_kernel[(triton.cdiv(len(absmax), known["ROWS"]),)](
+                codes.contiguous(), absmax.contiguous(), out, books_of(codes.device), n,
+                SIGNED=signed, **known,
+            )  # fmt: skip
+    return out
