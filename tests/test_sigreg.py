@@ -334,15 +334,6 @@ def test_compiles_without_a_graph_break():
             torch.testing.assert_close(got, with_gradient(z, 1, **options))
 
 
-@pytest.mark.parametrize("power", [1, 2])
-def test_is_differentiable_once(power):
-    z = torch.randn(4, 3, requires_grad=True)
-    value = sigreg(z, num_slices=2)
-    (dz,) = torch.autograd.grad(value**power, z, create_graph=True)
-    with pytest.raises(RuntimeError, match="SigReg is differentiable once"):
-        (value + dz.sum()).backward()
-
-
 @compiled
 @pytest.mark.parametrize("N,D,S", [(2100, 40, 200), (5, 512, 1024)])
 def test_threads_change_the_rounding_of_products_alone(N, D, S):
