@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <optional>
 
 // Vectors are passed between inlined functions alone.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -289,12 +290,18 @@ struct Slices {
   }
 };
 
-Tensor sigreg_fwd(Tensor z, Tensor directions, double spacing, int64_t knots) {
+Tensor sigreg_fwd(Tensor z, Tensor directions, double spacing, int64_t knots,
+                  std::optional<Tensor> left_out) {
   Slices p(z, directions, spacing, knots);
   Tensor out = torch::stable::new_empty(z, {p.G, 2, knots, p.S}, ScalarType::Float);
   float* sums = static_cast<float*>(out.mutable_data_ptr());
   if (!p.N) std::fill_n(sums, out.numel(), 0.f);
   const int64_t terms = p.terms();
+  STD_TORCH_CHECK(!left_out || (left_out->numel() == p.G && left_out->is_contiguous() &&
+                                left_out->scalar_type() == ScalarType::Long),
+                  "sigreg_fwd: left_out must be int64 with ", p.G, " elements");
+  const int64_t* zeros =
+      left_out ? static_cast<const int64_t*>(left_out->const_data_ptr()) : nullptr;
   // Of the group whose rows are under way: groups come one after the other.
   std::vector<double> totals(p.strips() * terms * kStripe, 0.0);
   const auto add_few = best_add_few();
@@ -303,11 +310,13 @@ Tensor sigreg_fwd(Tensor z, Tensor directions, double spacing, int64_t knots) {
     for (int64_t k = 1; k <= knots; ++k) {
       const Knot at(k);
       const double phi = std::exp(-0.5 * (k * spacing) * (k * spacing));
+      // Rows of zeros have added 1 each.
+      const double expected = p.N * phi + (zeros ? zeros[g] * (1.0 - phi) : 0.0);
       float* cosine = sums + ((g * 2 * knots) + k - 1) * p.S + strip * kStripe;
       float* sine = cosine + knots * p.S;
       for (int64_t c = 0; c < width; ++c) {
         const auto of = [&](int64_t term) { return total[term * kStripe + c]; };
-        cosine[c] = static_cast<float>(of(at.cosine[0]) - at.sign * of(at.cosine[1]) - p.N * phi);
+        cosine[c] = static_cast<float>(of(at.cosine[0]) - at.sign * of(at.cosine[1]) - expected);
         sine[c] = static_cast<float>(of(at.sine[0]) + at.sign * of(at.sine[1]));
       }
     }

@@ -173,10 +173,11 @@ def sigreg_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "groups", "parts"])
 def sigreg_merge_kernel(
-    part_ptr, out_ptr, N, S, groups, parts,
+    part_ptr, left_ptr, out_ptr, N, S, groups, parts,
     SPACING: tl.constexpr, KNOTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """X = sum of parts - N phi_k or Y = sum of parts, of one knot and group, in fixed order.
+    """X = sum of parts - N phi_k or Y = sum of parts, of one knot and group, in fixed order. The
+    rows of zeros that do not count, if any, have added 1 to each cosine.
 
     In fp64: X is the small difference of large sums, and an error of phi counts N times.
     """
@@ -192,6 +193,9 @@ def sigreg_merge_kernel(
     t = tl.cast(k, tl.float64) * SPACING
     phi = tl.where(k <= KNOTS, tl.exp(t * t * -0.5), 0.0)
     out = tl.sum(total, 0) - phi * N
+    if left_ptr is not None:
+        zeros = tl.load(left_ptr + plane // (2 * KNOTS)).to(tl.float64)
+        out -= tl.where(k <= KNOTS, zeros * (1.0 - phi), 0.0)
     tl.store(out_ptr + tl.cast(plane, tl.int64) * S + offs_s, out.to(tl.float32), mask=offs_s < S)
 
 
@@ -427,12 +431,12 @@ def projections(z: Tensor, directions: Tensor) -> Tensor:
     return p
 
 
-def merged(parts: Tensor, N: int, spacing: float) -> Tensor:
-    """X and Y (G, 2, knots, S) of N rows, of sums (spans, G, 2, knots, S)."""
+def merged(parts: Tensor, N: int, spacing: float, left_out: Tensor | None = None) -> Tensor:
+    """X and Y (G, 2, knots, S) of N rows, less those left out, of sums (spans, G, 2, knots, S)."""
     spans, G, _, knots, S = parts.shape
     out, known = parts.new_empty(parts.shape[1:]), merge_constants()
     sigreg_merge_kernel[G * 2 * knots, triton.cdiv(S, known["BLOCK_S"])](
-        parts, out, N, S, G, spans, SPACING=spacing, KNOTS=knots, **known
+        parts, left_out, out, N, S, G, spans, SPACING=spacing, KNOTS=knots, **known
     )
     return out
 
@@ -453,6 +457,7 @@ def sigreg_fwd(
     directions: Tensor,  # (D, S) float32
     spacing: float,
     knots: int,
+    left_out: Tensor | None = None,  # (G,) int64: so many rows of zeros do not count
 ) -> Tensor:
     """X and Y (G, 2, knots, S) float32."""
     (G, N, _), S = z.shape, directions.shape[1]
@@ -467,7 +472,7 @@ def sigreg_fwd(
                 p, parts, *reduction(spacing), N, S, G, span,
                 KNOTS=knots, **anchors, **walk_constants(),
             )  # fmt: skip
-        return merged(parts, N, spacing)
+        return merged(parts, N, spacing, left_out)
 
 
 def sigreg_bwd(

@@ -274,6 +274,9 @@ def that_differ(group):
         sinkhorn(scores, 0.1, group=group)
     with pytest.raises(ValueError, match="epsilon must be the same on all ranks, got 0.1 on rank"):
         sinkhorn_bias(scores[:, :4], 0.1 + group.rank(), group=group)
+    for marginal in (torch.arange(1.0, 5) + group.rank(), torch.ones(4) if group.rank() else None):
+        with pytest.raises(ValueError, match="the marginal must be the same on all ranks"):
+            sinkhorn_bias(scores[:, :4], 0.1, marginal=marginal, group=group)
 
 
 def test_ranks_that_differ(ranks):

@@ -30,7 +30,8 @@ def cases():
             yield f"fwd-{place}", kernels.sigreg_fwd_kernel, known, {}
             yield f"bwd-{place}", kernels.sigreg_bwd_kernel, known, {}
     known = kernels.merge_constants() | {"KNOTS": 16, "SPACING": 3 / 16}
-    yield "merge", kernels.sigreg_merge_kernel, known, {}
+    yield "merge", kernels.sigreg_merge_kernel, known | {"left_ptr": None}, {}
+    yield "merge-masked", kernels.sigreg_merge_kernel, known, {"left_ptr": "*i64"}
     known, types = kernels.directions_constants(), {"step_ptr": "*i64", "seed": "i64"}
     yield "directions", kernels.sigreg_directions_kernel, known, types
     for dtype in ("fp32", "bf16", "fp16"):

@@ -94,6 +94,16 @@ def test_sums_of_many_rows():
     assert (kernels.merged(rest, 300 * 256, 3 / 16) - true).abs().max() <= 1e-5
 
 
+def test_rows_left_out():
+    z, directions = problem(2, 20, 4, 8)
+    z[0, :15] = 0
+    left_out = torch.tensor([15, 0], device=DEVICE)
+    got = kernels.sigreg_fwd(z, directions, 3 / 16, 16, left_out)
+    true = sigreg_fwd_ref(z[:1, 15:].double(), directions.double(), 3 / 16, 16)
+    torch.testing.assert_close(got[:1].double(), true, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[1:], kernels.sigreg_fwd(z, directions, 3 / 16, 16)[1:])
+
+
 @pytest.mark.parametrize("largest", [1e5, 1e9, 1e30])
 def test_out_of_reach(largest):
     """Angles mean nothing there, but no element may weigh more than 1."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl.dist import Level, agree, all_logsumexp, resolve_levels
-from fastssl.ops.checks import check_floating
+from fastssl.ops.checks import check_floating, checksum
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 # A prototype that a pass leaves without mass is lifted by this much, and finds its level again.
@@ -129,6 +129,7 @@ def check_balance(
     levels = resolve_levels(name, group)
     if levels:
         options = {"epsilon": epsilon, "n_iters": n_iters, "the dtype": like.dtype}
+        options["the marginal"] = None if marginal is None else ("given", checksum(marginal))
         agree(name, levels, (), like, **{"the groups and prototypes": shape} | options)
     return share, levels
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastssl.augment.random import SLICES, philox4x32
 from fastssl.autograd import once_differentiable
 from fastssl.dist import agree, all_sum, resolve_levels, world_size
-from fastssl.ops.checks import check_floating, check_reduction, number_or_tensor
+from fastssl.ops.checks import check_floating, check_reduction, checksum, number_or_tensor
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
 
@@ -60,12 +60,21 @@ def _angles(z: Tensor, directions: Tensor, spacing: float, knots: int) -> Tensor
 
 
 @without_autocast
-def sigreg_fwd_ref(z: Tensor, directions: Tensor, spacing: float, knots: int) -> Tensor:
-    """X and Y (G, 2, knots, S) of knots 1 .. knots; z (G, N, D), directions (D, S)."""
+def sigreg_fwd_ref(
+    z: Tensor,  # (G, N, D)
+    directions: Tensor,  # (D, S)
+    spacing: float,
+    knots: int,
+    left_out: Tensor | None = None,  # (G,) int64: so many rows of zeros do not count
+) -> Tensor:
+    """X and Y (G, 2, knots, S) of knots 1 .. knots."""
     angles = _angles(z, directions, spacing, knots)
     t = spacing * torch.arange(1, knots + 1, device=z.device, dtype=angles.dtype)
     phi = (-t * t / 2).exp().view(-1, 1, 1)
-    return torch.stack([(angles.cos() - phi).sum(2), angles.sin().sum(2)], 1)
+    x = (angles.cos() - phi).sum(2)
+    if left_out is not None:
+        x = x - left_out.view(-1, 1, 1) * (1 - phi.squeeze(2))
+    return torch.stack([x, angles.sin().sum(2)], 1)
 
 
 @without_autocast
@@ -78,7 +87,10 @@ def sigreg_bwd_ref(z: Tensor, directions: Tensor, series: Tensor, spacing: float
 
 
 lib.define("sigreg_directions(Tensor step, int seed, int num_slices, int dim) -> Tensor")
-lib.define("sigreg_fwd(Tensor z, Tensor directions, float spacing, int knots) -> Tensor")
+lib.define(
+    "sigreg_fwd(Tensor z, Tensor directions, float spacing, int knots, Tensor? left_out=None)"
+    " -> Tensor"
+)
 lib.define("sigreg_bwd(Tensor z, Tensor directions, Tensor series, float spacing) -> Tensor")
 lib.impl("sigreg_directions", sigreg_directions_ref, "CompositeExplicitAutograd")
 lib.impl("sigreg_fwd", sigreg_fwd_ref, "CompositeExplicitAutograd")
@@ -89,7 +101,7 @@ def _directions_fake(step, seed, num_slices, dim):
     return step.new_empty(dim, num_slices, dtype=torch.float32)
 
 
-def _fwd_fake(z, directions, spacing, knots):
+def _fwd_fake(z, directions, spacing, knots, left_out=None):
     torch._check(
         z.dim() == 3 and directions.dim() == 2 and z.shape[2] == directions.shape[0],
         lambda: "sigreg_fwd: z must be (G, N, D) and directions (D, S)",
@@ -117,13 +129,12 @@ class SigReg(torch.autograd.Function):
         by_reference = z.dtype == torch.float64  # which exists for oracles
         spacing = t_max / (knots - 1)
         fwd = sigreg_fwd_ref if by_reference else torch.ops.fastssl.sigreg_fwd
-        sums = fwd(z, directions, spacing, knots - 1)
-        _, phi, weight = knot_weights(knots, t_max, sums)
+        left_out = None if count is None else z.shape[1] - count
+        sums = fwd(z, directions, spacing, knots - 1, left_out)
+        _, _, weight = knot_weights(knots, t_max, sums)
         if count is None:
             count = sums.new_full((len(z),), z.shape[1])
-        else:  # rows that do not count are 0: each has added 1 - phi
-            count = count.to(sums.dtype)
-            sums[:, 0] -= (z.shape[1] - count).view(-1, 1, 1) * (1 - phi[1:, None])
+        count = count.to(sums.dtype)
         if levels:
             packed = all_sum(torch.cat([sums.flatten(), count]), levels)
             sums, count = packed[: sums.numel()].view(sums.shape), packed[sums.numel() :]
@@ -173,7 +184,11 @@ def sigreg_directions(
     for label, value in (("num_slices", num_slices), ("dim", dim)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: {label} must be an integer >= 1, got {value!r}.")
+    if not isinstance(seed, int):
+        raise TypeError(f"{name}: seed must be an integer, got {seed!r}.")
     if not isinstance(step, Tensor):
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"{name}: step must be an integer >= 0, got {step!r}.")
         step = torch.full((), step, dtype=torch.int64, device=device)
     elif step.numel() != 1 or step.dtype != torch.int64:
         raise ValueError(
@@ -247,6 +262,8 @@ def sigreg(
     name = "sigreg"
     check_floating(name, "z", z)
     check_reduction(name, reduction)
+    if clip is not None and not isinstance(clip, (int, float)):
+        raise TypeError(f"{name}: clip must be a number or None, got {clip!r}.")
     levels = resolve_levels(name, group)
     if z.dim() < 2 or 0 in (*z.shape[:-2], z.shape[-1]) or not (z.shape[-2] or levels):
         raise ValueError(
@@ -263,9 +280,14 @@ def sigreg(
     D = z.shape[-1]
     if directions is None:
         directions = sigreg_directions(num_slices, D, seed=seed, step=step, device=z.device)
-    elif not isinstance(directions, Tensor) or directions.dim() != 2 or len(directions) != D:
+    elif (
+        not isinstance(directions, Tensor)
+        or directions.dim() != 2
+        or len(directions) != D
+        or not directions.shape[1]
+    ):
         got = tuple(directions.shape) if isinstance(directions, Tensor) else directions
-        raise ValueError(f"{name}: directions must be (D, S) with z's D={D}, got {got}.")
+        raise ValueError(f"{name}: directions must be (D, S) with z's D={D} and S >= 1, got {got}.")
     directions = directions.detach().to(device=z.device, dtype=wide(z)) / target_std
     flat, count = z.reshape(math.prod(z.shape[:-2]), *z.shape[-2:]), None
     if mask is not None:
@@ -283,8 +305,9 @@ def sigreg(
             "the width, slices and knots": (*directions.shape, knots),
             "the dtype": z.dtype,
             "t_max and target_std": (t_max, target_std),
+            "the reduction and clip": (reduction, clip),
             "the seed and step": (seed, *number_or_tensor(step)),
-            "whether rows are masked": mask is not None,
+            "the checksum of the directions": checksum(directions),
         }
         agree(name, levels, (), z, **same)
     statistic = SigReg.apply(flat, directions, count, knots, t_max, levels)
