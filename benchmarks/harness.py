@@ -90,6 +90,15 @@ def bare_exponential(device: str, rounds: int) -> float:
     ) / len(x)
 
 
+def bare_copy(device: str, rounds: int) -> float:
+    """Seconds of a byte read or written by a copy too large for caches."""
+    x = torch.rand(2**26, device=device)
+    out = torch.empty_like(x)
+    timed(lambda: out.copy_(x), device)
+    seconds = statistics.median(timed(lambda: out.copy_(x), device) for _ in range(rounds))
+    return seconds / (2 * x.nbytes)
+
+
 def measure(
     benchmark,
     module: str,
@@ -97,11 +106,12 @@ def measure(
     shape: tuple[int, int],
     products: float,
     exponentials: float,
+    traffic: float = 0,
 ) -> None:
     """Time a case inside pytest-benchmark, the others interleaved as the set-up of each round.
 
-    shape (rows, keys), products of it and exponentials of each pair are what the algorithm cannot
-    do without. In fp32 these, timed bare, are the machine's own limit.
+    shape (rows, keys), products of it and exponentials of each pair, or else bytes of traffic, are
+    what the algorithm cannot do without. In fp32 these, timed bare, are the machine's own limit.
     """
     device, dtype = params["device"], params["dtype"]
     providers = importlib.import_module(module).make(**params)
@@ -142,11 +152,17 @@ def measure(
         row["ours_tflops"] = products * 2 * pairs * params["D"] / medians[ours] / 1e12
         row["bare_product_ms"] = 1e3 * product
         rate = f"{row['ours_tflops']:.2f} TFLOP/s"
+    elif traffic:
+        row["ours_gb_s"] = traffic / medians[ours] / 1e9
+        rate = f"{row['ours_gb_s']:.2f} GB/s"
     else:
         row["ours_gexp_s"] = exponentials * pairs / medians[ours] / 1e9
         rate = f"{row['ours_gexp_s']:.2f} exponentials a ns"
     if dtype == "float32":
-        limit = products * product + exponentials * pairs * bare_exponential(device, rounds)
+        if traffic:
+            limit = traffic * bare_copy(device, min(rounds, 7))
+        else:
+            limit = products * product + exponentials * pairs * bare_exponential(device, rounds)
         row |= {"limit_ms": 1e3 * limit, "share": medians[ours] / limit}
     memory = "not measured"
     if 4 * pairs >= 2**20:  # below, the logits that others store are no memory to speak of

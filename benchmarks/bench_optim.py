@@ -1,0 +1,62 @@
+"""AdamW's step with 8-bit states against torch's fused one in float32, and bitsandbytes'."""
+
+import harness
+import pytest
+import torch
+
+from fastssl.optim import AdamW8bit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of ViT-B's blocks: 12 times the shapes below, beside embeddings and a final normalisation.
+BLOCK = [(2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072)] + [(768,)] * 5
+SIZES = {
+    "adamw8bit": {"cpu": [10_000_000, 50_000_000], "cuda": [10_000_000, 1_000_000_000]},
+    "adamw8bit_vit_b": {"cpu": [85_798_656], "cuda": [85_798_656]},
+}
+CASES = [(case, N) for case, sizes in SIZES.items() for N in sizes[DEVICE]]
+
+
+def shapes(case: str, N: int) -> list[tuple[int, ...]]:
+    if case == "adamw8bit" or N < 768:  # so few are the harness's warm-up
+        return [(N,)]
+    return [(1, 1, 768), (197, 768), (768, 3, 16, 16), (768,), *BLOCK * 12, (768,), (768,)]
+
+
+def make(case: str, N: int, M: int, dtype: str, device: str) -> dict:
+    """Ours, the baseline and others by name: each does a step and gives some of the parameters."""
+    generator = torch.Generator().manual_seed(0)
+    all_shapes = shapes(case, N)
+    start = [torch.randn(s, generator=generator) for s in all_shapes]
+    slopes = [torch.randn(s, generator=generator) * 0.01 for s in all_shapes]
+
+    def provider(optimizer, dtype, **options):
+        parameters = [torch.nn.Parameter(p.to(device, dtype, copy=True)) for p in start]
+        for p, g in zip(parameters, slopes, strict=True):
+            p.grad = g.to(device, dtype)
+        optimizer = optimizer(parameters, lr=1e-3, weight_decay=0.05, **options)
+
+        def step():
+            optimizer.step()
+            return (parameters[-1].detach()[:1000].clone(),)
+
+        return step
+
+    own = getattr(torch, dtype)
+    providers = {
+        "ours": provider(AdamW8bit, own),
+        "torch fused float32": provider(torch.optim.AdamW, torch.float32, fused=True),
+    }
+    try:
+        from bitsandbytes.optim import AdamW8bit as Theirs
+    except ImportError:
+        return providers
+    return providers | {"bitsandbytes": provider(Theirs, own)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case,N", CASES)
+def test_step(benchmark, case, N, dtype):
+    params = {"case": case, "N": N, "M": 1, "dtype": dtype, "device": DEVICE}
+    # Parameters read and written, gradients read, two codes and their maxima read and written.
+    traffic = N * (3 * getattr(torch, dtype).itemsize + 4 + 16 / 256)
+    harness.measure(benchmark, __name__, params, (N, 1), 0, 0, traffic)
