@@ -343,6 +343,30 @@ def test_an_assignment_is_dense_only_when_it_must_be():
         assert row.sum().item() == pytest.approx(1), "dense by now"
 
 
+OPERATORS = {
+    "A * 2": lambda a: a * 2, "2 * A": lambda a: 2 * a, "A + 0": lambda a: a + 0,
+    "1 + A": lambda a: 1 + a, "A - 1": lambda a: a - 1, "1 - A": lambda a: 1 - a,
+    "A / 2": lambda a: a / 2, "2 / A": lambda a: 2 / a, "A // 0.1": lambda a: a // 0.1,
+    "1 // A": lambda a: 1 // a, "A % 0.1": lambda a: a % 0.1, "1 % A": lambda a: 1 % a,
+    "A**2": lambda a: a**2, "2**A": lambda a: 2**a, "A @ x": lambda a: a @ torch.ones(K),
+    "x @ A": lambda a: torch.ones(8) @ a, "-A": lambda a: -a, "+A": lambda a: +a, "abs": abs,
+    "A == 0.1": lambda a: a == 0.1, "A != 0.1": lambda a: a != 0.1, "A < 0.1": lambda a: a < 0.1,
+    "A <= 0.1": lambda a: a <= 0.1, "A > 0.1": lambda a: a > 0.1, "A >= 0.1": lambda a: a >= 0.1,
+    "A + A": lambda a: a + a, "A *= 2": lambda a: operator.imul(a, 2),
+    "numpy's 2 * A": lambda a: np.float32(2) * a, "in": lambda a: torch.tensor(2.0 in a),
+    "as an array": lambda a: torch.from_numpy(np.asarray(a)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_operators_take_an_assignment_as_a_tensor(case):
+    x, bias = scores(8), torch.randn(K)
+    with pytest.warns(UserWarning, match=r"made its \(8, 24\) probabilities"):
+        got = OPERATORS[case](TeacherAssignment(x, bias, 0.07))
+    true = OPERATORS[case]((x / 0.07 + bias).softmax(-1))
+    torch.testing.assert_close(got, true)
+
+
 def test_gradcheck():
     student, x = scores(2, 3, dtype=torch.float64).requires_grad_(), scores(2, 3).double()
     swav, masks = SwaVLoss(), torch.ones(2, 3, dtype=torch.bool)

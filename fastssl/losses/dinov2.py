@@ -6,7 +6,7 @@ take without ever making its probabilities.
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ ABOUT = {"shape", "ndim", "device", "is_cuda", "requires_grad", "dim", "size", "
 OF_ROWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk", "split", "detach",
 }  # fmt: skip
+# Python looks these up on the class, where __getattr__ is not asked.
+OPERATORS = (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv",
+    "mod", "rmod", "pow", "rpow", "matmul", "rmatmul", "neg", "pos", "abs",
+    "eq", "ne", "lt", "le", "gt", "ge", "contains", "array",
+)  # fmt: skip
 
 
 class TeacherAssignment:
@@ -50,6 +56,8 @@ class TeacherAssignment:
         >>> second.shape, second.dense().sum(-1).round().unique()
         (torch.Size([8, 30]), tensor([1.]))
     """
+
+    __array_priority__ = Tensor.__array_priority__  # numpy's scalars let our operators go first
 
     def __init__(self, scores: Tensor, bias: Tensor | None, temperature: float):
         self.scores, self.bias, self.temperature = scores.detach(), bias, temperature
@@ -92,6 +100,9 @@ class TeacherAssignment:
             return partial(self._rows, what)
         return getattr(self._dense_for(f".{what}"), what)
 
+    def _operator(self, what: str, *args, **kwargs):
+        return getattr(self._dense_for(what), what)(*args, **kwargs)
+
     def __getitem__(self, index):
         axes = index.dim() if isinstance(index, Tensor) and index.dtype == torch.bool else 1
         if isinstance(index, (int, slice, Tensor)) and axes < self.scores.dim():
@@ -114,6 +125,13 @@ class TeacherAssignment:
 
         return function(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
+
+for _name in OPERATORS:
+    setattr(
+        TeacherAssignment,
+        f"__{_name}__",
+        partialmethod(TeacherAssignment._operator, f"__{_name}__"),
+    )
 
 Teacher = TeacherAssignment | Tensor
 
