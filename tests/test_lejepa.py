@@ -146,6 +146,19 @@ def test_parity_with_lightly(lam, knots, t_max, monkeypatch):
         torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 
 
+def test_lightlys_checkpoints_load():
+    peer, ours = pytest.importorskip("lightly.loss").LeJEPALoss(), LeJEPALoss()
+    ours(global_proj=features(2, 9, 4))
+    state = torch.nn.ModuleList([peer]).state_dict()  # as a part of a model
+    torch.nn.ModuleList([ours]).load_state_dict(state)
+    assert int(ours.sigreg.step) == 0 and len(state) == 3, "what is loaded from is left as it was"
+    spread = SIGReg()
+    spread.load_state_dict(peer.sigreg.state_dict())
+    for broken in ({}, {**peer.state_dict(), "sigreg.other": torch.zeros(1)}):
+        with pytest.raises(RuntimeError, match="Missing key.*sigreg.step|Unexpected.*sigreg.other"):
+            ours.load_state_dict(broken)
+
+
 def test_half_precision_is_computed_in_float32():
     z = features(4, 30, 8, dtype=torch.bfloat16)
     value = of_views(lejepa("lightly"), z)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl import LOCAL
 from fastssl.losses import DINOLoss, IBOTPatchLoss, SwaVLoss, dinov2, power_law_marginal
@@ -150,7 +151,82 @@ def test_other_centerings(centering):
     assert not dino.center.any() and not ibot.center.center.any(), "nothing follows a centre"
 
 
+def test_attributes_as_lightlys():
+    theirs, ours = peer("DINOLoss", K, 0.04, 0.07, 4), DINOLoss(K, 0.04, 0.07, 4)
+    assert theirs.warmup_teacher_temp_epochs == ours.warmup_teacher_temp_epochs == 4
+    torch.testing.assert_close(ours.teacher_temp_schedule, theirs.teacher_temp_schedule)
+    x = scores(2, 5)
+    theirs.update_center(x)
+    ours.update_center(x)
+    torch.testing.assert_close(ours.center, theirs.center)
+    theirs, ours = peer("IBOTPatchLoss", K), IBOTPatchLoss(K)
+    theirs.center.update(x[0])
+    ours.center.update(x[0])
+    assert theirs.center.momentum == ours.center.momentum
+    torch.testing.assert_close(ours.center.value, theirs.center.value)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor])
+def test_temperatures_of_other_types(number):
+    x, y, mask = scores(2, 6), scores(4, 6), torch.ones(3, 2, 1, dtype=torch.bool)
+    low, high = float(number(0.05)), float(number(0.2))
+    same = torch.testing.assert_close
+    same(SwaVLoss(number(0.2), 3, number(0.05))(y, []), SwaVLoss(high, 3, low)(y, []))
+    expected = DINOLoss(K, low, high, 3, high)(x, y, epoch=1)
+    same(DINOLoss(K, number(0.05), number(0.2), 3, number(0.2))(x, y, epoch=1), expected)
+    same(DINOLoss(K)(x, y, number(0.05)), DINOLoss(K)(x, y, low))
+    ours, expected = IBOTPatchLoss(K, number(0.05), number(0.2)), IBOTPatchLoss(K, low, high)
+    same(ours(x[0], y[0], mask), expected(x[0], y[0], mask))
+    same(ours(x[0], y[0], mask, number(0.2)), expected(x[0], y[0], mask, high))
+    loss, other = dinov2.DINOLoss(K, number(0.2)), dinov2.DINOLoss(K, high)
+    for make in ("softmax_center_teacher", "sinkhorn_knopp_teacher"):
+        same(
+            loss([*y], getattr(loss, make)(x, number(0.05))),
+            other([*y], getattr(other, make)(x, low)),
+        )
+
+
+def no_masked_tokens(group, centering):
+    """The losses, their gradients and centres, of ranks that have none."""
+    x, y = torch.empty(2, 0, K, dtype=torch.float16), torch.empty(0, K).requires_grad_()
+    masks = torch.zeros(3, 4, dtype=torch.bool)
+    ours = IBOTPatchLoss(K, centering=centering, group=group)
+    ours.center.center.fill_(0.5)
+    objects = dinov2.iBOTPatchLoss(K, group=group)
+    teachers = (
+        objects.sinkhorn_knopp_teacher(x[0], 0.05), objects.softmax_center_teacher(x[0], 0.05),
+        torch.empty(0, K),
+    )  # fmt: skip
+    losses = [ours(x[0], y, masks.view(3, 2, 2))]
+    losses += [objects.forward_masked(y, teacher, masks) for teacher in teachers]
+    return [graded(loss, y) for loss in losses], ours.center.value
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn", "none"])
+def test_no_masked_tokens(centering, ranks):
+    alone, over_ranks = (
+        no_masked_tokens(LOCAL, centering),
+        ranks.run(no_masked_tokens, 2, centering),
+    )
+    for found, center in (alone, *over_ranks):
+        for value, gradient in found:
+            assert value.dtype == torch.float32 and value == 0 and gradient.shape == (0, K)
+        torch.testing.assert_close(center, torch.full_like(center, 0.5))
+
+
 # -------------------------------------------------------------------------------- lists and tensors
+
+
+def test_crops_of_a_generator():
+    x, y = scores(2, 6), scores(4, 6)
+    assert torch.equal(DINOLoss(K)((c for c in x), (c for c in y)), DINOLoss(K)(x, y))
+
+
+def test_made_and_run_without_memory():
+    for device in (torch.device("meta"), FakeTensorMode()):
+        with device:
+            loss = DINOLoss(K, 0.04, 0.07, 3)
+            assert loss(torch.randn(2, 6, K), torch.randn(4, 6, K), epoch=1).shape == ()
 
 
 LAYOUTS = {
@@ -255,6 +331,26 @@ def test_dinov2_step_by_step():
     assert not dino.center.any()
 
 
+def test_the_peers_names_of_arguments():
+    loss, x = dinov2.iBOTPatchLoss(K), scores(5)
+    loss.update_center(teacher_patch_tokens=x[None])
+    loss.apply_center_update()
+    torch.testing.assert_close(loss.center, 0.1 * x.mean(0).view(1, 1, K))
+    teacher = loss.softmax_center_teacher(
+        teacher_patch_tokens=x, teacher_temp=0.05, update_centers=True
+    )
+    torch.testing.assert_close(teacher.dense(), ((x - loss.center[0]) / 0.05).softmax(-1))
+    teacher = loss.sinkhorn_knopp_teacher(
+        teacher_output=x, teacher_temp=0.05, n_masked_patches_tensor=torch.tensor([5])
+    )
+    torch.testing.assert_close(teacher.dense(), sinkhorn(x, 0.05))
+    loss = dinov2.DINOLoss(K)
+    loss.update_center(teacher_output=x)
+    loss.apply_center_update()
+    teacher = loss.softmax_center_teacher(teacher_output=x, teacher_temp=0.05, update_centers=True)
+    torch.testing.assert_close(teacher.dense(), ((x - loss.center) / 0.05).softmax(-1))
+
+
 @pytest.mark.parametrize("ignore_diagonal", [False, True])
 def test_dinov3(ignore_diagonal):
     dino, ibot = dinov2.DINOLoss(K), dinov2.iBOTPatchLoss(K)
@@ -343,6 +439,30 @@ def test_an_assignment_is_dense_only_when_it_must_be():
         assert row.sum().item() == pytest.approx(1), "dense by now"
 
 
+OPERATORS = {
+    "A * 2": lambda a: a * 2, "2 * A": lambda a: 2 * a, "A + 0": lambda a: a + 0,
+    "1 + A": lambda a: 1 + a, "A - 1": lambda a: a - 1, "1 - A": lambda a: 1 - a,
+    "A / 2": lambda a: a / 2, "2 / A": lambda a: 2 / a, "A // 0.1": lambda a: a // 0.1,
+    "1 // A": lambda a: 1 // a, "A % 0.1": lambda a: a % 0.1, "1 % A": lambda a: 1 % a,
+    "A**2": lambda a: a**2, "2**A": lambda a: 2**a, "A @ x": lambda a: a @ torch.ones(K),
+    "x @ A": lambda a: torch.ones(8) @ a, "-A": lambda a: -a, "+A": lambda a: +a, "abs": abs,
+    "A == 0.1": lambda a: a == 0.1, "A != 0.1": lambda a: a != 0.1, "A < 0.1": lambda a: a < 0.1,
+    "A <= 0.1": lambda a: a <= 0.1, "A > 0.1": lambda a: a > 0.1, "A >= 0.1": lambda a: a >= 0.1,
+    "A + A": lambda a: a + a, "A *= 2": lambda a: operator.imul(a, 2),
+    "numpy's 2 * A": lambda a: np.float32(2) * a, "in": lambda a: torch.tensor(2.0 in a),
+    "as an array": lambda a: torch.from_numpy(np.asarray(a)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_operators_take_an_assignment_as_a_tensor(case):
+    x, bias = scores(8), torch.randn(K)
+    with pytest.warns(UserWarning, match=r"made its \(8, 24\) probabilities"):
+        got = OPERATORS[case](TeacherAssignment(x, bias, 0.07))
+    true = OPERATORS[case]((x / 0.07 + bias).softmax(-1))
+    torch.testing.assert_close(got, true)
+
+
 def test_gradcheck():
     student, x = scores(2, 3, dtype=torch.float64).requires_grad_(), scores(2, 3).double()
     swav, masks = SwaVLoss(), torch.ones(2, 3, dtype=torch.bool)
@@ -404,10 +524,12 @@ def test_compiles_without_a_graph_break():
         (lambda x, m: SwaVLoss()([x, x], [], [x]), ValueError, "each of the 2 high-.*got 1"),
         (lambda x, m: SwaVLoss()([x, x], [], [x[:, 1:]] * 2), ValueError, "groups, prototypes"),
         (lambda x, m: SwaVLoss(sinkhorn_gather_distributed=True)([x, x], []), ValueError,
-         "needs torch.distributed"),
-        (lambda x, m: SwaVLoss(0.1, 3, 0.05, True, group=LOCAL), ValueError, "contradicts group"),
-        (lambda x, m: SwaVLoss(0.0)([x, x], []), ValueError, "student_temperature must be"),
-        (lambda x, m: SwaVLoss(sinkhorn_epsilon=0)([x, x], []), ValueError, "epsilon must be"),
+         "SwaVLoss: sinkhorn_gather_distributed=True needs.*leave sinkhorn_gather_distributed out"),
+        (lambda x, m: SwaVLoss(0.1, 3, 0.05, True, group=LOCAL), ValueError,
+         "SwaVLoss: sinkhorn_gather_distributed=True contradicts group"),
+        (lambda x, m: SwaVLoss(0.0), ValueError, "SwaVLoss: temperature must be.*got 0.0"),
+        (lambda x, m: SwaVLoss(sinkhorn_epsilon=0), ValueError, "SwaVLoss: sinkhorn_epsilon must"),
+        (lambda x, m: SwaVLoss("0.1"), ValueError, "must be a positive number.*got '0.1'"),
         (lambda x, m: SwaVLoss()([x[:0], x[:0]], []), ValueError, "must have a row"),
         (lambda x, m: SwaVLoss()([x.int(), x.int()], []), TypeError, "float32.*got torch.int32"),
         (lambda x, m: DINOLoss(K)([x], [x]), ValueError, "must be two crops, got one"),
@@ -415,14 +537,20 @@ def test_compiles_without_a_graph_break():
         (lambda x, m: DINOLoss(K)(x, [x, x]), ValueError, r"teacher_out must.*one tensor \(crops"),
         (lambda x, m: DINOLoss(9)([x], [x, x]), ValueError, r"prototypes, 9, got \(1, 9, 24\)"),
         (lambda x, m: DINOLoss(K)([x], [x[1:]] * 2), ValueError, "teacher must have student's"),
-        (lambda x, m: DINOLoss(K, teacher_temp=0)([x], [x, x]), ValueError, "teacher_temperature"),
+        (lambda x, m: DINOLoss(K, teacher_temp=0), ValueError, "DINOLoss: teacher_temp must.*t 0"),
+        (lambda x, m: DINOLoss(K, 0.0)([x], [x, x], epoch=0), ValueError, "teacher_temp must.*0.0"),
+        (lambda x, m: DINOLoss(K)([x], [x, x], torch.full((2,), 0.1)), ValueError,
+         r"teacher_temp must be a positive number.*got tensor\(\[0.1000, 0.1000\]\)"),
+        (lambda x, m: dinov2.DINOLoss(K).sinkhorn_knopp_teacher(x, float("nan")), ValueError,
+         "DINOLoss: teacher_temp must be.*got nan"),
+        (lambda x, m: dinov2.iBOTPatchLoss(K, -1), ValueError, "iBOTPatchLoss: student_temp must"),
         (lambda x, m: DINOLoss(center_mode="max"), ValueError, "must be \"mean\", got 'max'"),
         (lambda x, m: DINOLoss(centering="both"), ValueError, "centering must be.*got 'both'"),
         (lambda x, m: DINOLoss(group=3), TypeError, "DINOLoss: group must be"),
         (lambda x, m: IBOTPatchLoss(K)(x, x, m[1:]), ValueError,
          "one True for each of the 9 rows of scores, got 6"),
         (lambda x, m: IBOTPatchLoss(K)(x, x, m.int()), TypeError, "must be a bool tensor.*int32"),
-        (lambda x, m: IBOTPatchLoss(K)(x[:0], x[:0], ~m), ValueError, "must have a row"),
+        (lambda x, m: IBOTPatchLoss(K)(x[:1], x[:0], m[:1, :1]), ValueError, "student's batch"),
         (lambda x, m: IBOTPatchLoss(K)(x[:, 1:], x, m), ValueError, "as many columns"),
         (lambda x, m: dinov2.DINOLoss(9).softmax_center_teacher(x, 0.1), ValueError,
          r"DINOLoss: the teacher's scores.*9, got \(9, 24\)"),

@@ -6,7 +6,7 @@ take without ever making its probabilities.
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from fastssl.losses.prototypes import (
     center_bias,
     mean_of_images,
     move_center,
+    never_empty,
     stacked,
+    temperature_of,
     weight_of_image,
 )
 from fastssl.losses.ranks import check_group, described
@@ -29,6 +31,12 @@ ABOUT = {"shape", "ndim", "device", "is_cuda", "requires_grad", "dim", "size", "
 OF_ROWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "chunk", "split", "detach",
 }  # fmt: skip
+# Python looks these up on the class, where __getattr__ is not asked.
+OPERATORS = (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv",
+    "mod", "rmod", "pow", "rpow", "matmul", "rmatmul", "neg", "pos", "abs",
+    "eq", "ne", "lt", "le", "gt", "ge", "contains", "array",
+)  # fmt: skip
 
 
 class TeacherAssignment:
@@ -50,6 +58,8 @@ class TeacherAssignment:
         >>> second.shape, second.dense().sum(-1).round().unique()
         (torch.Size([8, 30]), tensor([1.]))
     """
+
+    __array_priority__ = Tensor.__array_priority__  # numpy's scalars let our operators go first
 
     def __init__(self, scores: Tensor, bias: Tensor | None, temperature: float):
         self.scores, self.bias, self.temperature = scores.detach(), bias, temperature
@@ -92,6 +102,9 @@ class TeacherAssignment:
             return partial(self._rows, what)
         return getattr(self._dense_for(f".{what}"), what)
 
+    def _operator(self, what: str, *args, **kwargs):
+        return getattr(self._dense_for(what), what)(*args, **kwargs)
+
     def __getitem__(self, index):
         axes = index.dim() if isinstance(index, Tensor) and index.dtype == torch.bool else 1
         if isinstance(index, (int, slice, Tensor)) and axes < self.scores.dim():
@@ -114,6 +127,13 @@ class TeacherAssignment:
 
         return function(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
+
+for _name in OPERATORS:
+    setattr(
+        TeacherAssignment,
+        f"__{_name}__",
+        partialmethod(TeacherAssignment._operator, f"__{_name}__"),
+    )
 
 Teacher = TeacherAssignment | Tensor
 
@@ -138,9 +158,10 @@ class _Loss(nn.Module):
 
     def __init__(self, center: Tensor, student_temp: float, center_momentum: float, group):
         super().__init__()
-        check_group(type(self).__name__, group)
-        self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.group = group
+        name = type(self).__name__
+        check_group(name, group)
+        self.student_temp = temperature_of(name, "student_temp", student_temp)
+        self.center_momentum, self.group = center_momentum, group
         self.register_buffer("center", center)
 
     def extra_repr(self) -> str:
@@ -150,18 +171,20 @@ class _Loss(nn.Module):
     def init_weights(self) -> None:
         self.center.zero_()
 
-    @torch.no_grad()
-    def softmax_center_teacher(
-        self, teacher_output: Tensor, teacher_temp: float
-    ) -> TeacherAssignment:
-        bias = center_bias(type(self).__name__, self.center, teacher_output, teacher_temp)
-        return TeacherAssignment(teacher_output, bias, teacher_temp)
+    def apply_center_update(self) -> None:
+        """Nothing: the centre has moved in `update_center`."""
 
-    @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        move_center(self, self.center, teacher_output)
+    def _centred(self, scores: Tensor, temperature: float) -> TeacherAssignment:
+        name = type(self).__name__
+        temperature = temperature_of(name, "teacher_temp", temperature)
+        bias = center_bias(name, self.center, scores, temperature)
+        return TeacherAssignment(scores, bias, temperature)
+
+    def _move_center(self, scores: Tensor) -> None:
+        move_center(type(self).__name__, self.center, scores, self.center_momentum, self.group)
 
     def _sinkhorn(self, scores: Tensor, temperature: float, n_iters: int) -> TeacherAssignment:
+        temperature = temperature_of(type(self).__name__, "teacher_temp", temperature)
         bias = sinkhorn_bias(scores.flatten(0, -2), temperature, n_iters, group=self.group)
         return TeacherAssignment(scores, bias, temperature)
 
@@ -187,7 +210,9 @@ class DINOLoss(_Loss):
 
     Methods: sinkhorn_knopp_teacher(scores, teacher_temp, n_iterations=3) and
         softmax_center_teacher(scores, teacher_temp) make a `TeacherAssignment` of scores (.., K);
-        update_center(scores) moves the centre; init_weights() sets it to 0, as v3 needs it.
+        update_center(scores) moves the centre, at once: apply_center_update() does nothing, and
+        update_centers, as v3 gives it to softmax_center_teacher, is not looked at.
+        init_weights() sets the centre to 0, as v3 needs it.
 
     Shapes: student a list of scores (B, K), or (S, B, K); teacher an assignment or probabilities,
         whose rows sum to 1, of shape (T, B, K), or a list of such (B, K). ignore_diagonal leaves
@@ -222,6 +247,15 @@ class DINOLoss(_Loss):
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, *, group=None
     ):
         super().__init__(torch.zeros(1, out_dim), student_temp, center_momentum, group)
+
+    @torch.no_grad()
+    def softmax_center_teacher(
+        self, teacher_output: Tensor, teacher_temp: float, update_centers: bool = True
+    ) -> TeacherAssignment:
+        return self._centred(teacher_output, teacher_temp)
+
+    def update_center(self, teacher_output: Tensor) -> None:
+        self._move_center(teacher_output)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -269,7 +303,8 @@ class iBOTPatchLoss(_Loss):
         patch_out_dim: K.
         student_temp, center_momentum, group: as in `DINOLoss`.
 
-    Methods: as in `DINOLoss`; sinkhorn_knopp_teacher takes n_masked_patches_tensor as well.
+    Methods: as in `DINOLoss`, scores by the name of teacher_patch_tokens but in
+        sinkhorn_knopp_teacher, which takes n_masked_patches_tensor as well.
 
     Shapes: `forward`: student and teacher (images, N, K), student_masks_flat (images, N), all
         tokens, of which the masked count. `forward_masked`: student and teacher (M, K) of the
@@ -286,8 +321,9 @@ class iBOTPatchLoss(_Loss):
     Memory: as in `DINOLoss`.
 
     Notes: the number of masked patches cancels in Sinkhorn-Knopp: n_masked_patches_tensor is not
-        looked at, and not changed, as the peer does, which needs torch.distributed for it. Over
-        several ranks as in `DINOLoss`; the mean is that over the images of all.
+        looked at, and not changed, as the peer does, which needs torch.distributed for it. Without
+        a masked token the loss is 0. Over several ranks as in `DINOLoss`; the mean is that over
+        the images of all.
 
     Example:
         >>> loss, masks = iBOTPatchLoss(30), torch.rand(4, 49) < 0.4
@@ -308,6 +344,15 @@ class iBOTPatchLoss(_Loss):
         group=None,
     ):
         super().__init__(torch.zeros(1, 1, patch_out_dim), student_temp, center_momentum, group)
+
+    @torch.no_grad()
+    def softmax_center_teacher(
+        self, teacher_patch_tokens: Tensor, teacher_temp: float, update_centers: bool = True
+    ) -> TeacherAssignment:
+        return self._centred(teacher_patch_tokens, teacher_temp)
+
+    def update_center(self, teacher_patch_tokens: Tensor) -> None:
+        self._move_center(teacher_patch_tokens)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -346,5 +391,8 @@ class iBOTPatchLoss(_Loss):
         return self._mean_of_images(student, teacher, weight, len(student_masks_flat))
 
     def _mean_of_images(self, student: Tensor, teacher, weight: Tensor, images: int) -> Tensor:
+        scores, bias, temperature = _parts(teacher)
+        student, scores, weight = never_empty(student, scores, weight)
+        teacher = TeacherAssignment(scores, bias, temperature)
         total = self._cross_entropy(student, teacher, sample_weight=weight, reduction="sum")
         return mean_of_images(self, total, images)

@@ -31,7 +31,9 @@ class SIGReg(nn.Module):
 
     Notes: `step` counts the forwards in training mode, on the device and in the state_dict: a run
         that goes on draws what it would have drawn. In eval mode it stands still: equal z, equal
-        values. Ranks must call equally often, since none asks for another's step.
+        values. Ranks must call equally often, since none asks for another's step. lightly's
+        state_dict loads as well: its knots, which are arguments here, are dropped, and the step
+        is 0.
 
     Example:
         >>> loss = SIGReg(num_slices=64)
@@ -60,6 +62,13 @@ class SIGReg(nn.Module):
         self.pool_views, self.target_std, self.clip = pool_views, target_std, clip
         self.reduction, self.seed, self.group = reduction, seed, group
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # lightly's holds the knots, which are arguments here, and counts no steps.
+        knots = [state_dict.pop(prefix + name, None) for name in ("t", "phi", "weights")]
+        if all(x is not None for x in knots):
+            state_dict.setdefault(prefix + "step", torch.zeros_like(self.step))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         pooled = ", pool_views=True" if self.pool_views else ""

@@ -4,7 +4,9 @@ All three are `fastssl.ops.prototype_cross_entropy`, whose teacher is softmax(sc
 SwAV's bias is that of Sinkhorn-Knopp, DINO's and iBOT's is -centre / T.
 """
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +54,27 @@ def stacked(name: str, label: str, crops: Sequence[Tensor] | Tensor) -> Tensor:
     """(crops, B, K) of a list of (B, K), without a copy where they are parts of such a tensor."""
     if isinstance(crops, Tensor) and crops.dim() == 3:
         return crops
+    crops = crops if isinstance(crops, Tensor) else tuple(crops)  # a generator gives them once
     shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in crops]
     if not shapes or isinstance(crops, Tensor) or len(shapes[0]) != 2 or len(set(shapes)) > 1:
         raise ValueError(
             f"{name}: {label} must be tensors (B, K) of one shape, one for each crop, got "
             f"{shapes if shapes else 'none'}. Give a list, or one tensor (crops, B, K)."
         )
-    crops = tuple(crops)
     distance = 0 if torch.compiler.is_compiling() else _distance(crops)
     return EvenlySpaced.apply(distance, *crops) if distance else torch.stack(crops)
+
+
+def temperature_of(name: str, label: str, value: float | Tensor) -> float:
+    """A Python number; of numpy's, or of a tensor () on the CPU, as well."""
+    if isinstance(value, Tensor) and not value.dim() and value.device.type == "cpu":
+        value = value.item()
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{name}: {label} must be a positive number, or a CPU tensor () of one, got {value!r}. "
+            "Typical: 0.1 for students, 0.04 to 0.07 for teachers."
+        )
+    return float(value)
 
 
 def check_centering(name: str, center_mode: str, centering: str) -> None:
@@ -92,14 +106,15 @@ def center_bias(name: str, center: Tensor, scores: Tensor, temperature: float) -
 
 
 @torch.no_grad()
-def move_center(loss: nn.Module, center: Tensor, scores: Tensor) -> None:
-    """center (.., K) becomes m center + (1 - m) mean of all ranks' rows of scores (.., K)."""
+def move_center(name: str, center: Tensor, scores: Tensor, momentum: float, group) -> None:
+    """center (.., K) becomes m center + (1 - m) mean of all ranks' scores (.., K), if any."""
     rows = scores.flatten(0, -2)
     sums = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
     sums = torch.cat([sums, sums.new_full((1,), len(rows))])
-    sums = all_sum(sums, resolve_levels(type(loss).__name__, loss.group))
+    sums = all_sum(sums, resolve_levels(name, group))
     mean = (sums[:-1] / sums[-1]).view_as(center).to(center)
-    center.mul_(loss.center_momentum).add_(mean, alpha=1 - loss.center_momentum)
+    mean = torch.where(sums[-1] > 0, mean, center)
+    center.mul_(momentum).add_(mean, alpha=1 - momentum)
 
 
 def weight_of_image(name: str, mask: Tensor, rows: int) -> Tensor:
@@ -121,10 +136,21 @@ def weight_of_image(name: str, mask: Tensor, rows: int) -> Tensor:
     return torch.where(total == rows, weight, torch.nan)
 
 
+def never_empty(*rows: Tensor) -> tuple[Tensor, ...]:
+    """Scores (N, K) and weights (N,), or a row of zeros for each where N = 0.
+
+    It has no weight, and keeps the graph: the ops refuse a batch that is empty on all ranks, and
+    no rank knows of the others' rows.
+    """
+    if any(map(len, rows)):
+        return rows
+    return tuple(torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in rows)
+
+
 def mean_of_images(loss: nn.Module, total: Tensor, images: int) -> Tensor:
     """total, which is the sum over all ranks, by the images of all ranks."""
     count = torch.full_like(total.detach(), images)
-    return total / all_sum(count, resolve_levels(type(loss).__name__, loss.group))
+    return total / all_sum(count, resolve_levels(type(loss).__name__, loss.group)).clamp(min=1)
 
 
 class SwaVLoss(nn.Module):
@@ -146,8 +172,9 @@ class SwaVLoss(nn.Module):
         group: whose ranks' rows are one batch, as in `fastssl.ops.sinkhorn_bias`. Ours.
 
     Shapes: high_resolution_outputs, low_resolution_outputs: lists of scores (B, K), the second may
-        be empty; queue_outputs: for each high-resolution crop (Q, K), of any Q, which take part in
-        the balance only. Each also as one tensor with the crops first. Returns a float32 scalar.
+        be empty; queue_outputs: for each high-resolution crop (Q, K), of one Q for all, which take
+        part in the balance only. Each also as one tensor with the crops first. Returns a float32
+        scalar.
 
     Raises:
         ValueError: crops of different shape, one crop, another number of queues than of
@@ -183,10 +210,12 @@ class SwaVLoss(nn.Module):
         group=None,
     ):
         super().__init__()
-        self.group = group_of("SwaVLoss", sinkhorn_gather_distributed, group)
+        label = "sinkhorn_gather_distributed"
+        self.group = group_of("SwaVLoss", sinkhorn_gather_distributed, group, label=label)
         self.sinkhorn_gather_distributed = sinkhorn_gather_distributed
-        self.temperature, self.sinkhorn_iterations = temperature, sinkhorn_iterations
-        self.sinkhorn_epsilon, self.joint, self.hard = sinkhorn_epsilon, joint, hard
+        self.temperature = temperature_of("SwaVLoss", "temperature", temperature)
+        self.sinkhorn_epsilon = temperature_of("SwaVLoss", "sinkhorn_epsilon", sinkhorn_epsilon)
+        self.sinkhorn_iterations, self.joint, self.hard = sinkhorn_iterations, joint, hard
         self.register_buffer("marginal", marginal, persistent=False)  # lightly saves nothing
 
     def extra_repr(self) -> str:
@@ -203,7 +232,8 @@ class SwaVLoss(nn.Module):
         low_resolution_outputs: Sequence[Tensor],
         queue_outputs: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        check_initialized("SwaVLoss", self.sinkhorn_gather_distributed)
+        label = "sinkhorn_gather_distributed"
+        check_initialized("SwaVLoss", self.sinkhorn_gather_distributed, label)
         A, V = len(high_resolution_outputs), len(low_resolution_outputs)
         if not A or A + V < 2:
             raise ValueError(
@@ -258,7 +288,8 @@ class DINOLoss(nn.Module):
         place of both, or tensors (crops, B, K). teacher_temp in `forward`: T_t of this call.
         Returns a float32 scalar.
 
-    Buffer: center (1, 1, K), as lightly's, in the state dict.
+    Buffer: center (1, 1, K), as lightly's, in the state dict; `update_center(teacher_out)` moves
+        it, as `forward` does. `teacher_temp_schedule` is a tensor of the warm-up's T_t.
 
     Raises:
         ValueError: crops of different shape, one crop, a width that is not K, another centering;
@@ -295,10 +326,13 @@ class DINOLoss(nn.Module):
         super().__init__()
         check_centering("DINOLoss", center_mode, centering)
         check_group("DINOLoss", group)
-        self.teacher_temp, self.student_temp = teacher_temp, student_temp
-        self.teacher_temp_schedule = torch.linspace(
-            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, dtype=torch.float64
-        ).tolist()
+        self.teacher_temp = temperature_of("DINOLoss", "teacher_temp", teacher_temp)
+        self.student_temp = temperature_of("DINOLoss", "student_temp", student_temp)
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        first, steps = float(warmup_teacher_temp), max(warmup_teacher_temp_epochs - 1, 1)
+        slope = (self.teacher_temp - first) / steps
+        # Numbers, not a tensor: there is nothing to read on meta or fake devices.
+        self._warmup = [first + epoch * slope for epoch in range(warmup_teacher_temp_epochs)]
         self.center_momentum, self.centering = center_momentum, centering
         self.n_iters, self.group = n_iters, group
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
@@ -322,24 +356,43 @@ class DINOLoss(nn.Module):
                 "DINOLoss: there must be two crops, got one, which is not compared with itself."
             )
         if teacher_temp is None:
-            warming_up = epoch is not None and epoch < len(self.teacher_temp_schedule)
-            teacher_temp = self.teacher_temp_schedule[epoch] if warming_up else self.teacher_temp
+            warming_up = epoch is not None and epoch < len(self._warmup)
+            teacher_temp = self._warmup[epoch] if warming_up else self.teacher_temp
+        teacher_temp = temperature_of("DINOLoss", "teacher_temp", teacher_temp)
         bias = bias_of(self, self.center, teacher, teacher_temp)
         loss = prototype_cross_entropy(
             student, teacher, bias=bias, student_temperature=self.student_temp,
             teacher_temperature=teacher_temp, ignore_diagonal=True, group=self.group,
         )  # fmt: skip
         if self.centering == "mean":
-            move_center(self, self.center, teacher)
+            self.update_center(teacher)
         return loss
+
+    def update_center(self, teacher_out: Tensor) -> None:
+        """For scores (crops, B, K) of the teacher; `forward` does it by itself."""
+        move_center("DINOLoss", self.center, teacher_out, self.center_momentum, self.group)
+
+    @property
+    def teacher_temp_schedule(self) -> Tensor:
+        """(warmup_teacher_temp_epochs,)"""
+        return torch.tensor(self._warmup, dtype=torch.float32)
 
 
 class Center(nn.Module):
     """A centre in a module of its own, where lightly's checkpoints have it: `center.center`."""
 
-    def __init__(self, K: int):
+    def __init__(self, K: int, momentum: float, group):
         super().__init__()
+        self.momentum, self.group = momentum, group
         self.register_buffer("center", torch.zeros(1, K))
+
+    @property
+    def value(self) -> Tensor:
+        return self.center
+
+    def update(self, x: Tensor) -> None:
+        """For scores (N, K) of the teacher."""
+        move_center("IBOTPatchLoss", self.center, x, self.momentum, self.group)
 
 
 class IBOTPatchLoss(nn.Module):
@@ -362,18 +415,20 @@ class IBOTPatchLoss(nn.Module):
         (images, height, width) bool with N entries True. teacher_temp in `forward`: T_t of this
         call. Returns a float32 scalar.
 
-    Buffer: center.center (1, K), as lightly's, in the state dict.
+    Buffer: center.center (1, K), as lightly's, in the state dict; also center.value, and
+        `center.update(scores)` moves it, as `forward` does.
 
     Raises:
         TypeError, ValueError: a mask that is not boolean or, on a CPU, has not N entries True
-            (elsewhere the loss is NaN), a width that is not K, no masked token, another centering;
-            and as `fastssl.ops.prototype_cross_entropy`.
+            (elsewhere the loss is NaN), a width that is not K, another centering; and
+            as `fastssl.ops.prototype_cross_entropy`.
 
     Memory: O(N) and the gradient; no probabilities.
 
-    Notes: over several ranks the value is the mean over the images of all, and the centre over the
-        tokens of all; lightly's value is that of a rank's own images, and its centre weighs ranks
-        equally, whatever number of tokens they have.
+    Notes: without a masked token the loss is 0, and the centre stays. Over several ranks the value
+        is the mean over the images of all, and the centre over the tokens of all; lightly's value
+        is that of a rank's own images, and its centre weighs ranks equally, whatever number of
+        tokens they have.
 
     Example:
         >>> mask = torch.rand(4, 7, 7) < 0.4
@@ -399,10 +454,10 @@ class IBOTPatchLoss(nn.Module):
         super().__init__()
         check_centering("IBOTPatchLoss", center_mode, centering)
         check_group("IBOTPatchLoss", group)
-        self.teacher_temp, self.student_temp = teacher_temp, student_temp
-        self.center_momentum, self.centering = center_momentum, centering
-        self.n_iters, self.group = n_iters, group
-        self.center = Center(output_dim)
+        self.teacher_temp = temperature_of("IBOTPatchLoss", "teacher_temp", teacher_temp)
+        self.student_temp = temperature_of("IBOTPatchLoss", "student_temp", student_temp)
+        self.centering, self.n_iters, self.group = centering, n_iters, group
+        self.center = Center(output_dim, center_momentum, group)
 
     def extra_repr(self) -> str:
         text = f"{self.center.center.numel()}, teacher_temp={self.teacher_temp}"
@@ -416,14 +471,16 @@ class IBOTPatchLoss(nn.Module):
         mask: Tensor,
         teacher_temp: float | None = None,
     ) -> Tensor:
-        center = self.center.center
         temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+        temperature = temperature_of("IBOTPatchLoss", "teacher_temp", temperature)
         weight = weight_of_image("IBOTPatchLoss", mask, len(teacher_out))
+        bias = bias_of(self, self.center.center, teacher_out, temperature)
+        student, teacher, weight = never_empty(student_out, teacher_out, weight)
         total = prototype_cross_entropy(
-            student_out, teacher_out, bias=bias_of(self, center, teacher_out, temperature),
-            student_temperature=self.student_temp, teacher_temperature=temperature,
-            sample_weight=weight, reduction="sum", group=self.group,
+            student, teacher, bias=bias, student_temperature=self.student_temp,
+            teacher_temperature=temperature, sample_weight=weight, reduction="sum",
+            group=self.group,
         )  # fmt: skip
         if self.centering == "mean":
-            move_center(self, center, teacher_out)
+            self.center.update(teacher_out)
         return mean_of_images(self, total, len(mask))

@@ -33,25 +33,32 @@ def described(text: str, group, exchange: str = "auto") -> str:
     return ", ".join(filter(None, (text, group, exchange)))
 
 
-def group_of(name: str, gather_distributed: bool | None, group, exchange: str = "auto"):
-    """The group that lightly's argument and ours name, checked."""
+def group_of(
+    name: str,
+    gather_distributed: bool | None,
+    group,
+    exchange: str = "auto",
+    label: str = "gather_distributed",
+):
+    """The group that lightly's argument, called `label`, and ours name, checked."""
     check_group(name, group, exchange)
     if gather_distributed is None or group is None:
         return LOCAL if gather_distributed is False else group
     if gather_distributed == (group is LOCAL):
         raise ValueError(
-            f"{name}: gather_distributed={gather_distributed} contradicts group={group!r}. "
-            "Give group alone."
+            f"{name}: {label}={gather_distributed} contradicts group={group!r}. Give group alone."
         )
     return group
 
 
-def check_initialized(name: str, gather_distributed: bool | None) -> None:
+def check_initialized(
+    name: str, gather_distributed: bool | None, label: str = "gather_distributed"
+) -> None:
     """Not when the loss is made: Lightning makes it before the processes meet."""
     if gather_distributed and not initialized():
         raise ValueError(
-            f"{name}: gather_distributed=True needs torch.distributed, which is not initialised. "
-            "Initialise it, or leave gather_distributed out."
+            f"{name}: {label}=True needs torch.distributed, which is not initialised. "
+            f"Initialise it, or leave {label} out."
         )
 
 
