@@ -63,11 +63,13 @@ inline float logits_of(const Tensor& t, int64_t at, int64_t n, float scale, cons
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   Tensor out = torch::stable::new_empty(like, size, dtype);
 #ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  // From here on malloc maps memory anew each time; below it hands out what was in use before.
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21, kMapped = uintptr_t{1} << 25;
   const auto data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
   const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (data + out.numel() * out.element_size()) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end && end - begin >= kMapped)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;
 }
