@@ -325,7 +325,10 @@ def test_messages_of_ranks(case, message, ranks):
         (lambda z: visreg(z.long()), "visreg: z must be a float32, bfloat16, float16 or float64"),
         (lambda z: sliced_moments(z[:, :0]), "sliced_moments: z must have at least one row, got"),
         (lambda z: sliced_moments(z[0, 0]), "sliced_moments: z must be (..., N, D) with at least"),
-        (lambda z: visreg(z, directions=z), "visreg: directions must be (D, S) with z's D=8, got"),
+        (
+            lambda z: visreg(z, directions=z),
+            "visreg: directions must be (D, S) with z's D=8 and S >= 1, got",
+        ),
         (lambda z: visreg(z, num_slices=0), "num_slices must be an integer >= 1, got 0."),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl.dist import Level, agree, all_logsumexp, resolve_levels
+from fastssl.ops.blocks import wide
 from fastssl.ops.checks import check_floating, checksum
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
 
@@ -23,7 +24,7 @@ LEAST_LOG_SUM = math.log(1e-37)
 @without_autocast
 def sinkhorn_pass_ref(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """(K,) of (B, K), x = scale s: log sum_b e^x_bk, or log sum_b softmax_k(x_bk + bias_k)."""
-    x = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    x = scores.to(wide(scores)) * scale
     if bias is not None:
         x = (x + bias.to(x.dtype)).log_softmax(1)
     return x.logsumexp(0)
@@ -32,7 +33,7 @@ def sinkhorn_pass_ref(scores: Tensor, scale: float, bias: Tensor | None) -> Tens
 @without_autocast
 def sinkhorn_codes_ref(scores: Tensor, scale: float, bias: Tensor) -> Tensor:
     """(B, K): softmax_k(scale s_bk + bias_k)."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = wide(scores)
     return (scores.to(dtype) * scale + bias.to(dtype)).softmax(1)
 
 
@@ -44,12 +45,12 @@ lib.impl("sinkhorn_codes", sinkhorn_codes_ref, "CompositeExplicitAutograd")
 
 def _pass_fake(scores, scale, bias):
     torch._check(scores.dim() == 2, lambda: "sinkhorn_pass: scores must be 2-D")
-    return scores.new_empty(scores.shape[1], dtype=_wide(scores))
+    return scores.new_empty(scores.shape[1], dtype=wide(scores))
 
 
 def _codes_fake(scores, scale, bias):
     torch._check(scores.dim() == 2, lambda: "sinkhorn_codes: scores must be 2-D")
-    return scores.new_empty(scores.shape, dtype=_wide(scores))
+    return scores.new_empty(scores.shape, dtype=wide(scores))
 
 
 torch.library.register_fake("fastssl::sinkhorn_pass", _pass_fake, lib=lib)
@@ -58,15 +59,11 @@ on_cuda("prototypes", "sinkhorn_pass", sinkhorn_pass_ref)
 on_cuda("prototypes", "sinkhorn_codes", sinkhorn_codes_ref)
 
 
-def _wide(scores: Tensor) -> torch.dtype:
-    return torch.promote_types(scores.dtype, torch.float32)
-
-
 def _log_sums(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """(G, K), the sums of `sinkhorn_pass`, of (G, B, K) with bias (G, K); or of (B, K), G = 1."""
     scores = scores.unsqueeze(0) if scores.dim() == 2 else scores
     run = sinkhorn_pass_ref if scores.dtype == torch.float64 else torch.ops.fastssl.sinkhorn_pass
-    biases = [None] * len(scores) if bias is None else bias.to(_wide(scores))
+    biases = [None] * len(scores) if bias is None else bias.to(wide(scores))
     return torch.stack([run(x, scale, b) for x, b in zip(scores, biases, strict=True)])
 
 
@@ -166,7 +163,7 @@ def _bias(
     group,
 ) -> Tensor:
     check_scores(name, scores=scores, queue_scores=queue_scores)
-    shape, like = (*scores.shape[:-2], scores.shape[-1]), scores.new_empty(0, dtype=_wide(scores))
+    shape, like = (*scores.shape[:-2], scores.shape[-1]), scores.new_empty(0, dtype=wide(scores))
     share, levels = check_balance(name, shape, like, epsilon, n_iters, marginal, group)
 
     def log_sums(bias):
@@ -325,7 +322,7 @@ def prototype_usage(
     levels, rows = resolve_levels(name, group), B
     if levels:
         same = {"the groups and prototypes": (*groups, K), "temperature": temperature}
-        same["the dtype"] = _wide(scores)
+        same["the dtype"] = wide(scores)
         (sizes,) = agree(name, levels, (B,), scores, **same)
         rows = sum(sizes)
     if not rows:
@@ -356,5 +353,5 @@ def effective_prototypes(usage: Tensor) -> Tensor:
 
     Paper: Hill, "Diversity and evenness", Ecology 54, 1973: the number of order 1.
     """
-    usage = usage.to(torch.promote_types(usage.dtype, torch.float32))
+    usage = usage.to(wide(usage))
     return torch.special.entr(usage / usage.sum(-1, keepdim=True)).sum(-1).exp()

@@ -15,12 +15,9 @@ from torch import Tensor
 from fastssl.augment.random import SLICES, philox4x32
 from fastssl.autograd import once_differentiable
 from fastssl.dist import agree, all_sum, resolve_levels, world_size
+from fastssl.ops.blocks import wide
 from fastssl.ops.checks import check_floating, check_reduction, checksum, number_or_tensor
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
-
-
-def wide(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
 
 
 def knot_weights(knots: int, t_max: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,6 +195,35 @@ def sigreg_directions(
     return torch.ops.fastssl.sigreg_directions(step.view(()), seed, num_slices, dim)
 
 
+def slices_of(
+    name: str, z: Tensor, directions: Tensor | None, num_slices: int, seed: int, step: int | Tensor
+) -> tuple[Tensor, dict[str, object]]:
+    """The directions that are given, or random ones, (D, S) in at least float32 on z's device; and
+    what must be the same on all ranks."""
+    D, random = z.shape[-1], directions is None
+    if random:
+        directions = sigreg_directions(num_slices, D, seed=seed, step=step, device=z.device)
+    elif (
+        not isinstance(directions, Tensor)
+        or directions.dim() != 2
+        or len(directions) != D
+        or not directions.shape[1]
+    ):
+        got = tuple(directions.shape) if isinstance(directions, Tensor) else directions
+        raise ValueError(f"{name}: directions must be (D, S) with z's D={D} and S >= 1, got {got}.")
+    directions = directions.detach().to(device=z.device, dtype=wide(z))
+    # Numbers tell them apart already.
+    told = random and not isinstance(step, Tensor)
+    same = {
+        "the leading dimensions": tuple(z.shape[:-2]),
+        "the width and slices": tuple(directions.shape),
+        "the dtype": z.dtype,
+        "the seed and step": (seed, *number_or_tensor(step)),
+        "the checksum of the directions": None if told else checksum(directions),
+    }
+    return directions, same
+
+
 def sigreg(
     z: Tensor,
     *,
@@ -277,18 +303,8 @@ def sigreg(
         raise ValueError(
             f"{name}: knots must be an odd integer >= 3, got {knots!r}. Typical: 17 (5 to 41)."
         )
-    D = z.shape[-1]
-    if directions is None:
-        directions = sigreg_directions(num_slices, D, seed=seed, step=step, device=z.device)
-    elif (
-        not isinstance(directions, Tensor)
-        or directions.dim() != 2
-        or len(directions) != D
-        or not directions.shape[1]
-    ):
-        got = tuple(directions.shape) if isinstance(directions, Tensor) else directions
-        raise ValueError(f"{name}: directions must be (D, S) with z's D={D} and S >= 1, got {got}.")
-    directions = directions.detach().to(device=z.device, dtype=wide(z)) / target_std
+    directions, same = slices_of(name, z, directions, num_slices, seed, step)
+    directions = directions / target_std
     flat, count = z.reshape(math.prod(z.shape[:-2]), *z.shape[-2:]), None
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != z.shape[:-1]:
@@ -300,14 +316,10 @@ def sigreg(
         flat_mask = mask.reshape(flat.shape[:2])
         flat, count = flat.where(flat_mask.unsqueeze(2), 0), flat_mask.sum(1)
     if levels:
-        same = {
-            "the leading dimensions": tuple(z.shape[:-2]),
+        same |= {
             "the width, slices and knots": (*directions.shape, knots),
-            "the dtype": z.dtype,
             "t_max and target_std": (t_max, target_std),
             "the reduction and clip": (reduction, clip),
-            "the seed and step": (seed, *number_or_tensor(step)),
-            "the checksum of the directions": checksum(directions),
         }
         agree(name, levels, (), z, **same)
     statistic = SigReg.apply(flat, directions, count, knots, t_max, levels)

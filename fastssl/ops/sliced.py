@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastssl.dist import GlobalSum, Shards, agree, gather_rows, resolve_levels
+from fastssl.ops.blocks import wide
 from fastssl.ops.checks import check_floating
 from fastssl.ops.contrastive import without_autocast
-from fastssl.ops.sigreg import sigreg_directions, wide
+from fastssl.ops.sigreg import slices_of
 
 
 def _settled(name: str, z: Tensor, num_slices, seed, step, directions, group):
@@ -19,27 +20,14 @@ def _settled(name: str, z: Tensor, num_slices, seed, step, directions, group):
         raise ValueError(
             f"{name}: z must be (..., N, D) with at least one column, got {tuple(z.shape)}."
         )
-    D = z.shape[-1]
-    if directions is None:
-        if not isinstance(step, Tensor):
-            step = torch.full((), step, dtype=torch.int64, device=z.device)
-        directions = sigreg_directions(num_slices, D, seed=seed, step=step)
-    elif not isinstance(directions, Tensor) or directions.dim() != 2 or len(directions) != D:
-        got = tuple(directions.shape) if isinstance(directions, Tensor) else directions
-        raise ValueError(f"{name}: directions must be (D, S) with z's D={D}, got {got}.")
+    directions, same = slices_of(name, z, directions, num_slices, seed, step)
     sizes = (z.shape[-2],)
     if levels:
-        same = {
-            "the leading dimensions": tuple(z.shape[:-2]),
-            "the width and slices": tuple(directions.shape),
-            "the dtype": z.dtype,
-            "the seed": seed,
-        }
         sizes = agree(name, levels, sizes, z, **same)[0]
     if not sum(sizes):
         raise ValueError(f"{name}: z must have at least one row, got none. Skip empty batches.")
     z = z.reshape(math.prod(z.shape[:-2]), *z.shape[-2:]).to(wide(z))
-    return z, directions.detach().to(z), Shards(levels, sizes)
+    return z, directions, Shards(levels, sizes)
 
 
 def _mean(total: Tensor, shards: Shards) -> Tensor:

@@ -78,7 +78,7 @@ class Adam8bit(Blockwise):
         _adam_timed(h, t)
 
 
-class AdamW8bit(Blockwise):
+class AdamW8bit(Adam8bit):
     """AdamW with states of 8 bits: decay apart from the gradient and before the update.
 
         p = p - lr weight_decay p,  then Adam's step without decay
@@ -102,7 +102,6 @@ class AdamW8bit(Blockwise):
     """
 
     rule = "adamw"
-    torch_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -114,14 +113,7 @@ class AdamW8bit(Blockwise):
         amsgrad: bool = False,
         **options,
     ):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, amsgrad=amsgrad, **options)
-
-    def row(self, group):
-        return _adam_row(group)
-
-    def timed(self, h, t):
-        _adam_timed(h, t)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
 class SGD8bit(Blockwise):
