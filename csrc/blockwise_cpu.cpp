@@ -5,7 +5,7 @@
 // writes nothing, for the norms of tensors: partial sums of tasks in fp64, added in fixed order.
 // No result depends on the number of threads.
 // Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962.
-#include "blockwise_math.h"
+#include "blockwise_codec.h"
 #include "common.h"
 
 #include <torch/csrc/stable/library.h>
@@ -19,52 +19,8 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kMost = 4096;  // of a block
 constexpr int64_t kElements = 1 << 14;  // of a task, at least one block
-
-// The codes, ascending, and the entries of nearest_code. The construction is that of
-// fastssl/ops/blockwise.py, which checks it against the published one.
-template <bool kSigned>
-struct Book {
-  float code[256];
-  int32_t entries[kHalves];
-
-  Book() {
-    std::vector<float> values = {0.f, 1.f};
-    const float powers[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.f};
-    for (int i = 0; i < 7; ++i) {
-      const int cells = 1 << (i + !kSigned);
-      const float low = 0.1f, step = static_cast<float>((1.0 - low) / cells);
-      const auto edge = [&](int k) {
-        return static_cast<float>(k < (cells + 1) / 2 ? double(low) + double(step) * k
-                                                      : 1.0 - double(step) * (cells - k));
-      };
-      for (int k = 0; k < cells; ++k) {
-        const float center = static_cast<float>((double(edge(k)) + edge(k + 1)) / 2);
-        values.push_back(powers[i] * center);
-        if (kSigned) values.push_back(-values.back());
-      }
-    }
-    std::sort(values.begin(), values.end());
-    std::copy(values.begin(), values.end(), code);
-    const int zero = kSigned ? 127 : 0;
-    int place = 0;
-    for (uint32_t half = kFirstHalf; half <= kLastHalf; ++half) {
-      const int below = zero + place;
-      const uint32_t middle =
-          below < 255 ? bit_cast<uint32_t>((code[below] + code[below + 1]) * 0.5f) : 0;
-      const bool crossed = middle >> 16 == half;
-      const int32_t from = crossed ? int32_t(middle & 0xffffu) + (below % 2 == 0) : 1 << 16;
-      entries[half - kFirstHalf] = place << kSplit | from;
-      place += crossed;
-    }
-  }
-};
-template <bool kSigned>
-const Book<kSigned>& book() {
-  static const Book<kSigned> only;
-  return only;
-}
+constexpr int64_t kAhead = 512;  // elements between what is stepped and what is asked for
 
 // ---------------------------------------------------------------------------- loops over a block
 
@@ -80,13 +36,6 @@ FASTSSL_CLONES void store_bf16(const float* x, int64_t n, uint16_t* out) {
 FASTSSL_CLONES void store_fp16(const float* x, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = half_bits(x[i]);
 }
-// Places are widened first: compilers gather by 32-bit places alone.
-FASTSSL_CLONES void decode(const uint8_t* codes, int64_t n, const float* code, float absmax,
-                           float* __restrict out) {
-  int32_t place[kMost];
-  for (int64_t i = 0; i < n; ++i) place[i] = codes[i];
-  for (int64_t i = 0; i < n; ++i) out[i] = code[place[i]] * absmax;
-}
 FASTSSL_CLONES void square(int64_t n, float* x) {
   for (int64_t i = 0; i < n; ++i) x[i] *= x[i];
 }
@@ -99,33 +48,6 @@ FASTSSL_CLONES float absolute_maximum(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) top = std::max(top, bit_cast<int32_t>(x[i]) & 0x7fffffff);
   return bit_cast<float>(top);
 }
-template <bool kSigned>
-FASTSSL_HD void encode(const float* x, int64_t n, float absmax, const int32_t* entries,
-                       uint8_t* __restrict codes) {
-  const float lift = absmax < 0x1p-64f ? 0x1p64f : 1.0f;  // so that the inverse is finite
-  const float inverse = absmax == 0.0f ? 0.0f : 1.0f / (absmax * lift);
-  int32_t bits[kMost], entry[kMost], found[kMost];
-  for (int64_t i = 0; i < n; ++i) {
-    bits[i] = bit_cast<int32_t>(x[i] * lift * inverse);
-    entry[i] = entry_of(bits[i] & 0x7fffffff);
-  }
-  for (int64_t i = 0; i < n; ++i) entry[i] = entries[entry[i]];
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t j = nearest_code(bits[i] & 0x7fffffff, entry[i]);
-    const int32_t at_most = j < 127 ? j : 127;  // there is no -1
-    found[i] = !kSigned ? j : bits[i] < 0 ? 127 - at_most : 127 + j;
-  }
-  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(found[i]);
-}
-FASTSSL_CLONES void encode_signed(const float* x, int64_t n, float absmax, const int32_t* entries,
-                                  uint8_t* codes) {
-  encode<true>(x, n, absmax, entries, codes);
-}
-FASTSSL_CLONES void encode_unsigned(const float* x, int64_t n, float absmax, const int32_t* entries,
-                                    uint8_t* codes) {
-  encode<false>(x, n, absmax, entries, codes);
-}
-
 Hyper with_inverses(Hyper h) {
   h.correction1 = 1.0f / h.correction1, h.correction2 = 1.0f / h.correction2;
   return h;
@@ -205,13 +127,31 @@ FASTSSL_CLONES void store_bf16_stochastic(const float* x, int64_t n, int64_t fir
   }
 }
 
-const float* read(const void* from, ScalarType dtype, int64_t at, int64_t n, float* out) {
-  if (dtype == ScalarType::Float) return static_cast<const float*>(from) + at;
-  const uint16_t* x = static_cast<const uint16_t*>(from) + at;
-  if (dtype == ScalarType::Half) load_fp16(x, n, out);
-  else load_bf16(x, n, out);
-  return out;
+void ask_for(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
+
+// A parameter or gradient; its address and dtype are asked for once.
+struct Values {
+  void* data;
+  ScalarType dtype;
+
+  Values(const Tensor& t, void* data) : data(data), dtype(t.scalar_type()) {
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                        dtype == ScalarType::Half,
+                    "blockwise_step_: parameters and gradients must be float32, bfloat16 or float16");
+  }
+  const float* read(int64_t at, int64_t n, float* out) const {
+    if (dtype == ScalarType::Float) return static_cast<const float*>(data) + at;
+    const uint16_t* x = static_cast<const uint16_t*>(data) + at;
+    dtype == ScalarType::Half ? load_fp16(x, n, out) : load_bf16(x, n, out);
+    return out;
+  }
+  void prefetch(int64_t at, int64_t n) const {
+    const int64_t size = dtype == ScalarType::Float ? 4 : 2;
+    ask_for(static_cast<const char*>(data) + at * size, n * size);
+  }
+};
 
 // A state of a tensor: codes with absmax by blocks, or fp32, or none.
 struct State {
@@ -232,11 +172,15 @@ struct State {
     else values = static_cast<float*>(t.mutable_data_ptr());
     if (small) absmax = static_cast<float*>(scale.mutable_data_ptr());
   }
+  void prefetch(int64_t at, int64_t n) const {
+    if (codes) ask_for(codes + at, n);
+    else if (values) ask_for(values + at, 4 * n);
+  }
   void read(int64_t b, int64_t at, int64_t n, float* out) const {
     if (values) std::copy_n(values + at, n, out);
     else if (!codes) std::fill_n(out, n, 0.f);
     else {
-      decode(codes + at, n, is_signed ? book<true>().code : book<false>().code, absmax[b], out);
+      is_signed ? decode<true>(codes + at, n, absmax[b], out) : decode<false>(codes + at, n, absmax[b], out);
       if (root) square(n, out);
     }
   }
@@ -245,13 +189,12 @@ struct State {
     if (!codes) return;
     if (root) square_root(n, x);
     absmax[b] = absolute_maximum(x, n);
-    if (is_signed) encode_signed(x, n, absmax[b], book<true>().entries, codes + at);
-    else encode_unsigned(x, n, absmax[b], book<false>().entries, codes + at);
+    is_signed ? encode<true>(x, n, absmax[b], codes + at) : encode<false>(x, n, absmax[b], codes + at);
   }
 };
 
 struct Item {
-  Tensor p, g;
+  Values p, g;
   int64_t n;
   State m, v;
   Hyper h;
@@ -283,8 +226,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t block_size, bool
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * block_size, some = std::min(block_size, n - at);
       most[b] = absolute_maximum(from + at, some);
-      if (is_signed) encode_signed(from + at, some, most[b], book<true>().entries, to + at);
-      else encode_unsigned(from + at, some, most[b], book<false>().entries, to + at);
+      if (is_signed) encode<true>(from + at, some, most[b], to + at);
+      else encode<false>(from + at, some, most[b], to + at);
     }
   });
   return {codes, absmax};
@@ -298,14 +241,15 @@ Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t block_size, boo
                   "dequantize_blockwise: codes must be uint8, absmax float32 with ", blocks,
                   " elements");
   Tensor out = torch::stable::new_empty(absmax, {n});
-  const float* code = is_signed ? book<true>().code : book<false>().code;
   torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, kElements / block_size),
                               [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t at = b * block_size;
-      decode(static_cast<const uint8_t*>(codes.const_data_ptr()) + at, std::min(block_size, n - at),
-             code, static_cast<const float*>(absmax.const_data_ptr())[b],
-             static_cast<float*>(out.mutable_data_ptr()) + at);
+      const uint8_t* from = static_cast<const uint8_t*>(codes.const_data_ptr()) + at;
+      const float most = static_cast<const float*>(absmax.const_data_ptr())[b];
+      float* to = static_cast<float*>(out.mutable_data_ptr()) + at;
+      const int64_t some = std::min(block_size, n - at);
+      is_signed ? decode<true>(from, some, most, to) : decode<false>(from, some, most, to);
     }
   });
   return out;
@@ -334,13 +278,8 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     const int64_t n = params[t].numel();
     STD_TORCH_CHECK(grads[t].numel() == n, "blockwise_step_: a gradient of ", grads[t].numel(),
                     " elements for a parameter of ", n);
-    for (const Tensor& x : {params[t], grads[t]})
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float ||
-                          x.scalar_type() == ScalarType::BFloat16 ||
-                          x.scalar_type() == ScalarType::Half,
-                      "blockwise_step_: parameters and gradients must be float32, bfloat16 or "
-                      "float16");
-    items.push_back({params[t], grads[t], n,
+    items.push_back({Values(params[t], params[t].mutable_data_ptr()),
+                     Values(grads[t], const_cast<void*>(grads[t].const_data_ptr())), n,
                      State(first[t], first_scale[t], n, block_size, true, false),
                      State(second[t], second_scale[t], n, block_size, false, root),
                      static_cast<const Hyper*>(hyper.const_data_ptr())[t],
@@ -353,8 +292,12 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     Item& item = items[t];
     for (int64_t b = begin; b < begin + blocks && b * block_size < item.n; ++b) {
       const int64_t at = b * block_size, n = std::min(block_size, item.n - at);
-      const float* g = read(item.g.const_data_ptr(), item.g.scalar_type(), at, n, w.g);
-      const float* p = read(item.p.const_data_ptr(), item.p.scalar_type(), at, n, w.p);
+      item.g.prefetch(at + kAhead, block_size);
+      item.p.prefetch(at + kAhead, block_size);
+      item.m.prefetch(at + kAhead, block_size);
+      item.v.prefetch(at + kAhead, block_size);
+      const float* g = item.g.read(at, n, w.g);
+      const float* p = item.p.read(at, n, w.p);
       item.m.read(b, at, n, w.m);
       item.v.read(b, at, n, w.v);
       f(item, b, at, n, p, g);
@@ -365,7 +308,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     std::vector<double> sums(2 * count, 0.0);
     parallel_tasks(count, [&](int64_t task) {
       const std::unique_ptr<Buffers> own(new Buffers);
-    Buffers& w = *own;
+      Buffers& w = *own;
       each_block(task, w, [&](Item& item, int64_t, int64_t, int64_t n, const float* p,
                                  const float* g) {
         loops.norm(n, g, item.h, p, w.m, w.v, &sums[2 * task]);
@@ -385,8 +328,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     Buffers& w = *own;
     each_block(task, w, [&](Item& item, int64_t b, int64_t at, int64_t n, const float* p,
                                const float* g) {
-      const ScalarType dtype = item.p.scalar_type();
-      void* out = item.p.mutable_data_ptr();
+      const auto [out, dtype] = item.p;
       float* next = dtype == ScalarType::Float ? static_cast<float*>(out) + at : w.p;
       loops.step(n, g, item.h, item.trust, finite_only, next, w.m, w.v);
       if (dtype == ScalarType::Half) store_fp16(next, n, static_cast<uint16_t*>(out) + at);

@@ -39,7 +39,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // What the running machine offers, probed once; see cpu_features() in module.cpp for the bits.
 struct Cpu {
-  bool avx2, avx512, avx512_bf16, amx_bf16, amd, mkl_bf16;
+  bool avx2, avx512, avx512_bf16, amx_bf16, amd, mkl_bf16, avx512_vbmi;
 };
 const Cpu& cpu();
 

@@ -21,20 +21,22 @@ static int64_t probe() {
   if ((d >> 22 & 1) && (d >> 24 & 1)) bits |= 8;
   if (__builtin_cpu_is("amd")) bits |= 16;
   if (cblas_gemm_bf16bf16f32) bits |= 32;
+  if ((bits & 2) && __builtin_cpu_supports("avx512vbmi")) bits |= 64;
 #endif
   return bits;
 }
 
 static Cpu decode(int64_t bits) {
   return {bool(bits & 1), bool(bits & 2), bool(bits & 4), bool(bits & 8), bool(bits & 16),
-          bool(bits & 32)};
+          bool(bits & 32), bool(bits & 64)};
 }
 
 static int64_t features = probe();
 static Cpu current = decode(features);
 const Cpu& cpu() { return current; }
 
-// 1 AVX2, 2 AVX-512, 4 AVX512-BF16, 8 AMX-BF16, 16 AMD, 32 the BLAS has bf16 x bf16 -> fp32.
+// 1 AVX2, 2 AVX-512, 4 AVX512-BF16, 8 AMX-BF16, 16 AMD, 32 the BLAS has bf16 x bf16 -> fp32,
+// 64 AVX512-VBMI.
 static int64_t cpu_features() { return features; }
 
 // For tests: lets one machine run every path that it is able to. Bit 8 only chooses the library's

@@ -16,7 +16,7 @@ else:
     except (ImportError, OSError, RuntimeError) as error:
         why_missing = f"the C++ extension does not load: {error}"
 
-FEATURES = {"AVX2": 1, "AVX-512": 2, "AVX512-BF16": 4, "AMX-BF16": 8}
+FEATURES = {"AVX2": 1, "AVX-512": 2, "AVX512-BF16": 4, "AVX512-VBMI": 64, "AMX-BF16": 8}
 
 
 def cpu_features() -> list[str]:

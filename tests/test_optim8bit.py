@@ -43,7 +43,7 @@ def run(optimizer, params, steps, seed=1, scale=1.0):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_code_book_round_trips_keeps_zero_and_breaks_ties_to_even(signed):
+def test_code_book_round_trips_keeps_zero_and_breaks_ties_to_even(signed, cpu_path):
     code = op.code_book(signed)
     assert hashlib.sha256(code.numpy().tobytes()).hexdigest() == op.SHA256[signed]
     quantize = torch.ops.fastssl.quantize_blockwise
@@ -54,6 +54,18 @@ def test_code_book_round_trips_keeps_zero_and_breaks_ties_to_even(signed):
     middle = (code[1:] + code[:-1]) / 2
     codes, _ = quantize(torch.cat([middle, torch.ones(1)]), 256, signed)
     assert codes[:-1].tolist() == [i + i % 2 for i in range(255)]
+    for towards, places in ((-2.0, range(255)), (2.0, range(1, 256))):
+        beside = torch.nextafter(middle, torch.tensor(towards))
+        codes, _ = quantize(torch.cat([beside, torch.ones(1)]), 256, signed)
+        assert codes[:-1].tolist() == list(places)
+    x = torch.randn(3001) * 10 ** (-8 * torch.rand(3001)) if signed else torch.rand(3001) ** 20
+    for scale in (1.0, 1e-30, 1e-42):
+        for got, expected in zip(
+            quantize(x * scale, 200, signed), op.quantize_ref(x * scale, 200, signed), strict=True
+        ):
+            assert torch.equal(got, expected)
+    x[100] = torch.nan
+    assert torch.equal(quantize(x, 200, signed)[0], op.quantize_ref(x, 200, signed)[0])
     codes, absmax = quantize(torch.zeros(300), 256, signed)
     assert absmax.tolist() == [0, 0]
     assert not torch.ops.fastssl.dequantize_blockwise(codes, absmax, 256, signed).any()
