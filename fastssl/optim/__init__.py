@@ -2,6 +2,7 @@
 
 from .groups import param_groups
 from .memory import memory_report
+from .overrides import StableEmbedding
 from .rules import (
     LAMB,
     LARS,
@@ -28,6 +29,7 @@ __all__ = [
     "Lion8bit",
     "RMSprop8bit",
     "SGD8bit",
+    "StableEmbedding",
     "memory_report",
     "param_groups",
 ]
