@@ -1,4 +1,4 @@
-"""This library's losses inside libraries that one cannot edit."""
+"""This library's losses and optimizers inside libraries that one cannot edit."""
 
 import importlib
 import sys
@@ -7,8 +7,9 @@ from types import ModuleType
 
 from fastssl import losses
 from fastssl.extras import nearest
+from fastssl.optim import bnb
 
-# Library: its distribution, the module that names its losses, and those that are replaced.
+# Library: its distribution, the module that has the names, and the names that are replaced.
 LIBRARIES = {
     "lightly": (
         "lightly",
@@ -27,6 +28,7 @@ LIBRARIES = {
         ),
     ),
     "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss", "SigLipLoss")),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes.optim", bnb.NAMES),
 }
 
 _replaced: dict[str, dict[type, type]] = {}
@@ -34,7 +36,7 @@ _replaced: dict[str, dict[type, type]] = {}
 
 
 def patch(library: str) -> list[str]:
-    """Put this library's losses in the place of another's, in all of its loaded modules.
+    """Put this library's classes in the place of another's, in all of its loaded modules.
 
     What the library makes from then on is ours, for instance by `open_clip.create_loss(args)` or
     lightly's training command, and so is what is imported from it. Subclasses the library has made
@@ -42,9 +44,11 @@ def patch(library: str) -> list[str]:
     are. A second call changes nothing.
 
     Args:
-        library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
-            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss,
-            LeJEPALoss).
+        library: "open_clip" (ClipLoss, SigLipLoss), "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
+            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss, LeJEPALoss)
+            or "bitsandbytes" (of `bitsandbytes.optim` Adam, AdamW, SGD, Lion, RMSprop, Adagrad,
+            LARS, LAMB, each also with 8bit and 32bit behind it, with bitsandbytes' arguments and
+            defaults; see fastssl.optim.bnb. Its Paged classes stay: ours do not page to the host).
 
     Returns:
         The names now bound to our classes, such as "open_clip.factory.ClipLoss".
@@ -73,8 +77,11 @@ def patch(library: str) -> list[str]:
         ) from error
     swapped, elsewhere = [], []
     for name in names:
-        ours, original = getattr(losses, name), getattr(home, name, None)
-        if original is None or original is ours:  # an older release, or patched already
+        original = getattr(home, name, None)
+        if original is None or original in _replaced.get(library, ()):  # an older release, or ours
+            continue
+        ours = bnb.drop_in(original) if library == "bitsandbytes" else getattr(losses, name)
+        if ours is None:
             continue
         _replaced.setdefault(library, {})[ours] = original
         swapped += _swap(library, original, ours)
