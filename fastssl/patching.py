@@ -75,17 +75,16 @@ def patch(library: str) -> list[str]:
         raise ImportError(
             f"patch: {library} is not installed. Install it with: pip install {distribution}"
         ) from error
-    swapped, elsewhere = [], []
+    pairs = {}
     for name in names:
         original = getattr(home, name, None)
         if original is None or original in _replaced.get(library, ()):  # an older release, or ours
             continue
         ours = bnb.drop_in(original) if library == "bitsandbytes" else getattr(losses, name)
-        if ours is None:
-            continue
-        _replaced.setdefault(library, {})[ours] = original
-        swapped += _swap(library, original, ours)
-        elsewhere += [f"{module.__name__}.{key}" for module, key in _holders(original)]
+        if ours is not None:
+            pairs[original] = ours
+    _replaced.setdefault(library, {}).update({ours: original for original, ours in pairs.items()})
+    swapped, elsewhere = _swap(library, pairs)
     if elsewhere:
         warnings.warn(
             f"patch: {', '.join(elsewhere)} still refer to {library}'s own classes, as they were "
@@ -116,8 +115,7 @@ def unpatch(library: str | None = None) -> list[str]:
     if library is None:
         return [name for known in LIBRARIES for name in unpatch(known)]
     _known("unpatch", library)
-    pairs = _replaced.pop(library, {}).items()
-    return [name for ours, original in pairs for name in _swap(library, ours, original)]
+    return _swap(library, _replaced.pop(library, {}))[0]
 
 
 def _known(function: str, library: str) -> tuple[str, str, tuple[str, ...]]:
@@ -127,22 +125,15 @@ def _known(function: str, library: str) -> tuple[str, str, tuple[str, ...]]:
     return LIBRARIES[library]
 
 
-def _holders(value: type) -> list[tuple[ModuleType, str]]:
-    """Module and name of every loaded module's global that is `value`."""
-    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
-    return [
-        (module, name)
-        for module in modules
-        for name, held in list(vars(module).items())
-        if held is value
-    ]
-
-
-def _swap(library: str, old: type, new: type) -> list[str]:
-    """Rebind the library's own names for `old`."""
-    swapped = []
-    for module, name in _holders(old):
-        if module.__name__.partition(".")[0] == library:
-            setattr(module, name, new)
-            swapped.append(f"{module.__name__}.{name}")
-    return swapped
+def _swap(library: str, pairs: dict[type, type]) -> tuple[list[str], list[str]]:
+    """Rebind the library's own names for the keys of `pairs`: those names, and others' names."""
+    new = {id(old): new for old, new in pairs.items()}  # globals need not be hashable
+    swapped, elsewhere = [], []
+    for module in [module for module in sys.modules.values() if isinstance(module, ModuleType)]:
+        own = module.__name__.partition(".")[0] == library
+        for name, held in list(vars(module).items()):
+            if id(held) in new:
+                (swapped if own else elsewhere).append(f"{module.__name__}.{name}")
+                if own:
+                    setattr(module, name, new[id(held)])
+    return swapped, elsewhere
