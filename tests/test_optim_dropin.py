@@ -28,7 +28,6 @@ ARGUMENTS = {
     "Adagrad": (1e-2, 0, 0, 0, 1e-6),
     "LARS": (0.1, 0.9, 0, 0.1),
     "LAMB": (1e-2, True, (0.8, 0.9), 1e-6, 0.1),
-    "AdEMAMix": (1e-2, (0.8, 0.9, 0.99), 5.0, 10, 10, 1e-6, 0.1),
 }
 OURS = [
     name
@@ -116,7 +115,7 @@ def test_arguments_bits_and_defaults_are_bitsandbytes(bnb, patched, name):
 @pytest.mark.parametrize("family", ["Adam", "AdamW", "SGD", "Lion", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("bits", ["32bit", "8bit"])
 def test_a_script_goes_the_same_way(bnb, patched, family, bits):
-    """LARS and LAMB differ on purpose, and bitsandbytes' AdEMAMix has no CPU step in 32 bits."""
+    """LARS and LAMB differ on purpose."""
     name, arguments = family + bits, ARGUMENTS[family]
     theirs = run(patched[name], *arguments)
     ours = run(getattr(bnb.optim, name), *arguments)
@@ -132,8 +131,12 @@ def test_trust_ratios_are_those_of_ours(bnb, patched, name):
         same = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "eta": 0.02, "clip": True}
     else:
         same = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
-    expected = run(getattr(optim, family), **same, optim_bits=bits)
-    assert torch.equal(run(cls, *ARGUMENTS[family]), expected)
+    ours = getattr(optim, family)
+    assert torch.equal(run(cls, *ARGUMENTS[family]), run(ours, **same, optim_bits=bits))
+    if family == "LARS":  # so that the ratio is limited to 1
+        expected = run(ours, **same | {"eta": 5.0}, optim_bits=bits)
+        assert torch.equal(run(cls, *ARGUMENTS[family], max_unorm=5.0), expected)
+        assert not torch.equal(run(ours, **same | {"eta": 5.0, "clip": False}), expected)
 
 
 def test_args_replaces_the_settings(bnb, patched):
