@@ -1,4 +1,4 @@
-"""This library's losses inside libraries that one cannot edit."""
+"""This library's losses and optimizers inside libraries that one cannot edit."""
 
 import importlib
 import sys
@@ -7,8 +7,9 @@ from types import ModuleType
 
 from fastssl import losses
 from fastssl.extras import nearest
+from fastssl.optim import bnb
 
-# Library: its distribution, the module that names its losses, and those that are replaced.
+# Library: its distribution, the module that has the names, and the names that are replaced.
 LIBRARIES = {
     "lightly": (
         "lightly",
@@ -27,6 +28,7 @@ LIBRARIES = {
         ),
     ),
     "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss", "SigLipLoss")),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes.optim", bnb.NAMES),
 }
 
 _replaced: dict[str, dict[type, type]] = {}
@@ -34,7 +36,7 @@ _replaced: dict[str, dict[type, type]] = {}
 
 
 def patch(library: str) -> list[str]:
-    """Put this library's losses in the place of another's, in all of its loaded modules.
+    """Put this library's classes in the place of another's, in all of its loaded modules.
 
     What the library makes from then on is ours, for instance by `open_clip.create_loss(args)` or
     lightly's training command, and so is what is imported from it. Subclasses the library has made
@@ -42,9 +44,11 @@ def patch(library: str) -> list[str]:
     are. A second call changes nothing.
 
     Args:
-        library: "open_clip" (ClipLoss, SigLipLoss) or "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
-            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss,
-            LeJEPALoss).
+        library: "open_clip" (ClipLoss, SigLipLoss), "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
+            SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss, LeJEPALoss)
+            or "bitsandbytes" (of `bitsandbytes.optim` Adam, AdamW, SGD, Lion, RMSprop, Adagrad,
+            LARS, LAMB, each also with 8bit and 32bit behind it, with bitsandbytes' arguments and
+            defaults; see fastssl.optim.bnb. Its Paged classes stay: ours do not page to the host).
 
     Returns:
         The names now bound to our classes, such as "open_clip.factory.ClipLoss".
@@ -71,14 +75,16 @@ def patch(library: str) -> list[str]:
         raise ImportError(
             f"patch: {library} is not installed. Install it with: pip install {distribution}"
         ) from error
-    swapped, elsewhere = [], []
+    pairs = {}
     for name in names:
-        ours, original = getattr(losses, name), getattr(home, name, None)
-        if original is None or original is ours:  # an older release, or patched already
+        original = getattr(home, name, None)
+        if original is None or original in _replaced.get(library, ()):  # an older release, or ours
             continue
-        _replaced.setdefault(library, {})[ours] = original
-        swapped += _swap(library, original, ours)
-        elsewhere += [f"{module.__name__}.{key}" for module, key in _holders(original)]
+        ours = bnb.drop_in(original) if library == "bitsandbytes" else getattr(losses, name)
+        if ours is not None:
+            pairs[original] = ours
+    _replaced.setdefault(library, {}).update({ours: original for original, ours in pairs.items()})
+    swapped, elsewhere = _swap(library, pairs)
     if elsewhere:
         warnings.warn(
             f"patch: {', '.join(elsewhere)} still refer to {library}'s own classes, as they were "
@@ -109,8 +115,7 @@ def unpatch(library: str | None = None) -> list[str]:
     if library is None:
         return [name for known in LIBRARIES for name in unpatch(known)]
     _known("unpatch", library)
-    pairs = _replaced.pop(library, {}).items()
-    return [name for ours, original in pairs for name in _swap(library, ours, original)]
+    return _swap(library, _replaced.pop(library, {}))[0]
 
 
 def _known(function: str, library: str) -> tuple[str, str, tuple[str, ...]]:
@@ -120,22 +125,15 @@ def _known(function: str, library: str) -> tuple[str, str, tuple[str, ...]]:
     return LIBRARIES[library]
 
 
-def _holders(value: type) -> list[tuple[ModuleType, str]]:
-    """Module and name of every loaded module's global that is `value`."""
-    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
-    return [
-        (module, name)
-        for module in modules
-        for name, held in list(vars(module).items())
-        if held is value
-    ]
-
-
-def _swap(library: str, old: type, new: type) -> list[str]:
-    """Rebind the library's own names for `old`."""
-    swapped = []
-    for module, name in _holders(old):
-        if module.__name__.partition(".")[0] == library:
-            setattr(module, name, new)
-            swapped.append(f"{module.__name__}.{name}")
-    return swapped
+def _swap(library: str, pairs: dict[type, type]) -> tuple[list[str], list[str]]:
+    """Rebind the library's own names for the keys of `pairs`: those names, and others' names."""
+    new = {id(old): new for old, new in pairs.items()}  # globals need not be hashable
+    swapped, elsewhere = [], []
+    for module in [module for module in sys.modules.values() if isinstance(module, ModuleType)]:
+        own = module.__name__.partition(".")[0] == library
+        for name, held in list(vars(module).items()):
+            if id(held) in new:
+                (swapped if own else elsewhere).append(f"{module.__name__}.{name}")
+                if own:
+                    setattr(module, name, new[id(held)])
+    return swapped, elsewhere

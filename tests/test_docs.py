@@ -12,7 +12,7 @@ PAGES = sorted(Path(__file__).parents[1].glob("docs/*.md"))
 def test_examples_run(page):
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
     assert code
-    for library in ("open_clip", "lightly"):
+    for library in ("open_clip", "lightly", "bitsandbytes", "timm"):
         if library in code:
             pytest.importorskip(library)
     exec(compile(code, str(page), "exec"), {"__name__": page.stem})

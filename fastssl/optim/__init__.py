@@ -1,7 +1,8 @@
 """Optimizers, with states of 8 or 32 bits, and parameter groups."""
 
-from .groups import param_groups
+from .groups import param_groups, param_groups_layer_decay
 from .memory import memory_report
+from .overrides import StableEmbedding
 from .rules import (
     LAMB,
     LARS,
@@ -15,6 +16,7 @@ from .rules import (
     RMSprop8bit,
     SGD8bit,
 )
+from .timm import register_timm
 
 __all__ = [
     "LAMB",
@@ -28,6 +30,9 @@ __all__ = [
     "Lion8bit",
     "RMSprop8bit",
     "SGD8bit",
+    "StableEmbedding",
     "memory_report",
     "param_groups",
+    "param_groups_layer_decay",
+    "register_timm",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastssl.ops import blockwise as op
 
-from . import interchange, states
+from . import interchange, overrides, states
 from .states import local
 
 # What each setting must be.
@@ -100,8 +100,9 @@ class Blockwise(Optimizer):
     step in one call.
 
     Args (of every optimizer of this package, by keyword, after its own):
-        optim_bits: 8 or 32 bits a state; a parameter group may have its own, as any setting up to
-            state_format.
+        optim_bits: 8 or 32 bits a state; a parameter group may have its own (there "bits" too), as
+            any setting up to state_format. Single parameters have theirs by `StableEmbedding` or
+            bitsandbytes' GlobalOptimManager.
         min_8bit_size: tensors of fewer elements keep fp32 states.
         block_size: elements that share a scale, a multiple of 8 from 64 to 2048.
         state_format: "bnb", as bitsandbytes stores them, or "sqrt", which stores the square root of
@@ -319,7 +320,8 @@ class Blockwise(Optimizer):
         return state
 
     def bits_of(self, group: dict[str, Any], p: Tensor) -> int:
-        return 32 if p.numel() < group["min_8bit_size"] else group["optim_bits"]
+        settings = group | overrides.of(p)
+        return 32 if p.numel() < settings["min_8bit_size"] else settings["optim_bits"]
 
     def _row(self, group: dict[str, Any]) -> list[float]:
         of_tensor = isinstance(group["lr"], Tensor)
@@ -348,6 +350,8 @@ class Blockwise(Optimizer):
     # ---------------------------------------------------------------------- groups and their checks
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "bits" in param_group:
+            param_group["optim_bits"] = param_group.pop("bits")
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
