@@ -8,6 +8,7 @@ from .rules import (
     Adagrad8bit,
     Adam8bit,
     AdamW8bit,
+    AdEMAMix8bit,
     LAMB8bit,
     LARS8bit,
     Lion,
@@ -19,6 +20,7 @@ from .rules import (
 __all__ = [
     "LAMB",
     "LARS",
+    "AdEMAMix8bit",
     "Adagrad8bit",
     "Adam8bit",
     "AdamW8bit",
