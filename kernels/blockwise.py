@@ -5,7 +5,8 @@ and dtypes, and a program finds its tensor by the first programs of all. LARS an
 launches before, for the norms. Whole tiles of the commonest dtypes at aligned addresses take a path
 made for them; tails, views and small tensors with fp32 states one that looks at dtypes as it runs.
 Elements stand in the order of memory, equal in parameter, gradient and states.
-Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962.
+Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962; AdEMAMix
+arXiv:2409.03137.
 """
 
 import functools
@@ -19,9 +20,11 @@ from fastssl.kernels.launch import device_of
 from fastssl.kernels.tiles import INF
 from torch import Tensor
 
-from fastssl.ops.blockwise import HYPER, RULES, code_book
+from fastssl.ops.blockwise import HYPER, RULES, code_book, first_moments
 
-ADAM, ADAMW, SGD, NESTEROV, LION, RMSPROP, ADAGRAD, LARS, LAMB = map(tl.constexpr, range(9))
+ADAM, ADAMW, SGD, NESTEROV, LION, RMSPROP, ADAGRAD, LARS, LAMB, ADEMAMIX = map(
+    tl.constexpr, range(10)
+)
 
 FP32, BF16, FP16 = map(tl.constexpr, range(3))  # of parameters and gradients
 NONE, CODES, FULL = map(tl.constexpr, range(3))  # of states: 8 bits, fp32
@@ -52,8 +55,10 @@ class Row(NamedTuple):
 
 class Hyper(NamedTuple):
     lr: tl.tensor
-    beta1: tl.tensor
-    beta2: tl.tensor
+    momentum: tl.tensor
+    complement1: tl.tensor  # 1 - beta
+    complement2: tl.tensor
+    complement3: tl.tensor
     eps: tl.tensor
     decay: tl.tensor
     correction1: tl.tensor  # the inverses, in kernels
@@ -135,52 +140,57 @@ def dequantize_blockwise_kernel(
 def whole_gradient(p, g, h, RULE: tl.constexpr):
     """g in the units of the loss, with p's decay where that is a part of it."""
     g = g * h.scale
-    apart: tl.constexpr = RULE == ADAMW or RULE == LION or RULE == LAMB
+    apart: tl.constexpr = RULE == ADAMW or RULE == LION or RULE == LAMB or RULE == ADEMAMIX
     return g if apart else g + h.decay * p
 
 
 @triton.jit
-def direction(p, g, h, m, v, RULE: tl.constexpr):
-    """What lr times is taken from p, and the new states: of LAMB before, of LARS with the trust
-    ratio, which g has by then. Divisions and roots are those of IEEE, as on a CPU."""
-    if RULE == ADAM or RULE == ADAMW or RULE == LAMB:
-        m = h.beta1 * m + (1.0 - h.beta1) * g
-        v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
-        u = tl.div_rn(m * h.correction1, tl.sqrt_rn(v * h.correction2) + h.eps)
-        if RULE == LAMB:
+def direction(p, g, h, m, slow, v, RULE: tl.constexpr):
+    """What lr times is taken from p, and the new states, `slow` of AdEMAMix alone: of LAMB before,
+    of LARS with the trust ratio, which g has by then. Divisions and roots are those of IEEE, as on
+    a CPU."""
+    if RULE == ADAM or RULE == ADAMW or RULE == LAMB or RULE == ADEMAMIX:
+        m += h.complement1 * (g - m)
+        v += h.complement2 * (g * g - v)
+        mean = m * h.correction1
+        if RULE == ADEMAMIX:
+            slow += h.complement3 * (g - slow)
+            mean += h.extra * slow
+        u = tl.div_rn(mean, tl.sqrt_rn(v * h.correction2) + h.eps)
+        if RULE == LAMB or RULE == ADEMAMIX:
             u += h.decay * p
     elif RULE == LION:
-        u = h.beta1 * m + (1.0 - h.beta1) * g
+        u = m + h.complement1 * (g - m)
         u = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u))
-        m = h.beta2 * m + (1.0 - h.beta2) * g
+        m += h.complement2 * (g - m)
     elif RULE == RMSPROP:
-        v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
-        m = h.beta1 * m + tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
+        v += h.complement2 * (g * g - v)
+        m = h.momentum * m + tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
         u = m
     elif RULE == ADAGRAD:
         v = v + g * g
         u = tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
     elif RULE == LARS:
-        m = h.beta1 * m + g
+        m = h.momentum * m + g
         u = m
     else:
-        m = h.beta1 * m + (1.0 - h.extra) * g
-        u = g + h.beta1 * m if RULE == NESTEROV else m
-    return u, m, v
+        m = h.momentum * m + h.complement1 * g
+        u = g + h.momentum * m if RULE == NESTEROV else m
+    return u, m, slow, v
 
 
 @triton.jit
-def stepped(p, g, h, trust, m, v, RULE: tl.constexpr):
-    """p, m and v after a step."""
+def stepped(p, g, h, trust, m, slow, v, RULE: tl.constexpr):
+    """p, m, slow and v after a step."""
     g = whole_gradient(p, g, h, RULE)
     if RULE == ADAMW or RULE == LION:
         p = p - h.lr * h.decay * p
     if RULE == LARS:
         g = g * trust
-    u, m, v = direction(p, g, h, m, v, RULE)
+    u, m, slow, v = direction(p, g, h, m, slow, v, RULE)
     if RULE == LAMB:
         u = trust * u
-    return p - h.lr * u, m, v
+    return p - h.lr * u, m, slow, v
 
 
 # ------------------------------------------------------------------------- tensors by their address
@@ -316,9 +326,16 @@ def tensor_of(table_ptr, T, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
 def hyper_of(ptr):
     return Hyper(
         tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4),
-        tl.div_rn(1.0, tl.load(ptr + 5)), tl.div_rn(1.0, tl.load(ptr + 6)), tl.load(ptr + 7),
-        tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10),
+        tl.load(ptr + 5), tl.load(ptr + 6), tl.div_rn(1.0, tl.load(ptr + 7)),
+        tl.div_rn(1.0, tl.load(ptr + 8)), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11),
+        tl.load(ptr + 12),
     )  # fmt: skip
+
+
+@triton.jit
+def slow_of(row, kind, BLOCK: tl.constexpr):
+    """The addresses of AdEMAMix's slow momentum and its scales, behind the fast one's."""
+    return row.m + tl.where(kind == CODES, 1, 4) * row.n, row.m_scale + 4 * tl.cdiv(row.n, BLOCK)
 
 
 @triton.jit
@@ -338,15 +355,23 @@ def step_tile(
                    True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
     v = load_state(row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
                    False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
-    p, next_m, next_v = stepped(old, g, h, trust, m, v, RULE)
+    slow = m
+    if RULE == ADEMAMIX:
+        slow_at, slow_scale = slow_of(row, kind // 16 % 4, BLOCK)
+        slow = load_state(slow_at, slow_scale, kind // 16 % 4, block, offs, mask, mask_rows,
+                          books_ptr, True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+    p, next_m, next_slow, next_v = stepped(old, g, h, trust, m, slow, v, RULE)
     if FINITE_ONLY:
         finite = (g.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
         p, next_m = tl.where(finite, p, old), tl.where(finite, next_m, m)
-        next_v = tl.where(finite, next_v, v)
+        next_slow, next_v = tl.where(finite, next_slow, slow), tl.where(finite, next_v, v)
     store_parameter(p, row.p, kind % 4, start, offs, mask, counters_ptr, seed,
                     STOCHASTIC, BLOCK, ROWS, WHOLE)  # fmt: skip
     store_state(next_m, row.m, row.m_scale, kind // 16 % 4, block, offs, mask, mask_rows, books_ptr,
                 True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+    if RULE == ADEMAMIX:
+        store_state(next_slow, slow_at, slow_scale, kind // 16 % 4, block, offs, mask, mask_rows,
+                    books_ptr, True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
     store_state(next_v, row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
                 False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
 
@@ -399,7 +424,7 @@ def norm_tile(
                        True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
         v = load_state(row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
                        False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
-        d, _, _ = direction(p, d, h, m, v, RULE)
+        d, _, _, _ = direction(p, d, h, m, m, v, RULE)
         if not WHOLE:
             d = tl.where(mask, d, 0.0)  # 0 / (0 + eps), and eps may be 0
     return p * p, d * d
@@ -509,10 +534,11 @@ PLANS = 64
 captured: list[Plan] = []
 
 
-def state_kind(state: Tensor, scale: Tensor, n: int, block_size: int) -> int:
+def state_kind(state: Tensor, scale: Tensor, n: int, block_size: int, count: int) -> int:
+    """Of a state that holds `count` moments of n elements."""
     if not state.numel():
         return NONE.value
-    codes, blocks = state.dtype == torch.uint8, -(-n // block_size)
+    codes, blocks, n = state.dtype == torch.uint8, count * -(-n // block_size), count * n
     right = (
         scale.numel() == blocks and scale.dtype == torch.float32
         if codes
@@ -528,8 +554,9 @@ def state_kind(state: Tensor, scale: Tensor, n: int, block_size: int) -> int:
 
 
 def plan_of(
-    tensors: list[list[Tensor]], block_size: int, device: torch.device, stream: int
+    tensors: list[list[Tensor]], block_size: int, count: int, device: torch.device, stream: int
 ) -> Plan:
+    """`count`: the moments of a first state."""
     table, programs, elements = [], 0, Counter()
     for p, g, m, m_scale, v, v_scale in zip(*tensors, strict=True):
         n = p.numel()
@@ -540,11 +567,12 @@ def plan_of(
                 f"{g.dtype}."
             )
         kind = DTYPES[p.dtype] + 4 * DTYPES[g.dtype]
-        kind += 16 * state_kind(m, m_scale, n, block_size)
-        kind += 64 * state_kind(v, v_scale, n, block_size)
+        kind += 16 * state_kind(m, m_scale, n, block_size, count)
+        kind += 64 * state_kind(v, v_scale, n, block_size, 1)
         elements[kind] += n
         at = [x.data_ptr() for x in (p, g, m, m_scale, v, v_scale)]
-        unaligned = (at[0] | at[1] | at[2] | at[4]) % 16 != 0
+        slow = at[2] + n * m.element_size() if count > 1 else 0
+        unaligned = (at[0] | at[1] | at[2] | at[4] | slow) % 16 != 0
         table.append([*at, n, kind + UNALIGNED * unaligned, programs])
         programs += -(-n // CHUNK)
     host = torch.tensor(table, dtype=torch.int64)
@@ -554,20 +582,23 @@ def plan_of(
     return Plan(host.to(device, non_blocking=True), host, programs, common, stream)
 
 
-def plan_for(tensors: list[list[Tensor]], block_size: int, device: torch.device) -> Plan:
+def plan_for(
+    tensors: list[list[Tensor]], block_size: int, count: int, device: torch.device
+) -> Plan:
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
     key = (
         device,
         block_size,
+        count,
         *[x.data_ptr() for each in tensors for x in each],
         *[x.numel() for x in tensors[0]],
         *[x.dtype for i in (0, 1, 2, 4) for x in tensors[i]],
     )
     plan = plans.get(key)
     if plan is None or (plan.stream != stream and not capturing):
-        plan = plan_of(tensors, block_size, device, stream)
+        plan = plan_of(tensors, block_size, count, device, stream)
         if not capturing:  # else its copy runs with the graph alone
             if len(plans) == PLANS:
                 plans.pop(next(iter(plans)))
@@ -581,7 +612,7 @@ def blockwise_step_(
     params: list[Tensor],
     grads: list[Tensor],
     first: list[Tensor],  # codes uint8 (n,), fp32 (n,), or (0,)
-    first_scale: list[Tensor],  # (blocks,) fp32, or (0,)
+    first_scale: list[Tensor],  # (blocks,) fp32, or (0,); AdEMAMix: (2n,), (2 blocks,)
     second: list[Tensor],
     second_scale: list[Tensor],
     hyper: Tensor,  # (T, HYPER) fp32
@@ -605,7 +636,7 @@ def blockwise_step_(
         )
     with device_of(hyper):
         tensors = [params, grads, first, first_scale, second, second_scale]
-        plan = plan_for(tensors, block_size, hyper.device)
+        plan = plan_for(tensors, block_size, first_moments(RULES[rule]), hyper.device)
         if plan.programs == 0:
             return
         books, trust, grid = books_of(hyper.device), None, (plan.programs,)

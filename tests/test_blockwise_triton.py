@@ -14,18 +14,19 @@ from triton_cases import DEVICE, INTERPRETED
 import fastssl
 from fastssl.ops.blockwise import (
     ADAPT,
-    BETA1,
+    COMPLEMENT1,
     DECAY,
     EPS,
-    EXTRA,
     HYPER,
     LR,
+    MOMENTUM,
     MOST,
     RULES,
     SCALE,
     blockwise_step_ref,
     code_book,
     dequantize_ref,
+    first_moments,
     quantize_ref,
 )
 
@@ -40,10 +41,14 @@ def empty():
     return torch.empty(0, device=DEVICE)
 
 
-def state(n, block, signed, codes, root=False):
+def state(n, block, signed, codes, root=False, count=1):
     x = torch.randn(n, device=DEVICE) * 0.1
     x = x if signed else x.abs() if root else x.square()
-    return quantize_ref(x, block, signed) if codes else (x, empty())
+    found = quantize_ref(x, block, signed) if codes else (x, empty())
+    if count == 1:
+        return found
+    rest = state(n, block, signed, codes, root, count - 1)
+    return tuple(torch.cat(each) for each in zip(found, rest, strict=True))
 
 
 def problem(rule, sizes=SIZES, block=256, dtypes=(torch.float32,), codes=(True,), root=False):
@@ -54,7 +59,8 @@ def problem(rule, sizes=SIZES, block=256, dtypes=(torch.float32,), codes=(True,)
         p = torch.randn(n, device=DEVICE).to(dtypes[t % len(dtypes)])
         g = torch.randn(n, device=DEVICE) * 10 ** (-3 * torch.rand(n, device=DEVICE))
         coded = codes[t % len(codes)]
-        m, v = (state(n, block, signed, coded, root and coded) for signed in (True, False))
+        m = state(n, block, True, coded, count=first_moments(rule))
+        v = state(n, block, False, coded, root and coded)
         if rule == "adagrad":
             m = empty(), empty()
         if rule in WITHOUT_SECOND:
@@ -214,11 +220,12 @@ def test_found_inf(rule):
 
 
 @pytest.mark.parametrize("finite", [True, False], ids=["kept", "propagated"])
-def test_gradients_that_are_not_finite(finite):
-    args = problem("adamw", sizes=[1300, 257, 300], codes=(True, True, False))
+@pytest.mark.parametrize("rule", ["adamw", "ademamix"])
+def test_gradients_that_are_not_finite(rule, finite):
+    args = problem(rule, sizes=[1300, 257, 300], codes=(True, True, False))
     for g in args[1]:
         g[3], g[5], g[250] = torch.nan, torch.inf, -torch.inf
-    got, expected = both(args, "adamw", finite=finite)
+    got, expected = both(args, rule, finite=finite)
     if finite:
         agree(args, got, expected)
     for old, new, true in zip(args[0], got[0], expected[0], strict=True):
@@ -241,7 +248,8 @@ def test_stochastic_rounding_to_the_bit():
     """SGD's arithmetic is the reference's to the last bit, so what is rounded is the same."""
     args = problem("sgd", sizes=[1, 7, 1031, 2055], dtypes=(torch.bfloat16,), codes=(True, False))
     args[0][2][5], args[1][3][2] = torch.nan, torch.inf
-    args[6][:, [SCALE, BETA1, EXTRA, DECAY]] = torch.tensor([1.0, 0.5, 0.0, 0.0], device=DEVICE)
+    for column, value in ((SCALE, 1.0), (MOMENTUM, 0.5), (COMPLEMENT1, 1.0), (DECAY, 0.0)):
+        args[6][:, column] = value
     seed = -(2**61) + 12345678901
     got, expected = both(args, "sgd", stochastic=True, seed=seed)
     same(got, expected)
@@ -298,6 +306,9 @@ def test_addresses_off_the_grain():
         same(off, whole)
         plan = list(kernels.plans.values())[-1]
         assert (plan.table[:, kind] == plan.common + kernels.UNALIGNED).all()
+    step(problem("ademamix", sizes=[1024, 1030]), "ademamix")  # codes of the slow momentum
+    plan = list(kernels.plans.values())[-1]
+    assert (plan.table[:, kind] & kernels.UNALIGNED).tolist() == [0, kernels.UNALIGNED]
 
 
 @pytest.mark.gpu
@@ -347,5 +358,5 @@ def test_messages():
     with pytest.raises(ValueError, match="uint8 with 2 float32 block maxima .* with 5 of"):
         step(other)
     args[6] = args[6][:, :3]
-    with pytest.raises(ValueError, match=r"hyper must be \(1, 11\) .* got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"hyper must be \(1, 13\) .* got \(1, 3\)"):
         step(args)
