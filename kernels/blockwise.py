@@ -554,9 +554,8 @@ def state_kind(state: Tensor, scale: Tensor, n: int, block_size: int, count: int
 
 
 def plan_of(
-    tensors: list[list[Tensor]], block_size: int, count: int, device: torch.device, stream: int
+    tensors: list[list[Tensor]], block_size: int, device: torch.device, count: int, stream: int
 ) -> Plan:
-    """`count`: the moments of a first state."""
     table, programs, elements = [], 0, Counter()
     for p, g, m, m_scale, v, v_scale in zip(*tensors, strict=True):
         n = p.numel()
@@ -583,8 +582,10 @@ def plan_of(
 
 
 def plan_for(
-    tensors: list[list[Tensor]], block_size: int, count: int, device: torch.device
+    tensors: list[list[Tensor]], block_size: int, device: torch.device, count: int = 1
 ) -> Plan:
+    """Of parameters, gradients and their states with scales, the first of which hold `count`
+    moments."""
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
@@ -598,7 +599,7 @@ def plan_for(
     )
     plan = plans.get(key)
     if plan is None or (plan.stream != stream and not capturing):
-        plan = plan_of(tensors, block_size, count, device, stream)
+        plan = plan_of(tensors, block_size, device, count, stream)
         if not capturing:  # else its copy runs with the graph alone
             if len(plans) == PLANS:
                 plans.pop(next(iter(plans)))
@@ -636,7 +637,7 @@ def blockwise_step_(
         )
     with device_of(hyper):
         tensors = [params, grads, first, first_scale, second, second_scale]
-        plan = plan_for(tensors, block_size, first_moments(RULES[rule]), hyper.device)
+        plan = plan_for(tensors, block_size, hyper.device, first_moments(RULES[rule]))
         if plan.programs == 0:
             return
         books, trust, grid = books_of(hyper.device), None, (plan.programs,)

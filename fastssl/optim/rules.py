@@ -147,8 +147,8 @@ class AdEMAMix8bit(Blockwise):
     Memory: 3.05 bytes a parameter, 12 with optim_bits=32; no temporary of a parameter's size.
 
     Notes: m1 and m2 are one state of shape (2, *p.shape), as in bitsandbytes; m2 begins a block of
-    its own. In 8 bits a change of m2 below half a code's distance, 0.4 % of the block's largest
-    element, is lost, and 1 - beta3 is smaller: small gradients leave m2 where it is.
+    its own. In 8 bits a change of m2 below half the distance of two codes is lost: with random
+    gradients and beta3 = 0.9999 it was 11 to 23 % off after 1000 steps, 33 to 46 % after 4000.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(8192))
