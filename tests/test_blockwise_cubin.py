@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
 from fastssl.kernels import blockwise as kernels  # noqa: E402
+from fastssl.kernels import tables  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -22,7 +23,7 @@ from fastssl.ops.blockwise import RULES  # noqa: E402
 TYPES = {"T": "i32", "n": "i64", "seed": "i64", "part_ptr": "*fp64"}
 TYPES |= dict.fromkeys(["table_ptr", "counters_ptr"], "*i64") | {"books_ptr": "*i32"}
 CODED = kernels.CODES.value * (16 + 64)
-BF16 = kernels.BF16.value * (1 + 4)
+BF16 = tables.BF16.value * (1 + 4)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 both = pytest.mark.parametrize("capability", [80, 90])
 

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from fastssl.kernels import blockwise as kernels
+from fastssl.kernels import tables
 from triton_cases import DEVICE, INTERPRETED
 
 import fastssl
@@ -195,9 +196,10 @@ def test_blocks(block, root):
 @pytest.mark.parametrize("rule", ["lars", "lamb"])
 def test_trust_of_many_programs(rule, monkeypatch):
     """Norms of many parts, and of tensors of zeros."""
-    monkeypatch.setattr(kernels, "CHUNK", 1024)
+    for module in (kernels, tables):
+        monkeypatch.setattr(module, "CHUNK", 1024)
     monkeypatch.setattr(kernels, "TRUST", kernels.TRUST | {"BLOCK_P": 2})
-    monkeypatch.setattr(kernels, "plans", {})
+    monkeypatch.setattr(tables, "plans", {})
     args = problem(rule, sizes=[5000, 300, 1, 1500, 1100])
     args[6][:, ADAPT] = torch.tensor([1.0, 0, 1, 1, 1])
     args[6][:, MOST] = torch.tensor([100.0, 100, 100, 100, 0.1])
@@ -275,7 +277,7 @@ def step(args, rule="adamw"):
 
 def test_gradients_that_moved(monkeypatch):
     """The table is made again for other addresses, and for the same ones is not."""
-    monkeypatch.setattr(kernels, "plans", {})
+    monkeypatch.setattr(tables, "plans", {})
     args = problem("adamw", sizes=[1030, 9])
     expected, made = copy.deepcopy(args), []
     for k in range(4):
@@ -283,32 +285,32 @@ def test_gradients_that_moved(monkeypatch):
             held, args[1] = args[1], [x.clone() for x in args[1]]  # held: its memory is not reused
         step(args)
         blockwise_step_ref(*expected, None, RULES.index("adamw"), 256, False, False, False, 0)
-        made.append(list(kernels.plans.values())[-1])
+        made.append(list(tables.plans.values())[-1])
         for new, true in zip(args[0], expected[0], strict=True):
             assert torch.allclose(new, true, rtol=1e-5, atol=1e-6)
     assert made[0] is made[1] and made[1] is not made[2] and made[2] is made[3]
-    assert len(held) == 2 and len(kernels.plans) == 2
-    monkeypatch.setattr(kernels, "PLANS", 2)
+    assert len(held) == 2 and len(tables.plans) == 2
+    monkeypatch.setattr(tables, "PLANS", 2)
     args[1] = [x.clone() for x in args[1]]
     step(args)
-    assert len(kernels.plans) == 2 and not any(x is made[0] for x in kernels.plans.values())
+    assert len(tables.plans) == 2 and not any(x is made[0] for x in tables.plans.values())
 
 
 def test_addresses_off_the_grain():
     """Views into larger memory, whose loads cannot be of 16 bytes."""
     args = problem("adamw", sizes=[2050, 1024])
     whole, _ = both(args, "adamw")
-    kind = kernels.Row._fields.index("kind")
+    kind = tables.Row._fields.index("kind")
     for i in (0, 1, 2, 4):
         off = copy.deepcopy(args)
         off[i] = [torch.cat([x[:1], x])[1:] for x in off[i]]
         step(off)
         same(off, whole)
-        plan = list(kernels.plans.values())[-1]
-        assert (plan.table[:, kind] == plan.common + kernels.UNALIGNED).all()
+        plan = list(tables.plans.values())[-1]
+        assert (plan.table[:, kind] == plan.common + tables.UNALIGNED).all()
     step(problem("ademamix", sizes=[1024, 1030]), "ademamix")  # codes of the slow momentum
-    plan = list(kernels.plans.values())[-1]
-    assert (plan.table[:, kind] & kernels.UNALIGNED).tolist() == [0, kernels.UNALIGNED]
+    plan = list(tables.plans.values())[-1]
+    assert (plan.table[:, kind] & tables.UNALIGNED).tolist() == [0, tables.UNALIGNED]
 
 
 @pytest.mark.gpu
