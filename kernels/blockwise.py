@@ -1,6 +1,6 @@
 """Triton kernels of the op `blockwise`: the 8-bit codec, and optimizer steps over many tensors.
 
-A step is one launch, whatever the tensors are, by a table of their addresses. LARS and LAMB take two
+A step is one launch, whatever the tensors are, by a table of addresses. LARS and LAMB take two
 launches before, for the norms. Elements stand in the order of memory, equal in parameter, gradient
 and states.
 Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962; AdEMAMix

@@ -114,10 +114,11 @@ on_cuda("blockwise", "dequantize_blockwise", dequantize_ref)
 
 # ----------------------------------------------------------------------------------- the step
 
-RULES = ("adam", "adamw", "sgd", "nesterov", "lion", "rmsprop", "adagrad", "lars", "lamb")
-RULES += ("ademamix",)
-# Columns of `hyper`, a row for each tensor. A running mean x of y takes x + complement (y - x): of
-# 1 - beta, rounded once, it forgets as beta says; fp32's 0.9999 is another by 1e-4 of its memory.
+RULES = (
+    "adam", "adamw", "sgd", "nesterov", "lion", "rmsprop", "adagrad", "lars", "lamb", "ademamix",
+)  # fmt: skip
+# Columns of `hyper`, a row for each tensor. A running mean x of y steps as x + complement (y - x):
+# of 1 - beta, rounded once, its memory is beta's; with fp32's 0.9999 it would be 2e-4 off.
 HYPER = 13
 LR, MOMENTUM, COMPLEMENT1, COMPLEMENT2, COMPLEMENT3, EPS, DECAY = range(7)
 CORRECTION1, CORRECTION2, EXTRA, SCALE, ADAPT, MOST = range(7, HYPER)
