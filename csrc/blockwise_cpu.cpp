@@ -4,7 +4,8 @@
 // gradients and codes are read once, stepped and written once. LARS and LAMB take a pass before, that
 // writes nothing, for the norms of tensors: partial sums of tasks in fp64, added in fixed order.
 // No result depends on the number of threads.
-// Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962.
+// Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962; AdEMAMix
+// arXiv:2409.03137.
 #include "blockwise_codec.h"
 #include "common.h"
 
@@ -90,6 +91,21 @@ RULE(lars, kLARS)
 RULE(lamb, kLAMB)
 #undef RULE
 
+// Of m the first kMost elements are the fast momentum, the others the slow one.
+FASTSSL_CLONES void step_ademamix(int64_t n, const float* __restrict g, const Hyper& given, float,
+                                  bool finite_only, float* __restrict p, float* __restrict m,
+                                  float* __restrict v) {
+  const Hyper h = with_inverses(given);
+  float* __restrict slow = m + kMost;
+  for (int64_t i = 0; i < n; ++i) {
+    float next_m = m[i], next_slow = slow[i], next_v = v[i];
+    const float next = stepped_ademamix(p[i], g[i], h, next_m, next_slow, next_v);
+    const bool keep = finite_only && (bit_cast<uint32_t>(g[i]) & 0x7f800000u) == 0x7f800000u;
+    p[i] = keep ? p[i] : next, m[i] = keep ? m[i] : next_m;
+    slow[i] = keep ? slow[i] : next_slow, v[i] = keep ? v[i] : next_v;
+  }
+}
+
 struct Loops {
   decltype(&step_adam) step;
   decltype(&norm_adam) norm;
@@ -98,6 +114,7 @@ constexpr Loops kLoops[] = {  // in the order of Rule
     {step_adam, norm_adam}, {step_adamw, norm_adamw}, {step_sgd, norm_sgd},
     {step_nesterov, norm_nesterov}, {step_lion, norm_lion}, {step_rmsprop, norm_rmsprop},
     {step_adagrad, norm_adagrad}, {step_lars, norm_lars}, {step_lamb, norm_lamb},
+    {step_ademamix, nullptr},
 };
 
 // Rounds to bf16 up or down with the probabilities that make the mean exact: element e of tensor `id`
@@ -153,24 +170,26 @@ struct Values {
   }
 };
 
-// A state of a tensor: codes with absmax by blocks, or fp32, or none.
+// A state of a tensor: codes with absmax by blocks, or fp32, or none; part `part` of `parts` alike.
 struct State {
   uint8_t* codes = nullptr;
   float *absmax = nullptr, *values = nullptr;
   bool is_signed, root;  // root: the codes are those of square roots
 
-  State(const Tensor& t, const Tensor& scale, int64_t n, int64_t block, bool is_signed, bool root)
+  State(const Tensor& t, const Tensor& scale, int64_t n, int64_t block, bool is_signed, bool root,
+        int64_t parts = 1, int64_t part = 0)
       : is_signed(is_signed), root(root) {
     if (!t.numel()) return;
     const bool small = t.scalar_type() == ScalarType::Byte;
-    STD_TORCH_CHECK(t.numel() == n && (small || t.scalar_type() == ScalarType::Float) &&
-                        (!small || (scale.numel() == (n + block - 1) / block &&
+    const int64_t blocks = (n + block - 1) / block;
+    STD_TORCH_CHECK(t.numel() == parts * n && (small || t.scalar_type() == ScalarType::Float) &&
+                        (!small || (scale.numel() == parts * blocks &&
                                     scale.scalar_type() == ScalarType::Float)),
-                    "blockwise_step_: a state of ", n, " elements has ", t.numel(), " and ",
+                    "blockwise_step_: a state of ", parts * n, " elements has ", t.numel(), " and ",
                     scale.numel(), " block maxima for blocks of ", block);
-    if (small) codes = static_cast<uint8_t*>(t.mutable_data_ptr());
-    else values = static_cast<float*>(t.mutable_data_ptr());
-    if (small) absmax = static_cast<float*>(scale.mutable_data_ptr());
+    if (small) codes = static_cast<uint8_t*>(t.mutable_data_ptr()) + part * n;
+    else values = static_cast<float*>(t.mutable_data_ptr()) + part * n;
+    if (small) absmax = static_cast<float*>(scale.mutable_data_ptr()) + part * blocks;
   }
   void prefetch(int64_t at, int64_t n) const {
     if (codes) ask_for(codes + at, n);
@@ -196,7 +215,7 @@ struct State {
 struct Item {
   Values p, g;
   int64_t n;
-  State m, v;
+  State m, slow, v;
   Hyper h;
   const int64_t* counter;
   double sums[2] = {0.0, 0.0};
@@ -204,7 +223,7 @@ struct Item {
 };
 
 struct Buffers {
-  float p[kMost], g[kMost], m[kMost], v[kMost];
+  float p[kMost], g[kMost], m[2 * kMost], v[kMost];
 };
 
 }  // namespace
@@ -262,7 +281,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                     bool finite_only, bool stochastic, int64_t seed) {
   if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0.f) return;
   const int64_t T = static_cast<int64_t>(params.size());
-  STD_TORCH_CHECK(rule >= 0 && rule <= kLAMB && block_size >= 8 && block_size <= kMost &&
+  STD_TORCH_CHECK(rule >= 0 && rule <= kAdEMAMix && block_size >= 8 && block_size <= kMost &&
                       block_size % 8 == 0,
                   "blockwise_step_: unknown rule ", rule, " or block size ", block_size);
   STD_TORCH_CHECK(hyper.numel() == T * kHyper && hyper.scalar_type() == ScalarType::Float &&
@@ -270,7 +289,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                       counters.scalar_type() == ScalarType::Long && counters.is_contiguous(),
                   "blockwise_step_: hyper must be float32 (T, ", kHyper, "), counters int64 (T, 2)");
   const Loops loops = kLoops[rule];
-  const bool adapts = rule == kLARS || rule == kLAMB;
+  const bool adapts = rule == kLARS || rule == kLAMB, two = rule == kAdEMAMix;
   std::vector<Item> items;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // a tensor and its first block
   const int64_t blocks = std::max<int64_t>(1, kElements / block_size);
@@ -280,7 +299,8 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                     " elements for a parameter of ", n);
     items.push_back({Values(params[t], params[t].mutable_data_ptr()),
                      Values(grads[t], const_cast<void*>(grads[t].const_data_ptr())), n,
-                     State(first[t], first_scale[t], n, block_size, true, false),
+                     State(first[t], first_scale[t], n, block_size, true, false, 1 + two),
+                     State(first[t], first_scale[t], n, block_size, true, false, 1 + two, two),
                      State(second[t], second_scale[t], n, block_size, false, root),
                      static_cast<const Hyper*>(hyper.const_data_ptr())[t],
                      static_cast<const int64_t*>(counters.const_data_ptr()) + 2 * t});
@@ -295,10 +315,12 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
       item.g.prefetch(at + kAhead, block_size);
       item.p.prefetch(at + kAhead, block_size);
       item.m.prefetch(at + kAhead, block_size);
+      if (two) item.slow.prefetch(at + kAhead, block_size);
       item.v.prefetch(at + kAhead, block_size);
       const float* g = item.g.read(at, n, w.g);
       const float* p = item.p.read(at, n, w.p);
       item.m.read(b, at, n, w.m);
+      if (two) item.slow.read(b, at, n, w.m + kMost);
       item.v.read(b, at, n, w.v);
       f(item, b, at, n, p, g);
     }
@@ -338,6 +360,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
       else if (dtype == ScalarType::BFloat16)
         store_bf16(next, n, static_cast<uint16_t*>(out) + at);
       item.m.write(b, at, n, w.m);
+      if (two) item.slow.write(b, at, n, w.m + kMost);
       item.v.write(b, at, n, w.v);
     });
   });

@@ -16,11 +16,14 @@
 
 namespace fastssl {
 
-enum Rule { kAdam, kAdamW, kSGD, kNesterov, kLion, kRMSprop, kAdagrad, kLARS, kLAMB };
+enum Rule {
+  kAdam, kAdamW, kSGD, kNesterov, kLion, kRMSprop, kAdagrad, kLARS, kLAMB, kAdEMAMix
+};
 
-// A row of `hyper`. Loops take the inverses of the corrections.
+// A row of `hyper`. Complements are 1 - beta. Loops take the inverses of the corrections.
 struct Hyper {
-  float lr, beta1, beta2, eps, decay, correction1, correction2, extra, scale, adapt, most;
+  float lr, momentum, complement1, complement2, complement3, eps, decay, correction1, correction2,
+      extra, scale, adapt, most;
 };
 constexpr int64_t kHyper = sizeof(Hyper) / sizeof(float);
 
@@ -42,7 +45,8 @@ FASTSSL_HD int32_t nearest_code(int32_t bits, int32_t entry) {
 // Taken before anything else: g in the units of the loss, with p's decay where that is a part of it.
 template <Rule kRule>
 FASTSSL_HD float whole_gradient(float p, float g, const Hyper& h) {
-  const bool apart = kRule == kAdamW || kRule == kLion || kRule == kLAMB;
+  const bool apart =
+      kRule == kAdamW || kRule == kLion || kRule == kLAMB || kRule == kAdEMAMix;
   return apart ? g * h.scale : g * h.scale + h.decay * p;
 }
 
@@ -51,27 +55,27 @@ FASTSSL_HD float whole_gradient(float p, float g, const Hyper& h) {
 template <Rule kRule>
 FASTSSL_HD float direction(float p, float g, const Hyper& h, float& m, float& v) {
   if (kRule == kAdam || kRule == kAdamW || kRule == kLAMB) {
-    m = h.beta1 * m + (1.0f - h.beta1) * g;
-    v = h.beta2 * v + (1.0f - h.beta2) * (g * g);
+    m += h.complement1 * (g - m);
+    v += h.complement2 * (g * g - v);
     const float u = m * h.correction1 / (sqrtf(v * h.correction2) + h.eps);
     return kRule == kLAMB ? u + h.decay * p : u;
   }
   if (kRule == kLion) {
-    const float u = h.beta1 * m + (1.0f - h.beta1) * g;
-    m = h.beta2 * m + (1.0f - h.beta2) * g;
+    const float u = m + h.complement1 * (g - m);
+    m += h.complement2 * (g - m);
     return u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : u;
   }
   if (kRule == kRMSprop) {
-    v = h.beta2 * v + (1.0f - h.beta2) * (g * g);
-    return m = h.beta1 * m + g / (sqrtf(v) + h.eps);
+    v += h.complement2 * (g * g - v);
+    return m = h.momentum * m + g / (sqrtf(v) + h.eps);
   }
   if (kRule == kAdagrad) {
     v = v + g * g;
     return g / (sqrtf(v) + h.eps);
   }
-  if (kRule == kLARS) return m = h.beta1 * m + g;
-  m = h.beta1 * m + (1.0f - h.extra) * g;
-  return kRule == kNesterov ? g + h.beta1 * m : m;
+  if (kRule == kLARS) return m = h.momentum * m + g;
+  m = h.momentum * m + h.complement1 * g;
+  return kRule == kNesterov ? g + h.momentum * m : m;
 }
 
 // p after a step of which the trust ratio is known; 1 but for LARS and LAMB.
@@ -82,6 +86,17 @@ FASTSSL_HD float stepped(float p, float g, const Hyper& h, float trust, float& m
   if (kRule == kLARS) g *= trust;
   const float u = direction<kRule>(p, g, h, m, v);
   return p - h.lr * (kRule == kLAMB ? trust * u : u);
+}
+
+// p after a step of AdEMAMix, which has two momenta.
+FASTSSL_HD float stepped_ademamix(float p, float g, const Hyper& h, float& fast, float& slow,
+                                  float& v) {
+  g = whole_gradient<kAdEMAMix>(p, g, h);
+  fast += h.complement1 * (g - fast);
+  slow += h.complement3 * (g - slow);
+  v += h.complement2 * (g * g - v);
+  const float mixed = fast * h.correction1 + h.extra * slow;
+  return p - h.lr * (mixed / (sqrtf(v * h.correction2) + h.eps) + h.decay * p);
 }
 
 // Its square's sum is that of the trust ratio's denominator.

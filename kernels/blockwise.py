@@ -1,32 +1,40 @@
 """Triton kernels of the op `blockwise`: the 8-bit codec, and optimizer steps over many tensors.
 
-A step is one launch, whatever the tensors are: a table on the device holds their addresses, sizes
-and dtypes, and a program finds its tensor by the first programs of all. LARS and LAMB take two
-launches before, for the norms. Whole tiles of the commonest dtypes at aligned addresses take a path
-made for them; tails, views and small tensors with fp32 states one that looks at dtypes as it runs.
-Elements stand in the order of memory, equal in parameter, gradient and states.
-Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962.
+A step is one launch, whatever the tensors are, by a table of addresses. LARS and LAMB take two
+launches before, for the norms. Elements stand in the order of memory, equal in parameter, gradient
+and states.
+Papers: 8-bit optimizers arXiv:2110.02861; LARS arXiv:1708.03888; LAMB arXiv:1904.00962; AdEMAMix
+arXiv:2409.03137.
 """
 
 import functools
-from collections import Counter
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastssl.kernels.launch import device_of
+from fastssl.kernels.tables import (
+    CHUNK,
+    CODES,
+    COLUMNS,
+    FULL,
+    constants,
+    load,
+    load_values,
+    plan_for,
+    pointer_to,
+    store_parameter,
+    tensor_of,
+)
 from fastssl.kernels.tiles import INF
 from torch import Tensor
 
-from fastssl.ops.blockwise import HYPER, RULES, code_book
+from fastssl.ops.blockwise import HYPER, RULES, code_book, first_moments
 
-ADAM, ADAMW, SGD, NESTEROV, LION, RMSPROP, ADAGRAD, LARS, LAMB = map(tl.constexpr, range(9))
-
-FP32, BF16, FP16 = map(tl.constexpr, range(3))  # of parameters and gradients
-NONE, CODES, FULL = map(tl.constexpr, range(3))  # of states: 8 bits, fp32
-DTYPES = {torch.float32: FP32.value, torch.bfloat16: BF16.value, torch.float16: FP16.value}
-UNALIGNED = 256  # added to a kind, so that it is nobody's commonest
+ADAM, ADAMW, SGD, NESTEROV, LION, RMSPROP, ADAGRAD, LARS, LAMB, ADEMAMIX = map(
+    tl.constexpr, range(10)
+)
 
 # `books`: both codes, signed first, as bits; then, signed first, an entry for each upper half of a
 # magnitude's bits from that of 2^-23 to that of 1. No two codes' midpoints share one: the entry and
@@ -35,25 +43,15 @@ UNALIGNED = 256  # added to a kind, so that it is nobody's commonest
 FIRST_HALF, LAST_HALF = map(tl.constexpr, (0x3400, 0x3F80))
 HALVES = tl.constexpr(LAST_HALF.value - FIRST_HALF.value + 1)
 
-COLUMNS = tl.constexpr(9)  # of the table: the fields of Row, and the tensor's first program
 WIDTH = tl.constexpr(HYPER)
-
-
-class Row(NamedTuple):
-    p: tl.tensor
-    g: tl.tensor
-    m: tl.tensor
-    m_scale: tl.tensor
-    v: tl.tensor
-    v_scale: tl.tensor
-    n: tl.tensor
-    kind: tl.tensor
 
 
 class Hyper(NamedTuple):
     lr: tl.tensor
-    beta1: tl.tensor
-    beta2: tl.tensor
+    momentum: tl.tensor
+    complement1: tl.tensor  # 1 - beta
+    complement2: tl.tensor
+    complement3: tl.tensor
     eps: tl.tensor
     decay: tl.tensor
     correction1: tl.tensor  # the inverses, in kernels
@@ -135,80 +133,60 @@ def dequantize_blockwise_kernel(
 def whole_gradient(p, g, h, RULE: tl.constexpr):
     """g in the units of the loss, with p's decay where that is a part of it."""
     g = g * h.scale
-    apart: tl.constexpr = RULE == ADAMW or RULE == LION or RULE == LAMB
+    apart: tl.constexpr = RULE == ADAMW or RULE == LION or RULE == LAMB or RULE == ADEMAMIX
     return g if apart else g + h.decay * p
 
 
 @triton.jit
-def direction(p, g, h, m, v, RULE: tl.constexpr):
-    """What lr times is taken from p, and the new states: of LAMB before, of LARS with the trust
-    ratio, which g has by then. Divisions and roots are those of IEEE, as on a CPU."""
-    if RULE == ADAM or RULE == ADAMW or RULE == LAMB:
-        m = h.beta1 * m + (1.0 - h.beta1) * g
-        v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
-        u = tl.div_rn(m * h.correction1, tl.sqrt_rn(v * h.correction2) + h.eps)
-        if RULE == LAMB:
+def direction(p, g, h, m, slow, v, RULE: tl.constexpr):
+    """What lr times is taken from p, and the new states, `slow` of AdEMAMix alone: of LAMB before,
+    of LARS with the trust ratio, which g has by then. Divisions and roots are those of IEEE, as on
+    a CPU."""
+    if RULE == ADAM or RULE == ADAMW or RULE == LAMB or RULE == ADEMAMIX:
+        m += h.complement1 * (g - m)
+        v += h.complement2 * (g * g - v)
+        mean = m * h.correction1
+        if RULE == ADEMAMIX:
+            slow += h.complement3 * (g - slow)
+            mean += h.extra * slow
+        u = tl.div_rn(mean, tl.sqrt_rn(v * h.correction2) + h.eps)
+        if RULE == LAMB or RULE == ADEMAMIX:
             u += h.decay * p
     elif RULE == LION:
-        u = h.beta1 * m + (1.0 - h.beta1) * g
+        u = m + h.complement1 * (g - m)
         u = tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, u))
-        m = h.beta2 * m + (1.0 - h.beta2) * g
+        m += h.complement2 * (g - m)
     elif RULE == RMSPROP:
-        v = h.beta2 * v + (1.0 - h.beta2) * (g * g)
-        m = h.beta1 * m + tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
+        v += h.complement2 * (g * g - v)
+        m = h.momentum * m + tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
         u = m
     elif RULE == ADAGRAD:
         v = v + g * g
         u = tl.div_rn(g, tl.sqrt_rn(v) + h.eps)
     elif RULE == LARS:
-        m = h.beta1 * m + g
+        m = h.momentum * m + g
         u = m
     else:
-        m = h.beta1 * m + (1.0 - h.extra) * g
-        u = g + h.beta1 * m if RULE == NESTEROV else m
-    return u, m, v
+        m = h.momentum * m + h.complement1 * g
+        u = g + h.momentum * m if RULE == NESTEROV else m
+    return u, m, slow, v
 
 
 @triton.jit
-def stepped(p, g, h, trust, m, v, RULE: tl.constexpr):
-    """p, m and v after a step."""
+def stepped(p, g, h, trust, m, slow, v, RULE: tl.constexpr):
+    """p, m, slow and v after a step."""
     g = whole_gradient(p, g, h, RULE)
     if RULE == ADAMW or RULE == LION:
         p = p - h.lr * h.decay * p
     if RULE == LARS:
         g = g * trust
-    u, m, v = direction(p, g, h, m, v, RULE)
+    u, m, slow, v = direction(p, g, h, m, slow, v, RULE)
     if RULE == LAMB:
         u = trust * u
-    return p - h.lr * u, m, v
+    return p - h.lr * u, m, slow, v
 
 
-# ------------------------------------------------------------------------- tensors by their address
-
-
-@triton.jit
-def pointer_to(address, dtype: tl.constexpr, WHOLE: tl.constexpr):
-    ptr = address.to(tl.pointer_type(dtype))
-    return tl.multiple_of(ptr, 16) if WHOLE else ptr  # for loads and stores of 16 bytes
-
-
-@triton.jit
-def load(ptrs, mask):
-    return tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0)
-
-
-@triton.jit
-def load_values(address, kind, start, offs, mask, WHOLE: tl.constexpr):
-    """(ROWS, BLOCK) in fp32. `kind`, here and below, is known when compiling or looked at."""
-    if kind == FP32:
-        x = load(pointer_to(address, tl.float32, WHOLE) + start + offs, mask)
-    elif kind == BF16:
-        bits = load(pointer_to(address, tl.uint16, WHOLE) + start + offs, mask)
-        x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)  # right when interpreted, too
-    else:
-        x = load(pointer_to(address, tl.float16, WHOLE) + start + offs, mask)
-        x = x.to(tl.float32)
-    return x
+# ------------------------------------------------------------------------------------- the states
 
 
 @triton.jit
@@ -254,71 +232,23 @@ def store_state(
         tl.store(pointer_to(address, tl.float32, WHOLE) + start + offs, x, mask=mask)
 
 
-@triton.jit
-def random16(start, counters_ptr, seed, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, BLOCK) in [0, 2^16): element e takes half a word of Philox4x32-10 of e // 8."""
-    group = start // 8 + tl.arange(0, ROWS * BLOCK // 8)
-    step, tensor = tl.load(counters_ptr), tl.load(counters_ptr + 1)
-    same = tl.zeros_like(group)
-    w0, w1, w2, w3 = tl.philox_impl(
-        group.to(tl.uint32), (group >> 32).to(tl.uint32), (same + step).to(tl.uint32),
-        (same + tensor).to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
-    )  # fmt: skip
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return tl.interleave(words & 0xFFFF, words >> 16).reshape(ROWS, BLOCK)
-
-
-@triton.jit
-def store_parameter(
-    x, address, kind, start, offs, mask, counters_ptr, seed,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """x, rounded by the store to the nearest or, if bf16, at random."""
-    if kind == FP32:
-        tl.store(pointer_to(address, tl.float32, WHOLE) + start + offs, x, mask=mask)
-    elif kind == FP16:
-        tl.store(pointer_to(address, tl.float16, WHOLE) + start + offs, x, mask=mask)
-    elif STOCHASTIC:
-        # What is added to the half that goes carries into the other with the right probability.
-        up = x.to(tl.uint32, bitcast=True) + random16(start, counters_ptr, seed, BLOCK, ROWS)
-        bits = tl.where(x == x, up >> 16, 0x7FC0).to(tl.uint16)
-        tl.store(pointer_to(address, tl.uint16, WHOLE) + start + offs, bits, mask=mask)
-    else:
-        tl.store(pointer_to(address, tl.bfloat16, WHOLE) + start + offs, x, mask=mask)
-
-
 # --------------------------------------------------------------------------------------- the step
-
-
-@triton.jit
-def tensor_of(table_ptr, T, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's tensor, its row of the table, and the program's blocks: first and past the
-    last."""
-    program = tl.program_id(0)
-    t, past = 0, T
-    while past - t > 1:  # the last tensor whose first program is not after this one
-        middle = (t + past) // 2
-        if tl.load(table_ptr + middle * COLUMNS + COLUMNS - 1) <= program:
-            t = middle
-        else:
-            past = middle
-    ptr = table_ptr + t * COLUMNS
-    row = Row(
-        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4),
-        tl.load(ptr + 5), tl.load(ptr + 6), tl.load(ptr + 7),
-    )  # fmt: skip
-    first = (program - tl.load(ptr + 8)) * (CHUNK // BLOCK)
-    last = tl.minimum(first + CHUNK // BLOCK, tl.cdiv(row.n, BLOCK))
-    return t, row, first, last
 
 
 @triton.jit
 def hyper_of(ptr):
     return Hyper(
         tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4),
-        tl.div_rn(1.0, tl.load(ptr + 5)), tl.div_rn(1.0, tl.load(ptr + 6)), tl.load(ptr + 7),
-        tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10),
+        tl.load(ptr + 5), tl.load(ptr + 6), tl.div_rn(1.0, tl.load(ptr + 7)),
+        tl.div_rn(1.0, tl.load(ptr + 8)), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11),
+        tl.load(ptr + 12),
     )  # fmt: skip
+
+
+@triton.jit
+def slow_of(row, kind, BLOCK: tl.constexpr):
+    """The addresses of AdEMAMix's slow momentum and its scales, behind the fast one's."""
+    return row.m + tl.where(kind == CODES, 1, 4) * row.n, row.m_scale + 4 * tl.cdiv(row.n, BLOCK)
 
 
 @triton.jit
@@ -338,15 +268,23 @@ def step_tile(
                    True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
     v = load_state(row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
                    False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
-    p, next_m, next_v = stepped(old, g, h, trust, m, v, RULE)
+    slow = m
+    if RULE == ADEMAMIX:
+        slow_at, slow_scale = slow_of(row, kind // 16 % 4, BLOCK)
+        slow = load_state(slow_at, slow_scale, kind // 16 % 4, block, offs, mask, mask_rows,
+                          books_ptr, True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+    p, next_m, next_slow, next_v = stepped(old, g, h, trust, m, slow, v, RULE)
     if FINITE_ONLY:
         finite = (g.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
         p, next_m = tl.where(finite, p, old), tl.where(finite, next_m, m)
-        next_v = tl.where(finite, next_v, v)
+        next_slow, next_v = tl.where(finite, next_slow, slow), tl.where(finite, next_v, v)
     store_parameter(p, row.p, kind % 4, start, offs, mask, counters_ptr, seed,
                     STOCHASTIC, BLOCK, ROWS, WHOLE)  # fmt: skip
     store_state(next_m, row.m, row.m_scale, kind // 16 % 4, block, offs, mask, mask_rows, books_ptr,
                 True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
+    if RULE == ADEMAMIX:
+        store_state(next_slow, slow_at, slow_scale, kind // 16 % 4, block, offs, mask, mask_rows,
+                    books_ptr, True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
     store_state(next_v, row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
                 False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
 
@@ -399,7 +337,7 @@ def norm_tile(
                        True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
         v = load_state(row.v, row.v_scale, kind // 64 % 4, block, offs, mask, mask_rows, books_ptr,
                        False, ROOT, BLOCK, ROWS, WHOLE)  # fmt: skip
-        d, _, _ = direction(p, d, h, m, v, RULE)
+        d, _, _, _ = direction(p, d, h, m, m, v, RULE)
         if not WHOLE:
             d = tl.where(mask, d, 0.0)  # 0 / (0 + eps), and eps may be 0
     return p * p, d * d
@@ -460,18 +398,6 @@ def blockwise_trust_kernel(
 # ------------------------------------------------------------------------------------- launchers
 
 
-def constants(block_size: int, stochastic: bool = False) -> dict[str, int]:
-    """Eight elements a thread: a warp has a block of 256. Left to itself the assembler spills a few
-    bytes to fit one more program than the limit here, which is of four for most."""
-    tile = max(1024, block_size)
-    registers = 255 if block_size > 512 else 168 if stochastic else 128
-    return {
-        "BLOCK": block_size, "ROWS": tile // block_size, "num_warps": tile // 256,
-        "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": False,
-    }  # fmt: skip
-
-
-CHUNK = 8192  # elements of a program
 TRUST = {"BLOCK_P": 256, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -494,94 +420,11 @@ def books_of(device: torch.device) -> Tensor:
     return torch.cat(books + entries).to(device)
 
 
-class Plan(NamedTuple):
-    table: Tensor  # (T, COLUMNS) int64 on the device
-    host: Tensor  # what it is copied from
-    programs: int
-    common: int  # the kind that most elements have
-    stream: int  # that of the copy
-
-
-# By the addresses: steps like the one before copy nothing.
-plans: dict[tuple, Plan] = {}
-PLANS = 64
-# Graphs replay what reads a plan, or copies it: those live as long as the process.
-captured: list[Plan] = []
-
-
-def state_kind(state: Tensor, scale: Tensor, n: int, block_size: int) -> int:
-    if not state.numel():
-        return NONE.value
-    codes, blocks = state.dtype == torch.uint8, -(-n // block_size)
-    right = (
-        scale.numel() == blocks and scale.dtype == torch.float32
-        if codes
-        else state.dtype == torch.float32
-    )
-    if state.numel() != n or not right:
-        raise ValueError(
-            f"blockwise_step_: a state must have {n} elements, uint8 with {blocks} float32 block "
-            f"maxima or float32, got {state.numel()} of {state.dtype} with {scale.numel()} of "
-            f"{scale.dtype}. Was it made for another block size?"
-        )
-    return CODES.value if codes else FULL.value
-
-
-def plan_of(
-    tensors: list[list[Tensor]], block_size: int, device: torch.device, stream: int
-) -> Plan:
-    table, programs, elements = [], 0, Counter()
-    for p, g, m, m_scale, v, v_scale in zip(*tensors, strict=True):
-        n = p.numel()
-        if g.numel() != n or p.dtype not in DTYPES or g.dtype not in DTYPES:
-            raise ValueError(
-                "blockwise_step_: a parameter and its gradient must be of one size and float32, "
-                f"bfloat16 or float16, got {tuple(p.shape)} of {p.dtype} and {tuple(g.shape)} of "
-                f"{g.dtype}."
-            )
-        kind = DTYPES[p.dtype] + 4 * DTYPES[g.dtype]
-        kind += 16 * state_kind(m, m_scale, n, block_size)
-        kind += 64 * state_kind(v, v_scale, n, block_size)
-        elements[kind] += n
-        at = [x.data_ptr() for x in (p, g, m, m_scale, v, v_scale)]
-        unaligned = (at[0] | at[1] | at[2] | at[4]) % 16 != 0
-        table.append([*at, n, kind + UNALIGNED * unaligned, programs])
-        programs += -(-n // CHUNK)
-    host = torch.tensor(table, dtype=torch.int64)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    common = max(elements, key=elements.get)
-    return Plan(host.to(device, non_blocking=True), host, programs, common, stream)
-
-
-def plan_for(tensors: list[list[Tensor]], block_size: int, device: torch.device) -> Plan:
-    on_gpu = device.type == "cuda"
-    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
-    key = (
-        device,
-        block_size,
-        *[x.data_ptr() for each in tensors for x in each],
-        *[x.numel() for x in tensors[0]],
-        *[x.dtype for i in (0, 1, 2, 4) for x in tensors[i]],
-    )
-    plan = plans.get(key)
-    if plan is None or (plan.stream != stream and not capturing):
-        plan = plan_of(tensors, block_size, device, stream)
-        if not capturing:  # else its copy runs with the graph alone
-            if len(plans) == PLANS:
-                plans.pop(next(iter(plans)))
-            plans[key] = plan
-    if capturing:
-        captured.append(plan)
-    return plan
-
-
 def blockwise_step_(
     params: list[Tensor],
     grads: list[Tensor],
     first: list[Tensor],  # codes uint8 (n,), fp32 (n,), or (0,)
-    first_scale: list[Tensor],  # (blocks,) fp32, or (0,)
+    first_scale: list[Tensor],  # (blocks,) fp32, or (0,); AdEMAMix: (2n,), (2 blocks,)
     second: list[Tensor],
     second_scale: list[Tensor],
     hyper: Tensor,  # (T, HYPER) fp32
@@ -605,7 +448,7 @@ def blockwise_step_(
         )
     with device_of(hyper):
         tensors = [params, grads, first, first_scale, second, second_scale]
-        plan = plan_for(tensors, block_size, hyper.device)
+        plan = plan_for(tensors, block_size, hyper.device, first_moments(RULES[rule]))
         if plan.programs == 0:
             return
         books, trust, grid = books_of(hyper.device), None, (plan.programs,)

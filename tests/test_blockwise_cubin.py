@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
 from fastssl.kernels import blockwise as kernels  # noqa: E402
+from fastssl.kernels import tables  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -22,7 +23,7 @@ from fastssl.ops.blockwise import RULES  # noqa: E402
 TYPES = {"T": "i32", "n": "i64", "seed": "i64", "part_ptr": "*fp64"}
 TYPES |= dict.fromkeys(["table_ptr", "counters_ptr"], "*i64") | {"books_ptr": "*i32"}
 CODED = kernels.CODES.value * (16 + 64)
-BF16 = kernels.BF16.value * (1 + 4)
+BF16 = tables.BF16.value * (1 + 4)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 both = pytest.mark.parametrize("capability", [80, 90])
 
@@ -76,13 +77,17 @@ def test_rules(rule, capability, tmp_path):
         ptx_of(kernels.blockwise_trust_kernel, known, capability, tmp_path)
 
 
-@both
-@pytest.mark.parametrize("block", [64, 256, 2048])
-def test_with_everything(block, capability, tmp_path):
+@pytest.mark.parametrize(
+    "rule, block, capability",
+    [("lamb", block, capability) for block in (64, 256, 2048) for capability in (80, 90)]
+    + [("ademamix", 64, 80), ("ademamix", 256, 90), ("ademamix", 2048, 80)],
+)
+def test_with_everything(rule, block, capability, tmp_path):
     """bf16 rounded at random, roots, a flag, and gradients that are not finite left out."""
-    known = constants("lamb", block, CODED + BF16, True, True, True)
+    known = constants(rule, block, CODED + BF16, True, True, True)
     ptx_of(kernels.blockwise_step_kernel, known, capability, tmp_path)
-    ptx_of(kernels.blockwise_norms_kernel, known, capability, tmp_path)
+    if rule == "lamb":
+        ptx_of(kernels.blockwise_norms_kernel, known, capability, tmp_path)
 
 
 @both

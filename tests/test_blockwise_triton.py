@@ -9,23 +9,25 @@ import copy
 import pytest
 import torch
 from fastssl.kernels import blockwise as kernels
+from fastssl.kernels import tables
 from triton_cases import DEVICE, INTERPRETED
 
 import fastssl
 from fastssl.ops.blockwise import (
     ADAPT,
-    BETA1,
+    COMPLEMENT1,
     DECAY,
     EPS,
-    EXTRA,
     HYPER,
     LR,
+    MOMENTUM,
     MOST,
     RULES,
     SCALE,
     blockwise_step_ref,
     code_book,
     dequantize_ref,
+    first_moments,
     quantize_ref,
 )
 
@@ -40,10 +42,14 @@ def empty():
     return torch.empty(0, device=DEVICE)
 
 
-def state(n, block, signed, codes, root=False):
+def state(n, block, signed, codes, root=False, count=1):
     x = torch.randn(n, device=DEVICE) * 0.1
     x = x if signed else x.abs() if root else x.square()
-    return quantize_ref(x, block, signed) if codes else (x, empty())
+    found = quantize_ref(x, block, signed) if codes else (x, empty())
+    if count == 1:
+        return found
+    rest = state(n, block, signed, codes, root, count - 1)
+    return tuple(torch.cat(each) for each in zip(found, rest, strict=True))
 
 
 def problem(rule, sizes=SIZES, block=256, dtypes=(torch.float32,), codes=(True,), root=False):
@@ -54,7 +60,8 @@ def problem(rule, sizes=SIZES, block=256, dtypes=(torch.float32,), codes=(True,)
         p = torch.randn(n, device=DEVICE).to(dtypes[t % len(dtypes)])
         g = torch.randn(n, device=DEVICE) * 10 ** (-3 * torch.rand(n, device=DEVICE))
         coded = codes[t % len(codes)]
-        m, v = (state(n, block, signed, coded, root and coded) for signed in (True, False))
+        m = state(n, block, True, coded, count=first_moments(rule))
+        v = state(n, block, False, coded, root and coded)
         if rule == "adagrad":
             m = empty(), empty()
         if rule in WITHOUT_SECOND:
@@ -189,9 +196,10 @@ def test_blocks(block, root):
 @pytest.mark.parametrize("rule", ["lars", "lamb"])
 def test_trust_of_many_programs(rule, monkeypatch):
     """Norms of many parts, and of tensors of zeros."""
-    monkeypatch.setattr(kernels, "CHUNK", 1024)
+    for module in (kernels, tables):
+        monkeypatch.setattr(module, "CHUNK", 1024)
     monkeypatch.setattr(kernels, "TRUST", kernels.TRUST | {"BLOCK_P": 2})
-    monkeypatch.setattr(kernels, "plans", {})
+    monkeypatch.setattr(tables, "plans", {})
     args = problem(rule, sizes=[5000, 300, 1, 1500, 1100])
     args[6][:, ADAPT] = torch.tensor([1.0, 0, 1, 1, 1])
     args[6][:, MOST] = torch.tensor([100.0, 100, 100, 100, 0.1])
@@ -214,11 +222,12 @@ def test_found_inf(rule):
 
 
 @pytest.mark.parametrize("finite", [True, False], ids=["kept", "propagated"])
-def test_gradients_that_are_not_finite(finite):
-    args = problem("adamw", sizes=[1300, 257, 300], codes=(True, True, False))
+@pytest.mark.parametrize("rule", ["adamw", "ademamix"])
+def test_gradients_that_are_not_finite(rule, finite):
+    args = problem(rule, sizes=[1300, 257, 300], codes=(True, True, False))
     for g in args[1]:
         g[3], g[5], g[250] = torch.nan, torch.inf, -torch.inf
-    got, expected = both(args, "adamw", finite=finite)
+    got, expected = both(args, rule, finite=finite)
     if finite:
         agree(args, got, expected)
     for old, new, true in zip(args[0], got[0], expected[0], strict=True):
@@ -241,7 +250,8 @@ def test_stochastic_rounding_to_the_bit():
     """SGD's arithmetic is the reference's to the last bit, so what is rounded is the same."""
     args = problem("sgd", sizes=[1, 7, 1031, 2055], dtypes=(torch.bfloat16,), codes=(True, False))
     args[0][2][5], args[1][3][2] = torch.nan, torch.inf
-    args[6][:, [SCALE, BETA1, EXTRA, DECAY]] = torch.tensor([1.0, 0.5, 0.0, 0.0], device=DEVICE)
+    for column, value in ((SCALE, 1.0), (MOMENTUM, 0.5), (COMPLEMENT1, 1.0), (DECAY, 0.0)):
+        args[6][:, column] = value
     seed = -(2**61) + 12345678901
     got, expected = both(args, "sgd", stochastic=True, seed=seed)
     same(got, expected)
@@ -267,7 +277,7 @@ def step(args, rule="adamw"):
 
 def test_gradients_that_moved(monkeypatch):
     """The table is made again for other addresses, and for the same ones is not."""
-    monkeypatch.setattr(kernels, "plans", {})
+    monkeypatch.setattr(tables, "plans", {})
     args = problem("adamw", sizes=[1030, 9])
     expected, made = copy.deepcopy(args), []
     for k in range(4):
@@ -275,29 +285,32 @@ def test_gradients_that_moved(monkeypatch):
             held, args[1] = args[1], [x.clone() for x in args[1]]  # held: its memory is not reused
         step(args)
         blockwise_step_ref(*expected, None, RULES.index("adamw"), 256, False, False, False, 0)
-        made.append(list(kernels.plans.values())[-1])
+        made.append(list(tables.plans.values())[-1])
         for new, true in zip(args[0], expected[0], strict=True):
             assert torch.allclose(new, true, rtol=1e-5, atol=1e-6)
     assert made[0] is made[1] and made[1] is not made[2] and made[2] is made[3]
-    assert len(held) == 2 and len(kernels.plans) == 2
-    monkeypatch.setattr(kernels, "PLANS", 2)
+    assert len(held) == 2 and len(tables.plans) == 2
+    monkeypatch.setattr(tables, "PLANS", 2)
     args[1] = [x.clone() for x in args[1]]
     step(args)
-    assert len(kernels.plans) == 2 and not any(x is made[0] for x in kernels.plans.values())
+    assert len(tables.plans) == 2 and not any(x is made[0] for x in tables.plans.values())
 
 
 def test_addresses_off_the_grain():
     """Views into larger memory, whose loads cannot be of 16 bytes."""
     args = problem("adamw", sizes=[2050, 1024])
     whole, _ = both(args, "adamw")
-    kind = kernels.Row._fields.index("kind")
+    kind = tables.Row._fields.index("kind")
     for i in (0, 1, 2, 4):
         off = copy.deepcopy(args)
         off[i] = [torch.cat([x[:1], x])[1:] for x in off[i]]
         step(off)
         same(off, whole)
-        plan = list(kernels.plans.values())[-1]
-        assert (plan.table[:, kind] == plan.common + kernels.UNALIGNED).all()
+        plan = list(tables.plans.values())[-1]
+        assert (plan.table[:, kind] == plan.common + tables.UNALIGNED).all()
+    step(problem("ademamix", sizes=[1024, 1030]), "ademamix")  # codes of the slow momentum
+    plan = list(tables.plans.values())[-1]
+    assert (plan.table[:, kind] & tables.UNALIGNED).tolist() == [0, tables.UNALIGNED]
 
 
 @pytest.mark.gpu
@@ -347,5 +360,5 @@ def test_messages():
     with pytest.raises(ValueError, match="uint8 with 2 float32 block maxima .* with 5 of"):
         step(other)
     args[6] = args[6][:, :3]
-    with pytest.raises(ValueError, match=r"hyper must be \(1, 11\) .* got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"hyper must be \(1, 13\) .* got \(1, 3\)"):
         step(args)

@@ -14,7 +14,7 @@ from fastssl.ops import blockwise as op
 CLASSES = {
     name: getattr(optim, name)
     for name in ("Adam8bit", "AdamW8bit", "SGD8bit", "Lion8bit", "RMSprop8bit", "Adagrad8bit")
-    + ("LARS8bit", "LAMB8bit", "LARS", "LAMB", "Lion")
+    + ("LARS8bit", "LAMB8bit", "AdEMAMix8bit", "LARS", "LAMB", "Lion")
 }
 MOMENTUM = {"SGD8bit": {"momentum": 0.9}, "RMSprop8bit": {"momentum": 0.9}}
 SHAPES = [(80, 64), (33,), (5, 7, 3, 3)]
@@ -125,12 +125,15 @@ TORCH_RULES = {
     "adam": ("Adam8bit", "Adam", {"weight_decay": 0.1}),
     "adamw": ("AdamW8bit", "AdamW", {"weight_decay": 0.1}),
     "adamw_defaults": ("AdamW8bit", "AdamW", {"lr": 1e-3}),
+    "adamw_slow": ("AdamW8bit", "AdamW", {"betas": (0.95, 0.9999)}),
+    "adam_without_m": ("Adam8bit", "Adam", {"betas": (0.0, 0.99)}),
     "sgd": ("SGD8bit", "SGD", {"momentum": 0.0, "weight_decay": 0.1}),
     "momentum": ("SGD8bit", "SGD", {"momentum": 0.9, "weight_decay": 0.1}),
     "dampening": ("SGD8bit", "SGD", {"momentum": 0.9, "dampening": 0.3}),
     "nesterov": ("SGD8bit", "SGD", {"momentum": 0.9, "nesterov": True}),
     "maximize": ("SGD8bit", "SGD", {"momentum": 0.9, "maximize": True}),
     "rmsprop": ("RMSprop8bit", "RMSprop", {"weight_decay": 0.1}),
+    "rmsprop_slow": ("RMSprop8bit", "RMSprop", {"alpha": 0.999}),
     "rmsprop_momentum": ("RMSprop8bit", "RMSprop", {"lr": 1e-3, "momentum": 0.9}),
     "adagrad": ("Adagrad8bit", "Adagrad", {"lr_decay": 0.01, "initial_accumulator_value": 0.1}),
 }
@@ -152,14 +155,26 @@ def test_32_bit_states_are_as_near_fp64_as_torch(rule, steps):
     params = tensors(*SHAPES)
     found = run(getattr(optim, ours)(params, **options, optim_bits=32), params, steps)
     error = (found - truth).abs()
-    # Half an ulp of 1 is free; the worst of 5428 random walks is a matter of chance.
-    assert error.square().mean() <= 1.1 * max(e.square().mean() for e in errors) + 6e-8**2
-    assert error.max() <= 1.5 * max(e.max() for e in errors) + 2.4e-7
+    # The same roundings in another order; the worst of 5428 random walks is a matter of chance.
+    assert error.square().mean() <= 1.02 * max(e.square().mean() for e in errors)
+    assert error.max() <= 1.5 * max(e.max() for e in errors)
 
 
-def lars_lamb_lion(name, p, g, state, t):
+def papers_step(name, p, g, state, t, t_alpha=None, t_beta3=None):
     """A step by the paper's formulas, in the dtype of p; lr 0.01, weight decay 0.1."""
     adapt = p.dim() >= 2
+    if name == "AdEMAMix8bit":
+        alpha, beta3 = 5.0, 0.9999
+        if t_alpha is not None:
+            alpha = min(t * alpha / t_alpha, alpha)
+        if t_beta3 is not None:
+            log1, log3, part = math.log(0.9), math.log(beta3), t / t_beta3
+            beta3 = min(math.exp(log1 * log3 / ((1 - part) * log3 + part * log1)), beta3)
+        state["m"] = 0.9 * state["m"] + 0.1 * g
+        state["slow"] = beta3 * state["slow"] + (1 - beta3) * g
+        state["v"] = 0.999 * state["v"] + 0.001 * g * g
+        m, v = state["m"] / (1 - 0.9**t), state["v"] / (1 - 0.999**t)
+        return p - 0.01 * ((m + alpha * state["slow"]) / (v.sqrt() + 1e-8) + 0.1 * p)
     if name == "LARS":
         d = g + 0.1 * p if adapt else g
         ratio = 0.02 * p.norm() / d.norm() if adapt else 1.0
@@ -177,28 +192,38 @@ def lars_lamb_lion(name, p, g, state, t):
     return p - 0.01 * (p.norm() / u.norm() if adapt else 1.0) * u
 
 
-@pytest.mark.parametrize("name", ["LARS", "LAMB", "Lion"])
+WARM_UPS = {"t_alpha": 120, "t_beta3": 1000}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("LARS", {"eta": 0.02}), ("LAMB", {}), ("Lion", {}), ("AdEMAMix8bit", {})]
+    + [("AdEMAMix8bit", WARM_UPS)],
+)
 @pytest.mark.parametrize("steps", [1, 200])
-def test_rules_that_torch_has_not(name, steps):
+def test_rules_that_torch_has_not(name, options, steps):
+    warm_ups = options if options is WARM_UPS else {}
     ends = {}
     for dtype in (torch.float64, torch.float32):
         params = [p.detach() for p in tensors(*SHAPES, dtype=dtype)]
-        states = [{"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in params]
+        states = [{key: torch.zeros_like(p) for key in ("m", "slow", "v")} for p in params]
         generator = torch.Generator().manual_seed(1)
         for t in range(1, steps + 1):
             for i, p in enumerate(params):
                 g = torch.randn(p.shape, generator=generator).to(dtype)
-                params[i] = lars_lamb_lion(name, p, g, states[i], t)
+                params[i] = papers_step(name, p, g, states[i], t, **warm_ups)
         ends[dtype] = torch.cat([p.double().flatten() for p in params])
     params = tensors(*SHAPES)
-    more = {"eta": 0.02} if name == "LARS" else {}
-    found = run(CLASSES[name](params, lr=0.01, weight_decay=0.1, **more), params, steps)
-    error, plain = ((x - ends[torch.float64]).abs() for x in (found, ends[torch.float32]))
-    assert error.square().mean() <= 1.1 * plain.square().mean() + 6e-8**2
-    assert error.max() <= 1.5 * plain.max() + 2.4e-7
+    optimizer = CLASSES[name](params, lr=0.01, weight_decay=0.1, optim_bits=32, **options)
+    error = (run(optimizer, params, steps) - ends[torch.float64]).abs()
+    plain = (ends[torch.float32] - ends[torch.float64]).abs()
+    assert error.square().mean() <= 1.02 * plain.square().mean()
+    assert error.max() <= 1.5 * plain.max()
 
 
-@pytest.mark.parametrize("name", ["LARS8bit", "LAMB8bit", "SGD8bit", "Lion8bit", "AdamW8bit"])
+@pytest.mark.parametrize(
+    "name", ["LARS8bit", "LAMB8bit", "SGD8bit", "Lion8bit", "AdamW8bit", "AdEMAMix8bit"]
+)
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 4095, 4097])
 def test_8_bits_stay_near_32_at_every_size(name, n):
     ends = []
@@ -480,6 +505,13 @@ def test_parameters_and_gradients_that_it_cannot_step():
         optim.AdamW8bit([torch.ones(3, dtype=torch.int64)])
     with pytest.raises(ValueError, match=r"must fill their memory.*strides \(4, 2\).*clone"):
         optim.AdamW8bit([Parameter(torch.ones(3, 4)[:, ::2])])
+    for options, message in (
+        ({"betas": (0.9, 0.999)}, r"needs betas three, in \[0, 1\), got \(0.9, 0.999\)"),
+        ({"alpha": -1.0}, "needs alpha >= 0, got -1.0"),
+        ({"t_beta3": -1}, "needs t_beta3 >= 0 or None, got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"^AdEMAMix8bit: {message}"):
+            optim.AdEMAMix8bit(tensors((3, 3)), **options)
     with pytest.raises(ValueError, match="nesterov needs momentum > 0"):
         optim.SGD8bit(tensors((3, 3)), nesterov=True)
     with pytest.raises(ValueError, match="centered=True is not supported"):

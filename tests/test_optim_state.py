@@ -20,6 +20,7 @@ OPTIONS = {
     "Adagrad8bit": {},
     "LARS8bit": {"momentum": 0.9},
     "LAMB8bit": {"weight_decay": 0.0},
+    "AdEMAMix8bit": {"t_alpha": 10, "t_beta3": 10},
 }
 
 
@@ -164,6 +165,40 @@ def test_to_torch_and_back(name, bits):
     assert distance(others, back, start) < limit
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_the_two_momenta_of_ademamix(bits):
+    """Stacked, each as it lies in memory, with blocks of its own; in full precision apart."""
+    params = tensors()
+    params[2].data = params[2].data.to(memory_format=torch.channels_last)
+    optimizer = build("AdEMAMix8bit", params, optim_bits=bits)
+    run(optimizer, params, 3)
+    for p in params:
+        state, x = optimizer.state[p], optimizer.state[p]["state1"]
+        assert x.shape == (2, *p.shape) and x[0].stride() == x[1].stride() == p.stride()
+        if x.dtype == torch.uint8:
+            assert state["absmax1"].shape == (2, -(-p.numel() // 256))
+    full = optimizer.full_precision_state_dict()
+    assert full["state"][2].keys() == {"step", "exp_avg", "exp_avg_slow", "exp_avg_sq"}
+    start, others = copies(params), copies(params)
+    again = build("AdEMAMix8bit", others, lr=1.0, optim_bits=bits)
+    again.load_state_dict(through_a_file(full))
+    for each, own in ((optimizer, params), (again, others)):
+        run(each, own, 2, seed=2)
+    assert distance(params, others, start) < (0.02 if bits == 8 else 1e-6)
+    del full["state"][0]["exp_avg_slow"]
+    with pytest.raises(ValueError, match="needs a state for exp_avg and exp_avg_slow of this"):
+        again.load_state_dict(full)
+    full["param_groups"][0]["betas"] = (0.9, 0.999)
+    with pytest.raises(ValueError, match=r"AdEMAMix8bit: needs betas three, .*got \(0.9, 0.999\)"):
+        again.load_state_dict(full)
+    adam = build("AdamW8bit", others)
+    run(adam, others, 1)
+    saved = adam.state_dict()
+    saved["param_groups"][0]["betas"] = (0.9, 0.999, 0.9999)
+    with pytest.raises(ValueError, match=r"exp_avg and exp_avg_slow of this shape, got \(90, 70\)"):
+        again.load_state_dict(saved)
+
+
 def test_the_32_bit_lars_of_older_files_loads():
     params = tensors()
     momenta = [torch.randn_like(p) for p in params]
@@ -300,6 +335,11 @@ def test_memory_report():
     states = [x for state in optimizer.state.values() for k, x in state.items() if k != "step"]
     assert before.states == sum(x.nbytes for x in states)
     assert "states            0.5 MiB        0.1 MiB" in str(before)
+    optimizer = optim.AdEMAMix8bit(parameters)
+    optimizer.step()
+    states = [x for state in optimizer.state.values() for k, x in state.items() if k != "step"]
+    report = optim.memory_report(model, optimizer)
+    assert report.states == sum(x.nbytes for x in states) and report.states_32bit == n * 12
     plain = torch.optim.AdamW(parameters)
     assert optim.memory_report(model, plain).states == 0
     plain.step()

@@ -114,10 +114,19 @@ on_cuda("blockwise", "dequantize_blockwise", dequantize_ref)
 
 # ----------------------------------------------------------------------------------- the step
 
-RULES = ("adam", "adamw", "sgd", "nesterov", "lion", "rmsprop", "adagrad", "lars", "lamb")
-# Columns of `hyper`, a row for each tensor.
-HYPER = 11
-LR, BETA1, BETA2, EPS, DECAY, CORRECTION1, CORRECTION2, EXTRA, SCALE, ADAPT, MOST = range(HYPER)
+RULES = (
+    "adam", "adamw", "sgd", "nesterov", "lion", "rmsprop", "adagrad", "lars", "lamb", "ademamix",
+)  # fmt: skip
+# Columns of `hyper`, a row for each tensor. A running mean x of y steps as x + complement (y - x):
+# of 1 - beta, rounded once, its memory is beta's; with fp32's 0.9999 it would be 2e-4 off.
+HYPER = 13
+LR, MOMENTUM, COMPLEMENT1, COMPLEMENT2, COMPLEMENT3, EPS, DECAY = range(7)
+CORRECTION1, CORRECTION2, EXTRA, SCALE, ADAPT, MOST = range(7, HYPER)
+
+
+def first_moments(rule: str) -> int:
+    """How many moments a first state holds, one after the other, each from a new block on."""
+    return 2 if rule == "ademamix" else 1
 
 
 def _direction(rule: str, p, g, m, v, h):
@@ -125,28 +134,35 @@ def _direction(rule: str, p, g, m, v, h):
     if rule in ("adam", "adamw", "lamb"):
         if rule == "adam":
             g = g + h[DECAY] * p
-        m = h[BETA1] * m + (1 - h[BETA1]) * g
-        v = h[BETA2] * v + (1 - h[BETA2]) * g * g
+        m = m + h[COMPLEMENT1] * (g - m)
+        v = v + h[COMPLEMENT2] * (g * g - v)
         u = m / h[CORRECTION1] / ((v / h[CORRECTION2]).sqrt() + h[EPS])
         return (u + h[DECAY] * p if rule == "lamb" else u), m, v
+    if rule == "ademamix":
+        fast = m[0] + h[COMPLEMENT1] * (g - m[0])
+        slow = m[1] + h[COMPLEMENT3] * (g - m[1])
+        v = v + h[COMPLEMENT2] * (g * g - v)
+        mixed = fast / h[CORRECTION1] + h[EXTRA] * slow
+        u = mixed / ((v / h[CORRECTION2]).sqrt() + h[EPS])
+        return u + h[DECAY] * p, torch.stack([fast, slow]), v
     if rule == "lion":
-        u = (h[BETA1] * m + (1 - h[BETA1]) * g).sign()
-        return u, h[BETA2] * m + (1 - h[BETA2]) * g, v
+        u = (m + h[COMPLEMENT1] * (g - m)).sign()
+        return u, m + h[COMPLEMENT2] * (g - m), v
     g = g + h[DECAY] * p
     if rule == "rmsprop":
-        v = h[BETA2] * v + (1 - h[BETA2]) * g * g
+        v = v + h[COMPLEMENT2] * (g * g - v)
         g = g / (v.sqrt() + h[EPS])
-        m = h[BETA1] * m + g
+        m = h[MOMENTUM] * m + g
         return m, m, v
     if rule == "adagrad":
         v = v + g * g
         return g / (v.sqrt() + h[EPS]), m, v
     if rule == "lars":
         g = g * _trust(p, g, h, h[EXTRA])
-        m = h[BETA1] * m + g
+        m = h[MOMENTUM] * m + g
         return m, m, v
-    m = h[BETA1] * m + (1 - h[EXTRA]) * g
-    return (g + h[BETA1] * m if rule == "nesterov" else m), m, v
+    m = h[MOMENTUM] * m + h[COMPLEMENT1] * g
+    return (g + h[MOMENTUM] * m if rule == "nesterov" else m), m, v
 
 
 def _trust(p, d, h, factor):
@@ -158,7 +174,8 @@ def _trust(p, d, h, factor):
 
 
 def step_ref(p, g, m, v, h, rule: str):
-    """p, m and v after a step of one tensor, in the dtype of h; m or v None where there is none."""
+    """p (n,), m and v after a step of one tensor, in the dtype of h; m or v None where there is
+    none, m (2, n) of AdEMAMix."""
     m, v = (torch.zeros_like(p) if x is None else x for x in (m, v))
     g = g * h[SCALE]
     if rule in ("adamw", "lion"):
@@ -189,7 +206,7 @@ def blockwise_step_ref(
     params: list[Tensor],
     grads: list[Tensor],
     first: list[Tensor],  # codes uint8 (n,), fp32 (n,), or (0,) where the rule has none
-    first_scale: list[Tensor],  # absmax (blocks,) fp32, or (0,)
+    first_scale: list[Tensor],  # absmax (blocks,) fp32, or (0,); AdEMAMix: (2n,), (2 blocks,)
     second: list[Tensor],
     second_scale: list[Tensor],
     hyper: Tensor,  # (T, HYPER) fp32
@@ -206,15 +223,20 @@ def blockwise_step_ref(
     if found_inf is not None and found_inf != 0:
         return
 
-    def values(state, scale, signed):
-        if state.dtype != torch.uint8:
-            return state if state.numel() else None
-        return dequantize_ref(state, scale, block_size, signed)
+    count = first_moments(RULES[rule])
+
+    def values(state, scale, signed, parts=1):
+        if not state.numel():
+            return None
+        if state.dtype == torch.uint8:
+            each = zip(state.chunk(parts), scale.chunk(parts), strict=True)
+            state = torch.cat([dequantize_ref(*x, block_size, signed) for x in each])
+        return state if parts == 1 else state.view(parts, -1)
 
     for t, (p, g) in enumerate(zip(params, grads, strict=True)):
         order = sorted(range(p.dim()), key=lambda d: -p.stride(d))
         flat_p, flat_g = (x.permute(order).flatten() for x in (p, g))
-        m = values(first[t], first_scale[t], True)
+        m = values(first[t], first_scale[t], True, count)
         v = values(second[t], second_scale[t], False)
         if v is not None and root and second[t].dtype == torch.uint8:
             v = v * v
@@ -232,18 +254,20 @@ def blockwise_step_ref(
         back = [order.index(d) for d in range(p.dim())]
         shape = [p.shape[d] for d in order]
         p.copy_(_stored(new[0], p, random).view(shape).permute(back))
-        for state, scale, x, signed in (
-            (first[t], first_scale[t], new[1], True),
-            (second[t], second_scale[t], new[2], False),
+        for state, scale, x, signed, parts in (
+            (first[t], first_scale[t], new[1].flatten(), True, count),
+            (second[t], second_scale[t], new[2], False, 1),
         ):
             if state.dtype != torch.uint8:
                 if state.numel():
                     state.copy_(x)
                 continue
             x = x.sqrt() if root and not signed else x
-            codes, absmax = quantize_ref(x, block_size, signed)
-            state.copy_(codes)
-            scale.copy_(absmax)
+            codes, absmax = zip(
+                *(quantize_ref(y, block_size, signed) for y in x.chunk(parts)), strict=True
+            )
+            state.copy_(torch.cat(codes))
+            scale.copy_(torch.cat(absmax))
 
 
 lib.define(

@@ -9,6 +9,7 @@ from .rules import (
     Adagrad8bit,
     Adam8bit,
     AdamW8bit,
+    AdEMAMix8bit,
     LAMB8bit,
     LARS8bit,
     Lion,
@@ -21,6 +22,7 @@ from .timm import register_timm
 __all__ = [
     "LAMB",
     "LARS",
+    "AdEMAMix8bit",
     "Adagrad8bit",
     "Adam8bit",
     "AdamW8bit",

@@ -134,6 +134,9 @@ class Blockwise(Optimizer):
     bits = 8
     # Of the two states, the names that torch.optim has for them; None where the rule has none.
     torch_names: tuple[str | None, str | None]
+    # Of the second moment that the first state holds too, where it does.
+    slow_name: str | None = None
+    ranges = RANGES
     # The settings that bitsandbytes keeps as "betas", where the rule has none of that name.
     bnb_betas: tuple[str, ...] = ()
     _step_supports_amp_scaling = True
@@ -211,6 +214,11 @@ class Blockwise(Optimizer):
     def has_states(self, group: dict[str, Any]) -> tuple[bool, bool]:
         """Whether the rule has a first moment, signed, and a second one."""
         return self.torch_names[0] is not None, self.torch_names[1] is not None
+
+    def moments_of(self, k: int) -> tuple[str | None, ...]:
+        """Names of the moments in state k, 0 or 1; AdEMAMix has two in the first."""
+        slow = self.slow_name if k == 0 else None
+        return (self.torch_names[k],) if slow is None else (self.torch_names[k], slow)
 
     def row(self, group: dict[str, Any]) -> dict[int, float]:
         """Columns of `hyper` that do not change from step to step."""
@@ -315,8 +323,9 @@ class Blockwise(Optimizer):
         for k, present in enumerate(self.has_states(group)):
             if present:
                 x = torch.full_like(like, start if k else 0.0, dtype=torch.float32)
-                bits = self.bits_of(group, p)
-                state |= states.pack(k, x, bits, group["block_size"], root and k == 1)
+                bits, each = self.bits_of(group, p), self.moments_of(k)
+                moment = states.pack(k, x, bits, group["block_size"], root and k == 1)
+                state |= states.stack([moment] * len(each))
         return state
 
     def bits_of(self, group: dict[str, Any], p: Tensor) -> int:
@@ -361,7 +370,7 @@ class Blockwise(Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
-        for key, (rule, holds) in RANGES.items():
+        for key, (rule, holds) in self.ranges.items():
             if key in group and not holds(group[key]):
                 raise ValueError(f"{name}: needs {key} {rule}, got {group[key]!r}.")
         for p in group["params"]:

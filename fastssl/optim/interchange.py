@@ -2,7 +2,7 @@
 
 bitsandbytes keeps step, state1, state2, absmax1, absmax2 and the tables qmap1, qmap2 for each
 parameter, flat or under one key; second moments in the signed table where they are the only state;
-elements in the order of a contiguous tensor.
+elements in the order of a contiguous tensor; AdEMAMix's two momenta stacked in state1, absmax1.
 """
 
 from typing import Any
@@ -35,6 +35,7 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_form(name, group, saved)
         new = group | _settings(optimizer, group, saved)
+        optimizer._check(new | {"params": group["params"]})
         new_groups.append(new | {"params": saved["params"]})
         for p, key in zip(group["params"], saved["params"], strict=True):
             state = dict(state_dict["state"].get(key, {}))
@@ -71,19 +72,11 @@ def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours
     out = {"step": step.detach().to(like.device, torch.int64, copy=True).reshape(())}
     present = optimizer.has_states(group)
     of_bnb = "state1" in saved and not ours
-    for k, signed in enumerate((True, False)):
-        if not present[k]:
-            continue
-        place = 1 if of_bnb and not all(present) else k + 1
-        x = saved.get(f"state{place}", saved.get(optimizer.torch_names[k]))
-        if x is None or x.shape != p.shape and x.shape != like.shape:
-            raise ValueError(
-                f"{where}: needs a state for {optimizer.torch_names[k]} of this shape, got "
-                f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
-            )
+
+    def moment(k: int, place: int, x: Tensor, absmax: Tensor | None) -> dict[str, Tensor]:
         x, root = states.local(x).to(like.device), group["state_format"] == "sqrt" and k == 1
         if x.dtype == torch.uint8:
-            absmax = saved[f"absmax{place}"].to(like.device, torch.float32, copy=True)
+            absmax = absmax.to(like.device, torch.float32, copy=True)
             sizes = BNB_BLOCKS if of_bnb else (group["block_size"],)
             fitting = [size for size in sizes if states.blocks(x.numel(), size) == len(absmax)]
             if not fitting:
@@ -92,30 +85,50 @@ def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours
                     f"{' or '.join(map(str, sizes))} elements, got {len(absmax)}."
                 )
             table = saved[f"qmap{place}"].to(like.device) if of_bnb else None
-            standard = table is None or torch.equal(table.cpu(), code_book(signed))
+            standard = table is None or torch.equal(table.cpu(), code_book(k == 0))
             same = standard and fitting[0] == group["block_size"] and not (of_bnb and root)
             if bits == 8 and same and states.same_layout(x, like):
                 codes = torch.empty_like(like, dtype=torch.uint8).copy_(x)
-                out |= {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
-                continue
-            table = code_book(signed, like.device) if table is None else table
+                return {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
+            table = code_book(k == 0, like.device) if table is None else table
             x = x.contiguous() if of_bnb else x
             x = states.decode(x, absmax, table, fitting[0], root and not of_bnb)
         x = torch.empty_like(like, dtype=torch.float32).copy_(x)
-        out |= states.pack(k, x, bits, group["block_size"], root)
+        return states.pack(k, x, bits, group["block_size"], root)
+
+    for k in (0, 1):
+        if not present[k]:
+            continue
+        place, names = 1 if of_bnb and not all(present) else k + 1, optimizer.moments_of(k)
+        x = saved.get(f"state{place}")
+        if x is None:
+            each = [(saved.get(name), None) for name in names]
+        else:
+            each = states.moments(x, saved.get(f"absmax{place}"), len(names))
+        fit = [y is not None and y.shape in (p.shape, like.shape) for y, _ in each]
+        if not all(fit) or len(fit) != len(names):
+            x = saved.get(names[0]) if x is None else x
+            raise ValueError(
+                f"{where}: needs a state for {' and '.join(names)} of this shape, got "
+                f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
+            )
+        out |= states.stack([moment(k, place, *y) for y in each])
     return out
 
 
-def _values(group: dict[str, Any], state: dict[str, Tensor]) -> list[Tensor | None]:
-    """The two states of a parameter in fp32, as it lies in memory."""
+def _values(optimizer, group: dict[str, Any], state: dict[str, Tensor]) -> list[list[Tensor]]:
+    """Of each of a parameter's two states the moments in fp32, as they lie in memory."""
     out = []
     for k in (0, 1):
-        x = state.get(f"state{k + 1}")
-        if x is not None and x.dtype == torch.uint8:
-            root = group["state_format"] == "sqrt" and k == 1
-            table = code_book(k == 0, x.device)
-            x = states.decode(x, state[f"absmax{k + 1}"], table, group["block_size"], root)
-        out.append(None if x is None else x.clone())
+        x, absmax = state.get(f"state{k + 1}"), state.get(f"absmax{k + 1}")
+        root, found = group["state_format"] == "sqrt" and k == 1, []
+        if x is not None:
+            for y, scale in states.moments(x, absmax, len(optimizer.moments_of(k))):
+                if y.dtype == torch.uint8:
+                    table = code_book(k == 0, y.device)
+                    y = states.decode(y, scale, table, group["block_size"], root)
+                found.append(y.clone())
+        out.append(found)
     return out
 
 
@@ -127,8 +140,10 @@ def full_precision(optimizer) -> dict[str, Any]:
     out = optimizer.state_dict()
     for key, (p, group) in enumerate(_parameters(optimizer)):
         state = optimizer.state.get(p) or optimizer.new_state(group, p)
-        values = zip(optimizer.torch_names, _values(group, state), strict=True)
-        new = {name: states.sharded(x, p) for name, x in values if x is not None}
+        new = {}
+        for k, moments in enumerate(_values(optimizer, group, state)):
+            names = optimizer.moments_of(k)
+            new |= {name: states.sharded(x, p) for name, x in zip(names, moments, strict=False)}
         out["state"][key] = {"step": state["step"].float(), **new}
     out["param_groups"] = [
         {k: v for k, v in group.items() if k not in OURS} for group in out["param_groups"]
@@ -148,8 +163,8 @@ def bitsandbytes(optimizer) -> dict[str, Any]:
                 f"RMSprop, got momentum={group['momentum']}."
             )
         new = {"step": int(state["step"])}
-        values = [x.contiguous() for x in _values(group, state) if x is not None]
-        for place, x in enumerate(values, 1):
+        values = [moments for moments in _values(optimizer, group, state) if moments]
+        for place, moments in enumerate(values, 1):
             signed = place == 1  # the first place is read by the signed table whatever it holds
             own = f"state{place}" if all(present) else "state1" if present[0] else "state2"
             small = state[own].dtype == torch.uint8
@@ -158,12 +173,12 @@ def bitsandbytes(optimizer) -> dict[str, Any]:
             if ready:
                 form = {f"state{place}": state[own].clone()}
                 form[f"absmax{place}"] = state[f"absmax{place}"].clone()
-            elif small:
-                codes, absmax = states.encode(x, 256, signed, False)
-                form = {f"state{place}": codes, f"absmax{place}": absmax}
             else:
-                form = {f"state{place}": x}
-            new |= form | ({f"qmap{place}": code_book(signed, x.device)} if small else {})
+                bits = 8 if small else 32
+                packed = [states.pack(place - 1, x.contiguous(), bits, 256, False) for x in moments]
+                form = states.stack(packed)
+            table = code_book(signed, state[own].device)
+            new |= form | ({f"qmap{place}": table} if small else {})
         if optimizer.rule in ("lars", "lamb"):
             new["unorm_vec"] = torch.zeros(1, device=states.local(p).device)
         out["state"][key] = new
@@ -173,7 +188,9 @@ def bitsandbytes(optimizer) -> dict[str, Any]:
 
 def _bnb_group(optimizer, group: dict[str, Any]) -> dict[str, Any]:
     betas = group.get("betas") or [group[name] for name in optimizer.bnb_betas]
-    betas = (*betas, 0.0, 0.0)[:2]
+    betas = (*betas, 0.0, 0.0)[: max(2, len(betas))]
     named = {"lr": float(group["lr"]), "betas": betas, "eps": group.get("eps", 0.0)}
-    unused = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}  # of AdEMAMix, read for all
-    return named | unused | {"weight_decay": group["weight_decay"], "params": group["params"]}
+    of_ademamix = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}  # read for all
+    if optimizer.rule == "ademamix":
+        of_ademamix = {key: group[key] for key in of_ademamix}
+    return named | of_ademamix | {"weight_decay": group["weight_decay"], "params": group["params"]}

@@ -63,7 +63,8 @@ def memory_report(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
     now = whole = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            n, count = local(p).numel(), sum(optimizer.has_states(group))
+            n, present = local(p).numel(), optimizer.has_states(group)
+            count = sum(len(optimizer.moments_of(k)) for k in (0, 1) if present[k])
             whole += 4 * n * count
             small = optimizer.bits_of(group, p) == 8
             now += count * (n + 4 * -(-n // group["block_size"]) if small else 4 * n)

@@ -2,33 +2,39 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastssl.ops.blockwise import (
     ADAPT,
-    BETA1,
-    BETA2,
+    COMPLEMENT1,
+    COMPLEMENT2,
+    COMPLEMENT3,
     CORRECTION1,
     CORRECTION2,
     DECAY,
     EPS,
     EXTRA,
     LR,
+    MOMENTUM,
     MOST,
 )
 
-from .blockwise import Blockwise
+from .blockwise import RANGES, Blockwise
+
+
+def _complements(group: dict[str, Any]) -> dict[int, float]:
+    columns = (COMPLEMENT1, COMPLEMENT2, COMPLEMENT3)
+    return {column: 1 - beta for column, beta in zip(columns, group["betas"], strict=False)}
 
 
 def _adam_row(group: dict[str, Any]) -> dict[int, float]:
-    return {BETA1: group["betas"][0], BETA2: group["betas"][1], EPS: group["eps"]}
+    return _complements(group) | {EPS: group["eps"]}
 
 
 def _adam_timed(h: Tensor, t: Tensor) -> None:
-    """1 - beta^t, of the beta that the fp32 step sees: of any other the mean's weights would not
-    sum to 1."""
-    for beta, correction in ((BETA1, CORRECTION1), (BETA2, CORRECTION2)):
-        h[:, correction] = 1 - h[:, beta].float().double() ** t
+    for complement, correction in ((COMPLEMENT1, CORRECTION1), (COMPLEMENT2, CORRECTION2)):
+        h[:, correction] = 1 - (1 - h[:, complement]) ** t
 
 
 class Adam8bit(Blockwise):
@@ -116,6 +122,83 @@ class AdamW8bit(Adam8bit):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
+class AdEMAMix8bit(Blockwise):
+    """AdamW with a second, slow momentum, so that old gradients count too; states of 8 bits.
+
+        m1 = beta1 m1 + (1 - beta1) g,  m2 = beta3' m2 + (1 - beta3') g,
+        v = beta2 v + (1 - beta2) g^2,
+        u = (m1 / (1 - beta1^t) + alpha' m2) / (sqrt(v / (1 - beta2^t)) + eps),
+        p = p - lr (u + weight_decay p)
+
+    with alpha' = alpha min(t / t_alpha, 1), and beta3' from beta1 at step 0 to beta3 at t_beta3 so
+    that the time in which m2 forgets half, 1 / log beta3', grows linearly.
+
+    Args:
+        params: float32, bfloat16 or float16 tensors of any dense layout, or parameter groups.
+        lr: learning rate, a number or a tensor of one element.
+        betas: beta1, beta2, beta3, each in [0, 1).
+        alpha: weight of the slow momentum, >= 0; the paper's 4 to 10.
+        t_alpha, t_beta3: steps of the two warm-ups, 0 or None for none; the paper takes all steps
+            of the training for both.
+        eps, weight_decay: as above. options: those of `Blockwise`.
+
+    Raises: as `Blockwise`.
+
+    Memory: 3.05 bytes a parameter, 12 with optim_bits=32; no temporary of a parameter's size.
+
+    Notes: m1 and m2 are one state of shape (2, *p.shape), as in bitsandbytes; m2 begins a block of
+    its own. In 8 bits a change of m2 below half the distance of two codes is lost: with random
+    gradients and beta3 = 0.9999 it was 11 to 23 % off after 1000 steps, 33 to 46 % after 4000.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(8192))
+        >>> p.grad = torch.ones(8192)
+        >>> AdEMAMix8bit([p], lr=0.1, t_alpha=1000, t_beta3=1000).step()
+
+    Paper: Pagliardini et al., "The AdEMAMix optimizer", arXiv 2409.03137; 8 bits: Dettmers et al.,
+    arXiv 2110.02861.
+    """
+
+    rule = "ademamix"
+    torch_names = ("exp_avg", "exp_avg_sq")
+    slow_name = "exp_avg_slow"
+    ranges = RANGES | {
+        "betas": ("three, in [0, 1)", lambda x: len(x) == 3 and all(0 <= b < 1 for b in x)),
+        "alpha": (">= 0", lambda x: x >= 0),
+        "t_alpha": (">= 0 or None", lambda x: x is None or x >= 0),
+        "t_beta3": (">= 0 or None", lambda x: x is None or x >= 0),
+    }
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options,
+    ):
+        defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha": t_alpha}
+        defaults |= {"t_beta3": t_beta3, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **options)
+
+    def row(self, group):
+        # The warm-ups' lengths stand where `timed` puts the corrections.
+        warm_ups = {CORRECTION1: group["t_alpha"] or 0, CORRECTION2: group["t_beta3"] or 0}
+        return _adam_row(group) | warm_ups | {EXTRA: group["alpha"]}
+
+    def timed(self, h, t):
+        h[:, EXTRA] *= (t / h[:, CORRECTION1]).clamp(max=1)
+        done = (t / h[:, CORRECTION2]).clamp(max=1)
+        log1, log3 = (torch.log1p(-h[:, column]) for column in (COMPLEMENT1, COMPLEMENT3))
+        warm = -torch.expm1(1 / ((1 - done) / log1 + done / log3))
+        h[:, COMPLEMENT3] = torch.maximum(warm, h[:, COMPLEMENT3])
+        _adam_timed(h, t)
+
+
 class SGD8bit(Blockwise):
     """SGD with a momentum of 8 bits.
 
@@ -171,10 +254,10 @@ class SGD8bit(Blockwise):
 
     def row(self, group):
         dampening = group["dampening"] if group["momentum"] else 0.0
-        return {BETA1: group["momentum"], EXTRA: dampening}
+        return {MOMENTUM: group["momentum"], COMPLEMENT1: 1 - dampening}
 
     def timed(self, h, t):
-        h[:, EXTRA] *= t > 1
+        h[:, COMPLEMENT1].masked_fill_(t <= 1, 1.0)
 
 
 class RMSprop8bit(Blockwise):
@@ -228,7 +311,7 @@ class RMSprop8bit(Blockwise):
         return group["momentum"] != 0, True
 
     def row(self, group):
-        return {BETA1: group["momentum"], BETA2: group["alpha"], EPS: group["eps"]}
+        return {MOMENTUM: group["momentum"], COMPLEMENT2: 1 - group["alpha"], EPS: group["eps"]}
 
 
 class Adagrad8bit(Blockwise):
@@ -323,7 +406,7 @@ class Lion(Blockwise):
         )
 
     def row(self, group):
-        return {BETA1: group["betas"][0], BETA2: group["betas"][1]}
+        return _complements(group)
 
 
 class Lion8bit(Lion):
@@ -386,7 +469,7 @@ class LARS(Blockwise):
 
     def row(self, group):
         most = {MOST: 1.0} if group["clip"] else {}
-        return {BETA1: group["momentum"], EXTRA: group["eta"], **most}
+        return {MOMENTUM: group["momentum"], EXTRA: group["eta"], **most}
 
     def timed(self, h, t):
         h[:, DECAY] *= h[:, ADAPT]

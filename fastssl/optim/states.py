@@ -1,7 +1,8 @@
 """Optimizer states of one tensor: made, read, written and brought from one form to another.
 
 A state has its tensor's shape and strides: uint8 codes with `absmax`, the largest magnitude of each
-block of elements as they lie in memory, or fp32 without.
+block of elements as they lie in memory, or fp32 without. AdEMAMix's first state is two of them, one
+after the other, along a new first dimension.
 """
 
 import torch
@@ -70,3 +71,21 @@ def pack(k: int, x: Tensor, bits: int, block_size: int, root: bool) -> dict[str,
         return {f"state{k + 1}": x}
     codes, absmax = encode(x, block_size, k == 0, root)
     return {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
+
+
+def stack(moments: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The entries of a state that holds these moments, each laid out as it was."""
+    if len(moments) == 1:
+        return moments[0]
+    out = {}
+    for name, x in moments[0].items():
+        together = torch.cat([flat(moment[name]) for moment in moments])
+        out[name] = together.as_strided((len(moments), *x.shape), (x.numel(), *x.stride()))
+    return out
+
+
+def moments(x: Tensor, absmax: Tensor | None, count: int) -> list[tuple[Tensor, Tensor | None]]:
+    """The moments that a state and its absmax hold; what does not hold `count` is left whole."""
+    if count == 1 or len(x) != count:
+        return [(x, absmax)]
+    return [(y, None if absmax is None else absmax[i : i + 1].flatten()) for i, y in enumerate(x)]
