@@ -6,9 +6,8 @@ import re
 import pytest
 
 pytest.importorskip("triton")
-from test_blockwise_cubin import both, ptx_of
-
 from fastssl.kernels import blockwise, ema
+from test_blockwise_cubin import both, ptx_of
 
 
 @both
