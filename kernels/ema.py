@@ -84,7 +84,7 @@ def ema_(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
             v = torch.empty_like(a, dtype=v.dtype).copy_(v)
         regular.append((a, v))
     if weight.device != device:  # without a wait: the number is an argument of the launch
-        weight = torch.full((), weight.item(), device=device)
+        weight = torch.full((), weight.item(), dtype=torch.float32, device=device)
     if rest:
         ema_ref(*zip(*rest, strict=True), weight)
     if not regular:

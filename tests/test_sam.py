@@ -162,11 +162,13 @@ class Loss(nn.Module):
             nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)
         )
         self.queue = FeatureQueue(16, 4)
-        self.register_buffer("center", torch.zeros(4))
+        self.register_buffer("center", None)
         self.seen = []
 
     def forward(self, x):
         self.seen.append([b.clone() for b in self.buffers()])
+        if self.center is None:
+            self.center = torch.zeros(4, device=x.device)
         z = normalize(self.net(x), dim=1)
         logits = (z - self.center) @ self.queue.features.clone().T
         self.queue.enqueue(z.detach())
@@ -317,6 +319,7 @@ def test_messages():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sam = SAM(optimizer)
     for make, error, message in (
+        (lambda: SAM(model.parameters()), TypeError, r"got generator. Write SAM\(AdamW"),
         (lambda: SAM(optimizer, rho=-1), ValueError, "SAM: rho must be at least 0, got -1"),
         (lambda: SAM(optimizer, eta=-1), ValueError, "SAM: eta must be at least 0, got -1"),
         (lambda: SAM(optimizer, model, rank_local=True), ValueError, "DistributedDataParallel"),

@@ -54,25 +54,23 @@ class replay:
         del self.before, self.after
 
     @torch.no_grad()
-    def _now(self) -> tuple[list, list[Tensor], list[Tensor]]:
-        """Where buffers are, their values, and the states of the generators."""
-        places = {
-            (id(owner), name): (owner, name, buffer)
+    def _now(self) -> tuple[list, list[Tensor]]:
+        """Where buffers are, with their values, and the states of the generators."""
+        buffers = [
+            (owner, name, buffer, None if buffer is None else buffer.clone())
             for module in self.modules
             for owner in module.modules()
             for name, buffer in owner._buffers.items()
-            if buffer is not None
-        }
-        values = [buffer.clone() for _, _, buffer in places.values()]
-        random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
-        return list(places.values()), values, random
+        ]
+        return buffers, [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
 
     @torch.no_grad()
-    def _put_back(self, then: tuple[list, list[Tensor], list[Tensor]]) -> None:
-        places, values, (cpu, *others) = then
+    def _put_back(self, then: tuple[list, list[Tensor]]) -> None:
+        buffers, (cpu, *others) = then
+        values = [(buffer, value) for _, _, buffer, value in buffers if buffer is not None]
         if values:
-            torch._foreach_copy_([buffer for _, _, buffer in places], values)
-        for owner, name, buffer in places:  # which a forward may have replaced by another
+            torch._foreach_copy_(*map(list, zip(*values, strict=True)))
+        for owner, name, buffer, _ in buffers:  # which a forward may have replaced by another
             owner._buffers[name] = buffer
         torch.set_rng_state(cpu)
         for state, device in zip(others, self.devices, strict=True):
@@ -113,19 +111,21 @@ class SAM(Optimizer):
         adaptive: measure e relative to the weights (ASAM).
         eta: >= 0, for weights near 0; ASAM's own runs took 0.01.
         rank_local: under DistributedDataParallel each rank perturbs by the gradient of its own
-            samples, which generalises better and saves an all-reduce; `modules` must hold the
-            wrapped model. In two phases: the first backward under `model.no_sync()`.
+            samples (the paper's m-sharpness, often the better one) and an all-reduce is saved;
+            `modules` must hold the wrapped model. In two phases: the first forward and backward
+            under `model.no_sync()`.
 
     Raises:
         ValueError: a number out of range; rank_local without a module that has no_sync.
-        RuntimeError: phases out of order; sparse gradients. TypeError: `step` without a closure.
+        RuntimeError: phases out of order; sparse gradients.
+        TypeError: not an optimizer; `step` without a closure.
 
     Memory: between the phases a copy of the parameters that have a gradient; for a moment in the
         first as much again, adaptive twice that.
 
-    Notes: norms are summed in at least float32; nothing waits for the device.
-    Parameters without a gradient stay where they are. Weight decay and `max_grad_norm` act once, in
-    the optimizer's step. Under DistributedDataParallel gradients of both passes are means, so all
+    Notes: norms are summed in at least float32; nothing waits for the device. Parameters without a
+    gradient stay where they are. Weight decay and `max_grad_norm` act once, in the optimizer's
+    step. Under DistributedDataParallel gradients of both passes are means, so all
     ranks perturb alike; the norm of shards (FSDP2) is that of the whole. Weights in bfloat16 round
     most of e away: keep them in float32 under autocast, whose cached copies of weights SAM drops.
     With GradScaler, e does not depend on the scale: scale both losses, then `sam.restore()`,
@@ -157,6 +157,11 @@ class SAM(Optimizer):
         rank_local: bool = False,
     ):
         # Without Optimizer.__init__: groups and states are those of the optimizer, always.
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"SAM: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+                "Write SAM(AdamW(model.parameters(), ...), model)."
+            )
         for label, value in (("rho", rho), ("eta", eta)):
             if not isinstance(value, Tensor) and not value >= 0:
                 raise ValueError(f"SAM: {label} must be at least 0, got {value}.")
