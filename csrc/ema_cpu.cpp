@@ -1,9 +1,9 @@
 // Moving averages of many tensors in one call: a = a + w (v - a), in fp32, rounded once.
 //
-// The elements of all pairs form one line that is cut into equal shares, one for each thread, so
-// that many small tensors cost no more than one large one: two values read and one written for each.
-// For w of 1/2 and more it is a = v - (1 - w) (v - a), which gives v exactly for w = 1; equal a and v
-// stay as they are. No result depends on the number of threads.
+// The elements of all pairs form one line that is cut into equal shares, one for each thread: many
+// small tensors are as one large one, two values read and one written for each element. For w of
+// 1/2 and more it is a = v - (1 - w) (v - a), which gives v exactly for w = 1; equal a and v stay as
+// they are. No result depends on the number of threads.
 #include "common.h"
 
 #include <torch/csrc/stable/library.h>
