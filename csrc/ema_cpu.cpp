@@ -2,8 +2,8 @@
 //
 // The elements of all pairs form one line that is cut into equal shares, one for each thread: many
 // small tensors are as one large one, two values read and one written for each element. For w of
-// 1/2 and more it is a = v - (1 - w) (v - a), which gives v exactly for w = 1; equal a and v stay as
-// they are. No result depends on the number of threads.
+// 1/2 and more it is a = v - (1 - w) (v - a), which gives v exactly for w = 1; equal a and v stay
+// as they are. No result depends on the number of threads.
 #include "common.h"
 
 #include <torch/csrc/stable/library.h>
