@@ -47,8 +47,9 @@ def patch(library: str) -> list[str]:
         library: "open_clip" (ClipLoss, SigLipLoss), "lightly" (NTXentLoss, DCLLoss, DCLWLoss,
             SwaVLoss, DINOLoss, IBOTPatchLoss, KoLeoLoss, VICRegLoss, BarlowTwinsLoss, LeJEPALoss)
             or "bitsandbytes" (of `bitsandbytes.optim` Adam, AdamW, SGD, Lion, RMSprop, Adagrad,
-            LARS, LAMB, AdEMAMix, each also with 8bit and 32bit behind it, with bitsandbytes' arguments and
-            defaults; see fastssl.optim.bnb. Its Paged classes stay: ours do not page to the host).
+            LARS, LAMB, AdEMAMix, each also with 8bit and 32bit behind it, with bitsandbytes'
+            arguments and defaults; see fastssl.optim.bnb. Its Paged classes stay: ours do not page
+            to the host).
 
     Returns:
         The names now bound to our classes, such as "open_clip.factory.ClipLoss".

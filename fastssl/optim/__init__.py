@@ -1,5 +1,6 @@
-"""Optimizers, with states of 8 or 32 bits, and parameter groups."""
+"""Optimizers, with states of 8 or 32 bits, SAM around them, moving averages, parameter groups."""
 
+from .ema import EMA, cosine_momentum, warmup_momentum
 from .groups import param_groups, param_groups_layer_decay
 from .memory import memory_report
 from .overrides import StableEmbedding
@@ -17,11 +18,14 @@ from .rules import (
     RMSprop8bit,
     SGD8bit,
 )
+from .sam import SAM, replay
 from .timm import register_timm
 
 __all__ = [
+    "EMA",
     "LAMB",
     "LARS",
+    "SAM",
     "AdEMAMix8bit",
     "Adagrad8bit",
     "Adam8bit",
@@ -33,8 +37,11 @@ __all__ = [
     "RMSprop8bit",
     "SGD8bit",
     "StableEmbedding",
+    "cosine_momentum",
     "memory_report",
     "param_groups",
     "param_groups_layer_decay",
     "register_timm",
+    "replay",
+    "warmup_momentum",
 ]
