@@ -5,17 +5,19 @@ parameter, flat or under one key; second moments in the signed table where they 
 elements in the order of a contiguous tensor.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastssl.ops.blockwise import SHA256, code_book
 
-from . import states
+from . import shards, states
 
-VERSION = 1
-TABLES = {"signed": SHA256[True], "unsigned": SHA256[False]}
+VERSION = 2
+TABLES = f"signed {SHA256[True]}, unsigned {SHA256[False]}"
 NESTED = "__bnb_optimizer_quant_state__"
 BNB_BLOCKS = (256, 2048)  # since 0.44, and before
 OURS = ("version", "tables", "optim_bits", "min_8bit_size", "block_size", "state_format")
@@ -31,7 +33,7 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
             f"{name}: the groups must have {sizes} parameters, got {saved_sizes}. Build the "
             "optimizer with the parameter groups of the saved one."
         )
-    loaded, new_groups = {}, []
+    loaded, new_groups, rounded = {}, [], 0
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_form(name, group, saved)
         new = group | _settings(optimizer, group, saved)
@@ -41,7 +43,14 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
             state |= state.pop(NESTED, {})
             if state:
                 where = f"{name}: parameter {key} of shape {tuple(p.shape)}"
-                loaded[p] = _load_state(where, optimizer, new, p, state, "version" in saved)
+                loaded[p], some = _load_state(where, optimizer, new, p, state, "version" in saved)
+                rounded += some
+    if rounded:
+        warnings.warn(
+            f"{name}: {rounded} blocks of this rank join parts of several saved ones, as shards or "
+            "memory formats are others. They were rounded anew; the rest is kept bit for bit.",
+            stacklevel=3,
+        )
     return new_groups, loaded
 
 
@@ -65,8 +74,11 @@ def _settings(optimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[s
     return settings
 
 
-def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours: bool) -> dict:
-    like, bits = states.local(p), optimizer.bits_of(group, p)
+def _load_state(
+    where: str, optimizer, group: dict, p: Tensor, saved: dict, ours: bool
+) -> tuple[dict[str, Tensor], int]:
+    """A parameter's state, and how many blocks were rounded as shards are others."""
+    like, bits, rounded = states.local(p), optimizer.bits_of(group, p), 0
     step = torch.as_tensor(saved.get("step", 1))  # torch.optim.SGD does not count
     out = {"step": step.detach().to(like.device, torch.int64, copy=True).reshape(())}
     present = optimizer.has_states(group)
@@ -76,34 +88,48 @@ def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours
             continue
         place = 1 if of_bnb and not all(present) else k + 1
         x = saved.get(f"state{place}", saved.get(optimizer.torch_names[k]))
-        if x is None or x.shape != p.shape and x.shape != like.shape:
+        fits = x is not None and x.shape in (p.shape, like.shape)
+        if not fits or shards.part(x, p).shape != like.shape:
             raise ValueError(
                 f"{where}: needs a state for {optimizer.torch_names[k]} of this shape, got "
                 f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
             )
-        x, root = states.local(x).to(like.device), group["state_format"] == "sqrt" and k == 1
-        if x.dtype == torch.uint8:
+        root, small = group["state_format"] == "sqrt" and k == 1, x.dtype == torch.uint8
+        if ours and not small and "layout" in saved and saved["layout"].any():
+            raise ValueError(
+                f"{where}: state{k + 1} must be of the 8 bits it was saved with, got {x.dtype}: "
+                "torch.distributed.checkpoint reads into states of the bits that the optimizer "
+                "has. Build it with the saved one's optim_bits and min_8bit_size, or save "
+                "full_precision_state_dict()."
+            )
+        if small and ours:
+            size = group["block_size"]
+            x, absmax, some = shards.load(where, p, saved, k, size)
+            rounded += some
+            if bits == 8:
+                out |= {f"state{k + 1}": x, f"absmax{k + 1}": absmax}
+                continue
+            x = states.decode(x, absmax, code_book(signed, like.device), size, root)
+        elif small:
+            x = states.local(x).to(like.device)
             absmax = saved[f"absmax{place}"].to(like.device, torch.float32, copy=True)
-            sizes = BNB_BLOCKS if of_bnb else (group["block_size"],)
-            fitting = [size for size in sizes if states.blocks(x.numel(), size) == len(absmax)]
+            fitting = [size for size in BNB_BLOCKS if states.blocks(x.numel(), size) == len(absmax)]
             if not fitting:
                 raise ValueError(
                     f"{where}: absmax{place} must have a number for each block of "
-                    f"{' or '.join(map(str, sizes))} elements, got {len(absmax)}."
+                    f"{' or '.join(map(str, BNB_BLOCKS))} elements, got {len(absmax)}."
                 )
-            table = saved[f"qmap{place}"].to(like.device) if of_bnb else None
-            standard = table is None or torch.equal(table.cpu(), code_book(signed))
-            same = standard and fitting[0] == group["block_size"] and not (of_bnb and root)
-            if bits == 8 and same and states.same_layout(x, like):
+            table = saved[f"qmap{place}"].to(like.device)
+            standard = torch.equal(table.cpu(), code_book(signed))
+            same = standard and fitting[0] == group["block_size"] and x.shape == like.shape
+            if bits == 8 and same and not root and states.same_layout(x, like):
                 codes = torch.empty_like(like, dtype=torch.uint8).copy_(x)
                 out |= {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
                 continue
-            table = code_book(signed, like.device) if table is None else table
-            x = x.contiguous() if of_bnb else x
-            x = states.decode(x, absmax, table, fitting[0], root and not of_bnb)
-        x = torch.empty_like(like, dtype=torch.float32).copy_(x)
+            x = states.decode(x.contiguous(), absmax, table, fitting[0], False)
+        x = torch.empty_like(like, dtype=torch.float32).copy_(shards.part(x, p))
         out |= states.pack(k, x, bits, group["block_size"], root)
-    return out
+    return out | shards.layout(p, out), rounded
 
 
 def _values(group: dict[str, Any], state: dict[str, Tensor]) -> list[Tensor | None]:
@@ -119,13 +145,13 @@ def _values(group: dict[str, Any], state: dict[str, Tensor]) -> list[Tensor | No
     return out
 
 
-def _parameters(optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+def parameters(optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(p, group) for group in optimizer.param_groups for p in group["params"]]
 
 
 def full_precision(optimizer) -> dict[str, Any]:
-    out = optimizer.state_dict()
-    for key, (p, group) in enumerate(_parameters(optimizer)):
+    out = Optimizer.state_dict(optimizer)
+    for key, (p, group) in enumerate(parameters(optimizer)):
         state = optimizer.state.get(p) or optimizer.new_state(group, p)
         values = zip(optimizer.torch_names, _values(group, state), strict=True)
         new = {name: states.sharded(x, p) for name, x in values if x is not None}
@@ -137,10 +163,10 @@ def full_precision(optimizer) -> dict[str, Any]:
 
 
 def bitsandbytes(optimizer) -> dict[str, Any]:
-    out = optimizer.state_dict()
-    parameters = _parameters(optimizer)
+    out = Optimizer.state_dict(optimizer)
+    of_key = parameters(optimizer)
     for key, state in out["state"].items():
-        p, group = parameters[key]
+        p, group = of_key[key]
         present = optimizer.has_states(group)
         if optimizer.rule == "rmsprop" and all(present):
             raise ValueError(
