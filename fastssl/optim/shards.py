@@ -43,6 +43,16 @@ def _rows(p: Tensor) -> _Rows:
     return _Rows(each, min(rows, each * p.device_mesh.get_local_rank(split[0])))
 
 
+def _whole_rows(where: str, p: Tensor) -> _Rows:
+    rows = _rows(p)
+    if not rows.each:
+        raise ValueError(
+            f"{where}: 8-bit states need shards of whole rows, Shard(0) over one dimension of the "
+            f"mesh, got {p.placements} of shape {tuple(p.shape)}. Use full_precision_state_dict()."
+        )
+    return rows
+
+
 def _layout(p: Tensor) -> list[int]:
     strides = local(p).stride()
     return [_rows(p).each, *sorted(range(p.dim()), key=lambda d: -strides[d])]
@@ -70,15 +80,9 @@ def portable(name: str, p: Tensor, state: dict[str, Tensor], block_size: int) ->
     """The state of a parameter on this rank as state_dict() has it."""
     out = {key: sharded(x, p) if key in ("state1", "state2") else x for key, x in state.items()}
     out |= layout(p, state)
-    scales = state.keys() & {"absmax1", "absmax2"}
-    if scales and not _rows(p).each:
-        raise ValueError(
-            f"{name}.state_dict: 8-bit states can be saved of shards of whole rows, Shard(0) over "
-            f"one dimension of the mesh, got {p.placements} of shape {tuple(p.shape)}. Save "
-            "full_precision_state_dict()."
-        )
     width = blocks(p.shape[1:].numel(), block_size)
-    for key in scales:
+    for key in state.keys() & {"absmax1", "absmax2"}:
+        _whole_rows(f"{name}.state_dict", p)
         x = state[key].new_zeros(local(p).shape[:1].numel(), width)
         flat(x)[: len(state[key])] = state[key]
         out[key] = sharded(x, p, (p.shape[:1].numel(), width))
@@ -97,7 +101,7 @@ def load(
     missing = {f"absmax{k + 1}", "layout"} - saved.keys()
     if missing:
         raise ValueError(f"{where}: 8-bit states need {sorted(missing)}, got {sorted(saved)}.")
-    like, rows, signed = local(p), _rows(p), k == 0
+    like, rows, signed = local(p), _whole_rows(where, p), k == 0
     absmax, codes = saved[f"absmax{k + 1}"], part(saved[f"state{k + 1}"], p).to(like.device)
     each, *order = saved["layout"].tolist()
     shape = p.shape[:1].numel(), blocks(p.shape[1:].numel(), block_size)
@@ -106,16 +110,13 @@ def load(
             f"{where}: absmax{k + 1} must have a number for each block of {block_size} elements, "
             f"shape {shape}, got {tuple(absmax.shape)}."
         )
-    if not 1 <= each <= shape[0] or sorted(order) != list(range(p.dim())) or not rows.each:
+    if not 1 <= each <= shape[0] or sorted(order) != list(range(p.dim())):
         raise ValueError(
             f"{where}: layout must have the rows of a shard, 1 to {shape[0]}, and the order of "
-            f"{p.dim()} dimensions, got {[each, *order]}, and the shards here must be of whole "
-            f"rows, got {getattr(p, 'placements', 'one')}. Load what full_precision_state_dict() "
-            "gives."
+            f"{p.dim()} dimensions, got {[each, *order]}."
         )
-    n = like.numel()
     if [each, *order] == _layout(p):
-        scales = part(absmax, p).flatten()[: blocks(n, block_size)]
+        scales = part(absmax, p).flatten()[: blocks(like.numel(), block_size)]
         codes = torch.empty_like(like, dtype=torch.uint8).copy_(codes)
         return codes, scales.to(like.device, torch.float32, copy=True), 0
 
