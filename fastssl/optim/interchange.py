@@ -95,7 +95,8 @@ def _load_state(
                 f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
             )
         root, small = group["state_format"] == "sqrt" and k == 1, x.dtype == torch.uint8
-        if ours and not small and "layout" in saved and saved["layout"].any():
+        layout = saved.get("layout") if ours else None
+        if layout is not None and layout.any() and not small:
             raise ValueError(
                 f"{where}: state{k + 1} must be of the 8 bits it was saved with, got {x.dtype}: "
                 "torch.distributed.checkpoint reads into states of the bits that the optimizer "
@@ -103,8 +104,8 @@ def _load_state(
                 "full_precision_state_dict()."
             )
         if small and ours:
-            size = group["block_size"]
-            x, absmax, some = shards.load(where, p, saved, k, size)
+            size, absmax = group["block_size"], saved.get(f"absmax{k + 1}")
+            x, absmax, some = shards.load(where, p, k, x, absmax, layout, size)
             rounded += some
             if bits == 8:
                 out |= {f"state{k + 1}": x, f"absmax{k + 1}": absmax}

@@ -78,19 +78,30 @@ def part(x: Tensor, p: Tensor) -> Tensor:
 
 def portable(name: str, p: Tensor, state: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     """The state of a parameter on this rank as state_dict() has it."""
-    out = {key: sharded(x, p) if key in ("state1", "state2") else x for key, x in state.items()}
-    out |= layout(p, state)
-    width = blocks(p.shape[1:].numel(), block_size)
+    out = state | layout(p, state)
+    for key in state.keys() & {"state1", "state2"}:
+        out[key] = sharded(state[key], p)
     for key in state.keys() & {"absmax1", "absmax2"}:
         _whole_rows(f"{name}.state_dict", p)
-        x = state[key].new_zeros(local(p).shape[:1].numel(), width)
-        flat(x)[: len(state[key])] = state[key]
-        out[key] = sharded(x, p, (p.shape[:1].numel(), width))
+        out[key] = _in_rows(state[key], p, block_size)
     return out
 
 
+def _in_rows(absmax: Tensor, p: Tensor, block_size: int) -> Tensor:
+    width = blocks(p.shape[1:].numel(), block_size)
+    x = absmax.new_zeros(local(p).shape[:1].numel(), width)
+    flat(x)[: len(absmax)] = absmax
+    return sharded(x, p, (p.shape[:1].numel(), width))
+
+
 def load(
-    where: str, p: Tensor, saved: dict[str, Tensor], k: int, block_size: int
+    where: str,
+    p: Tensor,
+    k: int,
+    codes: Tensor,
+    absmax: Tensor | None,
+    layout: Tensor | None,
+    block_size: int,
 ) -> tuple[Tensor, Tensor, int]:
     """Codes and absmax of this rank for state k from what `portable` gave on any ranks, and how
     many blocks were rounded anew.
@@ -98,12 +109,11 @@ def load(
     A block whose elements had one scale keeps codes and scale, whatever block they were in; only
     one that joins parts of several is rounded.
     """
-    missing = {f"absmax{k + 1}", "layout"} - saved.keys()
-    if missing:
-        raise ValueError(f"{where}: 8-bit states need {sorted(missing)}, got {sorted(saved)}.")
+    for name, x in ((f"absmax{k + 1}", absmax), ("layout", layout)):
+        if x is None:
+            raise ValueError(f"{where}: 8 bits of state{k + 1} mean nothing without {name}.")
     like, rows, signed = local(p), _whole_rows(where, p), k == 0
-    absmax, codes = saved[f"absmax{k + 1}"], part(saved[f"state{k + 1}"], p).to(like.device)
-    each, *order = saved["layout"].tolist()
+    codes, (each, *order) = part(codes, p).to(like.device), layout.tolist()
     shape = p.shape[:1].numel(), blocks(p.shape[1:].numel(), block_size)
     if absmax.shape != shape:
         raise ValueError(
