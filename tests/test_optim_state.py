@@ -1,4 +1,4 @@
-"""States of the optimizers: saved, loaded, exchanged with bitsandbytes and torch.optim, sharded."""
+"""States of the optimizers: saved, loaded, exchanged with bitsandbytes and torch.optim."""
 
 import copy
 import io
@@ -88,15 +88,16 @@ def test_the_state_says_what_it_is():
     optimizer = build("AdamW8bit", params)
     run(optimizer, params, 1)
     group = optimizer.state_dict()["param_groups"][0]
-    assert (group["version"], group["block_size"], group["state_format"]) == (1, 256, "bnb")
-    assert group["tables"] == {"signed": op.SHA256[True], "unsigned": op.SHA256[False]}
-    state = optimizer.state[params[0]]
+    assert (group["version"], group["block_size"], group["state_format"]) == (2, 256, "bnb")
+    assert group["tables"] == f"signed {op.SHA256[True]}, unsigned {op.SHA256[False]}"
+    state = optimizer.state_dict()["state"][0]
     assert {k: (x.dtype, tuple(x.shape)) for k, x in state.items()} == {
         "step": (torch.int64, ()),
         "state1": (torch.uint8, (90, 70)),
-        "absmax1": (torch.float32, (25,)),
+        "absmax1": (torch.float32, (90, 1)),
         "state2": (torch.uint8, (90, 70)),
-        "absmax2": (torch.float32, (25,)),
+        "absmax2": (torch.float32, (90, 1)),
+        "layout": (torch.int64, (3,)),
     }
 
 
@@ -112,11 +113,11 @@ def test_states_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=f"AdamW8bit.load_state_dict: {message}"):
             build("AdamW8bit", params, **options).load_state_dict(saved)
     other = copy.deepcopy(saved)
-    other["param_groups"][0]["tables"]["signed"] = "0" * 64
-    with pytest.raises(ValueError, match="tables must be .*, got .*0000"):
+    other["param_groups"][0]["tables"] = "0" * 64
+    with pytest.raises(ValueError, match="tables must be .*, got '0000"):
         optimizer.load_state_dict(other)
     other = copy.deepcopy(saved)
-    other["state"][0]["absmax2"] = torch.zeros(24)
+    other["state"][0]["absmax2"] = torch.zeros(89, 1)
     with pytest.raises(ValueError, match="parameter 0 .*absmax2 must have a number for each block"):
         optimizer.load_state_dict(other)
     with pytest.raises(
@@ -317,7 +318,7 @@ def test_momentum_of_rmsprop_has_no_place_there():
         optimizer.bnb_state_dict()
 
 
-# ---------------------------------------------------------------------------------- memory, shards
+# ------------------------------------------------------------------------------------------ memory
 
 
 def test_memory_report():
@@ -332,12 +333,12 @@ def test_memory_report():
     optimizer.step()
     assert optim.memory_report(model, optimizer) == before
     assert before == (4 * (n + 256), 4 * n, 65536 * 2 + 256 * 4 * 2 + 512 * 8, n * 8)
-    states = [x for state in optimizer.state.values() for k, x in state.items() if k != "step"]
+    states = [x for state in optimizer.state.values() for k, x in state.items() if k[-1] in "12"]
     assert before.states == sum(x.nbytes for x in states)
     assert "states            0.5 MiB        0.1 MiB" in str(before)
     optimizer = optim.AdEMAMix8bit(parameters)
     optimizer.step()
-    states = [x for state in optimizer.state.values() for k, x in state.items() if k != "step"]
+    states = [x for state in optimizer.state.values() for k, x in state.items() if k[-1] in "12"]
     report = optim.memory_report(model, optimizer)
     assert report.states == sum(x.nbytes for x in states) and report.states_32bit == n * 12
     plain = torch.optim.AdamW(parameters)
@@ -345,74 +346,3 @@ def test_memory_report():
     plain.step()
     report = optim.memory_report(model, plain)
     assert report.states == report.states_32bit == n * 8
-
-
-def sharded_steps(group, name):
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = torch.nn.Sequential(torch.nn.Linear(64, 131), torch.nn.Linear(131, 1))
-    plain = copy.deepcopy(model)
-    mesh = DeviceMesh.from_group(group, "cpu")
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    options = {"optim_bits": 32, "max_grad_norm": 0.5, "nonfinite": "skip_step"}
-    optimizers = [build(name, m.parameters(), **options) for m in (model, plain)]
-    for _ in range(3):
-        x = torch.randn(16, 64)
-        for m, optimizer in zip((model, plain), optimizers, strict=True):
-            optimizer.zero_grad()
-            m(x).square().mean().backward()
-            optimizer.step()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
-    resumed = build(name, model.parameters(), **options)
-    resumed.load_state_dict(optimizers[0].state_dict())
-    for p in model.parameters():
-        assert torch.equal(optimizers[0].state[p]["state1"], resumed.state[p]["state1"])
-    try:
-        optim.LARS(model.parameters(), lr=1.0)
-    except ValueError as error:
-        return str(error)
-
-
-def test_shards_are_stepped_where_they_lie(ranks):
-    for told in ranks.run(sharded_steps, 2, "AdamW8bit"):
-        assert "LARS: the trust ratio needs the norm of the whole tensor, got a shard" in told
-
-
-def resharded_steps(group, path, world, bits):
-    """Two more steps of a run that other numbers of ranks began; the weights."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = torch.nn.Sequential(torch.nn.Linear(64, 131), torch.nn.Linear(131, 1))
-    if world:
-        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
-    optimizer = build("AdamW8bit", model.parameters(), optim_bits=bits)
-    weights = dict(model.named_parameters())
-    if world > 1:
-        target = {"model": weights, "optimizer": optimizer.full_precision_state_dict()}
-        dcp.load(target, checkpoint_id=f"{path}/{world // 2}", process_group=group)
-        optimizer.load_state_dict(target["optimizer"])
-    begun = {0: 0, 1: 0, 2: 2, 4: 4}[world]
-    for step in range(begun, begun + 2 if world else 6):
-        optimizer.zero_grad()
-        torch.manual_seed(step)
-        model(torch.randn(16, 64)).square().mean().backward()
-        optimizer.step()
-    if not world:
-        return [p.detach() for p in model.parameters()]
-    saved = {"model": weights, "optimizer": optimizer.full_precision_state_dict()}
-    dcp.save(saved, checkpoint_id=f"{path}/{world}", process_group=group)
-    return [p.full_tensor().detach() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("bits", [8, 32])
-def test_a_run_goes_on_with_other_numbers_of_ranks(ranks, tmp_path, bits):
-    (truth,) = ranks.run(resharded_steps, 1, "", 0, bits)
-    for world in (1, 2, 4):
-        ends = ranks.run(resharded_steps, world, str(tmp_path), world, bits)
-    for p, q in zip(truth, ends[0], strict=True):
-        assert (p - q).norm() < (0.01 if bits == 8 else 1e-6) * p.norm()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastssl.ops import blockwise as op
 
-from . import interchange, overrides, states
+from . import interchange, overrides, shards, states
 from .states import local
 
 # What each setting must be.
@@ -202,6 +202,8 @@ class Blockwise(Optimizer):
             "block_size": block_size,
             "state_format": state_format,
             "maximize": maximize,
+            "version": interchange.VERSION,
+            "tables": interchange.TABLES,
         }
         self._calls, self._made_for = [], None
         super().__init__(params, defaults)
@@ -326,7 +328,7 @@ class Blockwise(Optimizer):
                 bits, each = self.bits_of(group, p), self.moments_of(k)
                 moment = states.pack(k, x, bits, group["block_size"], root and k == 1)
                 state |= states.stack([moment] * len(each))
-        return state
+        return state | shards.layout(p, state)
 
     def bits_of(self, group: dict[str, Any], p: Tensor) -> int:
         settings = group | overrides.of(p)
@@ -402,12 +404,19 @@ class Blockwise(Optimizer):
         self._calls, self._made_for = [], None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's; each group also says what the bytes of its states mean."""
+        """As torch.optim's; each group also says what the bytes of its states mean.
+
+        Its tensors have the same shapes for any number of ranks, those of sharded parameters are
+        DTensors: torch.distributed.checkpoint saves them as they are, in 8 bits, and loads them
+        into the states of an optimizer of the same settings, for whatever ranks.
+
+        Raises:
+            ValueError: 8-bit states of shards that are not of whole rows.
+        """
         out = super().state_dict()
-        out["param_groups"] = [
-            group | {"version": interchange.VERSION, "tables": interchange.TABLES}
-            for group in out["param_groups"]
-        ]
+        for key, (p, group) in enumerate(interchange.parameters(self)):
+            if key in out["state"]:
+                out["state"][key] = shards.portable(self, p, out["state"][key], group["block_size"])
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -416,6 +425,10 @@ class Blockwise(Optimizer):
         Settings of the groups are taken too, as torch.optim does, but for `optim_bits` and
         `min_8bit_size`, by which states are converted. Its own 8-bit states must be of the same
         block size, format and table; what converts, converts exactly or to the nearest codes.
+
+        Shards are cut out of states that are whole. States of other shards than these are blocked
+        anew: elements that share a block now as before keep their bits, blocks that join parts of
+        several are rounded, with one warning that says how many. Then all ranks must call this.
 
         Raises:
             ValueError: other states than the parameters', or in another form.

@@ -5,17 +5,19 @@ parameter, flat or under one key; second moments in the signed table where they 
 elements in the order of a contiguous tensor; AdEMAMix's two momenta stacked in state1, absmax1.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastssl.ops.blockwise import SHA256, code_book
 
-from . import states
+from . import shards, states
 
-VERSION = 1
-TABLES = {"signed": SHA256[True], "unsigned": SHA256[False]}
+VERSION = 2
+TABLES = f"signed {SHA256[True]}, unsigned {SHA256[False]}"
 NESTED = "__bnb_optimizer_quant_state__"
 BNB_BLOCKS = (256, 2048)  # since 0.44, and before
 OURS = ("version", "tables", "optim_bits", "min_8bit_size", "block_size", "state_format")
@@ -31,7 +33,7 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
             f"{name}: the groups must have {sizes} parameters, got {saved_sizes}. Build the "
             "optimizer with the parameter groups of the saved one."
         )
-    loaded, new_groups = {}, []
+    loaded, new_groups, rounded = {}, [], 0
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_form(name, group, saved)
         new = group | _settings(optimizer, group, saved)
@@ -42,7 +44,14 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
             state |= state.pop(NESTED, {})
             if state:
                 where = f"{name}: parameter {key} of shape {tuple(p.shape)}"
-                loaded[p] = _load_state(where, optimizer, new, p, state, "version" in saved)
+                loaded[p], some = _load_state(where, optimizer, new, p, state, "version" in saved)
+                rounded += some
+    if rounded:
+        warnings.warn(
+            f"{name}: {rounded} blocks of this rank join parts of several saved ones, as shards or "
+            "memory formats are others. They were rounded anew; the rest is kept bit for bit.",
+            stacklevel=3,
+        )
     return new_groups, loaded
 
 
@@ -66,35 +75,51 @@ def _settings(optimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[s
     return settings
 
 
-def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours: bool) -> dict:
-    like, bits = states.local(p), optimizer.bits_of(group, p)
+def _load_state(
+    where: str, optimizer, group: dict, p: Tensor, saved: dict, ours: bool
+) -> tuple[dict[str, Tensor], int]:
+    """A parameter's state, and how many blocks were rounded as shards are others."""
+    like, bits, rounded = states.local(p), optimizer.bits_of(group, p), 0
     step = torch.as_tensor(saved.get("step", 1))  # torch.optim.SGD does not count
     out = {"step": step.detach().to(like.device, torch.int64, copy=True).reshape(())}
     present = optimizer.has_states(group)
     of_bnb = "state1" in saved and not ours
+    layout = saved.get("layout") if ours else None
 
     def moment(k: int, place: int, x: Tensor, absmax: Tensor | None) -> dict[str, Tensor]:
-        x, root = states.local(x).to(like.device), group["state_format"] == "sqrt" and k == 1
-        if x.dtype == torch.uint8:
+        nonlocal rounded
+        root, size = group["state_format"] == "sqrt" and k == 1, group["block_size"]
+        if layout is not None and layout.any() and x.dtype != torch.uint8:
+            raise ValueError(
+                f"{where}: state{k + 1} must be of the 8 bits it was saved with, got {x.dtype}: "
+                "torch.distributed.checkpoint reads into states of the bits that the optimizer "
+                "has. Build it with the saved one's optim_bits and min_8bit_size, or save "
+                "full_precision_state_dict()."
+            )
+        if x.dtype == torch.uint8 and ours:
+            x, absmax, some = shards.load(where, p, k, x, absmax, layout, size)
+            rounded += some
+            if bits == 8:
+                return {f"state{k + 1}": x, f"absmax{k + 1}": absmax}
+            x = states.decode(x, absmax, code_book(k == 0, like.device), size, root)
+        elif x.dtype == torch.uint8:
+            x = states.local(x).to(like.device)
             absmax = absmax.to(like.device, torch.float32, copy=True)
-            sizes = BNB_BLOCKS if of_bnb else (group["block_size"],)
-            fitting = [size for size in sizes if states.blocks(x.numel(), size) == len(absmax)]
+            fitting = [n for n in BNB_BLOCKS if states.blocks(x.numel(), n) == len(absmax)]
             if not fitting:
                 raise ValueError(
                     f"{where}: absmax{place} must have a number for each block of "
-                    f"{' or '.join(map(str, sizes))} elements, got {len(absmax)}."
+                    f"{' or '.join(map(str, BNB_BLOCKS))} elements, got {len(absmax)}."
                 )
-            table = saved[f"qmap{place}"].to(like.device) if of_bnb else None
-            standard = table is None or torch.equal(table.cpu(), code_book(k == 0))
-            same = standard and fitting[0] == group["block_size"] and not (of_bnb and root)
-            if bits == 8 and same and states.same_layout(x, like):
+            table = saved[f"qmap{place}"].to(like.device)
+            standard = torch.equal(table.cpu(), code_book(k == 0))
+            same = standard and fitting[0] == size and x.shape == like.shape
+            if bits == 8 and same and not root and states.same_layout(x, like):
                 codes = torch.empty_like(like, dtype=torch.uint8).copy_(x)
                 return {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
-            table = code_book(k == 0, like.device) if table is None else table
-            x = x.contiguous() if of_bnb else x
-            x = states.decode(x, absmax, table, fitting[0], root and not of_bnb)
-        x = torch.empty_like(like, dtype=torch.float32).copy_(x)
-        return states.pack(k, x, bits, group["block_size"], root)
+            x = states.decode(x.contiguous(), absmax, table, fitting[0], False)
+        x = torch.empty_like(like, dtype=torch.float32).copy_(shards.part(x, p))
+        return states.pack(k, x, bits, size, root)
 
     for k in (0, 1):
         if not present[k]:
@@ -103,9 +128,17 @@ def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours
         x = saved.get(f"state{place}")
         if x is None:
             each = [(saved.get(name), None) for name in names]
+        elif ours:
+            keys = shards.keys(k, len(names))
+            each = [(saved.get(state), saved.get(absmax)) for state, absmax in keys]
         else:
             each = states.moments(x, saved.get(f"absmax{place}"), len(names))
-        fit = [y is not None and y.shape in (p.shape, like.shape) for y, _ in each]
+        fit = [
+            y is not None
+            and y.shape in (p.shape, like.shape)
+            and shards.part(y, p).shape == like.shape
+            for y, _ in each
+        ]
         if not all(fit) or len(fit) != len(names):
             x = saved.get(names[0]) if x is None else x
             raise ValueError(
@@ -113,7 +146,7 @@ def _load_state(where: str, optimizer, group: dict, p: Tensor, saved: dict, ours
                 f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
             )
         out |= states.stack([moment(k, place, *y) for y in each])
-    return out
+    return out | shards.layout(p, out), rounded
 
 
 def _values(optimizer, group: dict[str, Any], state: dict[str, Tensor]) -> list[list[Tensor]]:
@@ -132,13 +165,13 @@ def _values(optimizer, group: dict[str, Any], state: dict[str, Tensor]) -> list[
     return out
 
 
-def _parameters(optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+def parameters(optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(p, group) for group in optimizer.param_groups for p in group["params"]]
 
 
 def full_precision(optimizer) -> dict[str, Any]:
-    out = optimizer.state_dict()
-    for key, (p, group) in enumerate(_parameters(optimizer)):
+    out = Optimizer.state_dict(optimizer)
+    for key, (p, group) in enumerate(parameters(optimizer)):
         state = optimizer.state.get(p) or optimizer.new_state(group, p)
         new = {}
         for k, moments in enumerate(_values(optimizer, group, state)):
@@ -152,10 +185,10 @@ def full_precision(optimizer) -> dict[str, Any]:
 
 
 def bitsandbytes(optimizer) -> dict[str, Any]:
-    out = optimizer.state_dict()
-    parameters = _parameters(optimizer)
+    out = Optimizer.state_dict(optimizer)
+    of_key = parameters(optimizer)
     for key, state in out["state"].items():
-        p, group = parameters[key]
+        p, group = of_key[key]
         present = optimizer.has_states(group)
         if optimizer.rule == "rmsprop" and all(present):
             raise ValueError(

@@ -14,13 +14,19 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def sharded(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's part as a DTensor of the layout of `like`, where that is one."""
+def sharded(x: Tensor, like: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+    """This rank's part as a DTensor on the ranks of `like`, where that is one; of its shape, or
+    contiguous of another with as many rows."""
     if not hasattr(like, "to_local"):
         return x
-    mesh, placements = like.device_mesh, like.placements
+    shape, stride = (shape, (shape[1], 1)) if shape else (like.shape, like.stride())
     return type(like).from_local(
-        x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        x,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
     )
 
 
