@@ -189,6 +189,26 @@ def test_as_many_ranks_resume_bit_for_bit(ranks, tmp_path, world):
     ranks.run(resumed, world, str(tmp_path))
 
 
+def two_momenta(group, path, kind):
+    """AdEMAMix's three moments of the parameter whose rows are whole blocks, saved or loaded."""
+    model, _ = built(group, kind)
+    optimizer = optim.AdEMAMix8bit(model.parameters(), lr=1e-2)
+    if kind == "fsdp":
+        steps(model, optimizer, range(3))
+        save(group, model, optimizer, path)
+    else:
+        load(group, model, optimizer, path)
+    moments = optimizer.full_precision_state_dict()["state"][0]
+    return [whole(moments[key]) for key in ("exp_avg", "exp_avg_slow", "exp_avg_sq")]
+
+
+def test_states_of_two_momenta_go_to_other_numbers_of_ranks(ranks, tmp_path):
+    saved = ranks.run(two_momenta, 2, str(tmp_path), "fsdp")[0]
+    loaded = ranks.run(two_momenta, 1, str(tmp_path), "plain")[0]
+    for x, y in zip(saved, loaded, strict=True):
+        assert x.count_nonzero() and torch.equal(x, y)
+
+
 def through_state_dicts(group, path):
     """By optimizer.state_dict() alone, in a file of each rank; and whole, from one rank."""
     from torch.distributed.checkpoint import state_dict as api
