@@ -20,8 +20,8 @@ enum Param { X0, Y0, X1, Y1, ANGLE, TURNS, FLIP, BRIGHTNESS, FIRST = 11, GRAY = 
 enum Spec { CROP, AREA, RATIO = 3, PAD = 5, SHIFT, ROTATION, TURNS_P, FLIP_P, JITTER_P, FACTORS,
             GRAY_P = 19, BLUR_P, BLUR, SOLARIZE_P = 23, THRESHOLD, NOISE_STD, SPEC };
 enum Number { U_CROP, U_POSITION = 20, U_ANGLE = 22, U_FLIP, U_JITTER, U_ORDER = 29, U_GRAY, U_BLUR,
-              U_SOLARIZE = 33, U_TURNS, U_SHIFT = 36, U_COUNT = 38 };
-constexpr int kTries = 10, kBlocks = (U_COUNT + 3) / 4;
+              U_SOLARIZE = 33, U_TURNS, U_SHIFT = 36, NUMBERS = 38 };
+constexpr int kTries = 10, kBlocks = (NUMBERS + 3) / 4;
 constexpr uint32_t kAugment = 0;  // the stream
 
 // Numbers in (0, 1) of one sample and view.

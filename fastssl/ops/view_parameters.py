@@ -45,19 +45,19 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 """Factors and hue that change nothing."""
 
 # Which number of a sample is what. It is part of what a seed means: append, never renumber.
-_TRIES = 10
-_CROP = 0  # area and aspect of ten tries: 0 .. 19
-_POSITION = 20  # x and y
-_ANGLE = 22
-_FLIP = 23
-_JITTER = 24  # whether, then brightness, contrast, saturation, hue: 24 .. 28
-_ORDER = 29
-_GRAY = 30
-_BLUR = 31  # whether, then sigma
-_SOLARIZE = 33
-_TURNS = 34  # whether, then how many
-_SHIFT = 36  # x and y
-_COUNT = 38  # the noise of pixels starts at 64
+TRIES = 10
+U_CROP = 0  # area and aspect of ten tries: 0 .. 19
+U_POSITION = 20  # x and y
+U_ANGLE = 22
+U_FLIP = 23
+U_JITTER = 24  # whether, then brightness, contrast, saturation, hue: 24 .. 28
+U_ORDER = 29
+U_GRAY = 30
+U_BLUR = 31  # whether, then sigma
+U_SOLARIZE = 33
+U_TURNS = 34  # whether, then how many
+U_SHIFT = 36  # x and y
+NUMBERS = 38  # the noise of pixels starts at 64
 
 _ORDERS = list(permutations(range(4)))
 
@@ -76,7 +76,7 @@ def _boxes(s: Tensor, u: Tensor, sizes: Tensor) -> Tensor:
     def pixels(x):
         return torch.where(whole, x.round(), x)
 
-    tries = u[:, _CROP : _CROP + 2 * _TRIES]
+    tries = u[:, U_CROP : U_CROP + 2 * TRIES]
     area = _between(s[AREA : AREA + 2], tries[:, 0::2]) * (wide * high)[:, None]  # (B, 10)
     ratio = _between(s[RATIO : RATIO + 2].log(), tries[:, 1::2]).exp()
     w, h = pixels((area * ratio).sqrt()), pixels((area / ratio).sqrt())
@@ -94,36 +94,36 @@ def _boxes(s: Tensor, u: Tensor, sizes: Tensor) -> Tensor:
         middle = torch.where(whole, (free / 2).floor(), free / 2)
         return torch.where(any_fits, drawn, middle)
 
-    x0 = corner(wide - w, u[:, _POSITION]) - s[PAD] * W
-    y0 = corner(high - h, u[:, _POSITION + 1]) - s[PAD] * H
+    x0 = corner(wide - w, u[:, U_POSITION]) - s[PAD] * W
+    y0 = corner(high - h, u[:, U_POSITION + 1]) - s[PAD] * H
     random = s[CROP] != 0
     x0, y0 = torch.where(random, x0, 0), torch.where(random, y0, 0)
     w, h = torch.where(random, w, W), torch.where(random, h, H)
-    x0 = x0 + s[SHIFT] * (2 * u[:, _SHIFT] - 1) * w
-    y0 = y0 + s[SHIFT] * (2 * u[:, _SHIFT + 1] - 1) * h
+    x0 = x0 + s[SHIFT] * (2 * u[:, U_SHIFT] - 1) * w
+    y0 = y0 + s[SHIFT] * (2 * u[:, U_SHIFT + 1] - 1) * h
     return torch.stack((x0, y0, x0 + w, y0 + h), 1)
 
 
 def _of_view(index: Tensor, sizes: Tensor, s: Tensor, seed: int, epoch: int, view: int) -> Tensor:
     """(B, PARAMS) of one view."""
-    u = uniform(seed, AUGMENT, epoch, index, view, _COUNT)  # (B, 38) float64
+    u = uniform(seed, AUGMENT, epoch, index, view, NUMBERS)  # (B, 38) float64
     out = torch.zeros(len(index), PARAMS, dtype=torch.float64, device=index.device)
     out[:, X0 : X0 + 4] = _boxes(s, u, sizes)
-    out[:, ANGLE] = s[ROTATION] * (2 * u[:, _ANGLE] - 1)
-    turned = u[:, _TURNS] < s[TURNS_P]
-    out[:, TURNS] = torch.where(turned, (4 * u[:, _TURNS + 1]).floor(), 0)
-    out[:, FLIP] = (u[:, _FLIP] < s[FLIP_P]).double()
+    out[:, ANGLE] = s[ROTATION] * (2 * u[:, U_ANGLE] - 1)
+    turned = u[:, U_TURNS] < s[TURNS_P]
+    out[:, TURNS] = torch.where(turned, (4 * u[:, U_TURNS + 1]).floor(), 0)
+    out[:, FLIP] = (u[:, U_FLIP] < s[FLIP_P]).double()
     ranges = s[FACTORS : FACTORS + 8].view(4, 2).T  # (2, 4)
-    out[:, BRIGHTNESS : BRIGHTNESS + 4] = _between(ranges, u[:, _JITTER + 1 : _JITTER + 5])
+    out[:, BRIGHTNESS : BRIGHTNESS + 4] = _between(ranges, u[:, U_JITTER + 1 : U_JITTER + 5])
     used = (ranges != s.new_tensor(NEUTRAL)).any(0)  # (4,)
     orders = torch.tensor(_ORDERS, device=index.device)  # (24, 4)
-    order = orders[(u[:, _ORDER] * len(_ORDERS)).long()]  # (B, 4)
-    applied = (u[:, _JITTER] < s[JITTER_P])[:, None] & used[order]
+    order = orders[(u[:, U_ORDER] * len(_ORDERS)).long()]  # (B, 4)
+    applied = (u[:, U_JITTER] < s[JITTER_P])[:, None] & used[order]
     out[:, FIRST : FIRST + 4] = torch.where(applied, order, -1).double()
-    out[:, GRAY] = (u[:, _GRAY] < s[GRAY_P]).double()
-    blurred = u[:, _BLUR] < s[BLUR_P]
-    out[:, SIGMA] = torch.where(blurred, _between(s[BLUR : BLUR + 2], u[:, _BLUR + 1]), 0)
-    out[:, SOLARIZE] = torch.where(u[:, _SOLARIZE] < s[SOLARIZE_P], s[THRESHOLD], 2)
+    out[:, GRAY] = (u[:, U_GRAY] < s[GRAY_P]).double()
+    blurred = u[:, U_BLUR] < s[BLUR_P]
+    out[:, SIGMA] = torch.where(blurred, _between(s[BLUR : BLUR + 2], u[:, U_BLUR + 1]), 0)
+    out[:, SOLARIZE] = torch.where(u[:, U_SOLARIZE] < s[SOLARIZE_P], s[THRESHOLD], 2)
     out[:, NOISE] = s[NOISE_STD]
     return out.float()
 
