@@ -183,7 +183,10 @@ def render_views_ref(
         if p[ANGLE] == 0:
             rows = resize_weights(p[Y0], p[Y1], size, height, bicubic, antialias).to(wide)
             columns = resize_weights(p[X0], p[X1], size, width, bicubic, antialias).to(wide)
-            x = rows @ image @ columns.T
+            x = rows @ image.nan_to_num(0) @ columns.T
+            # A product with a weight of 0 would carry a NaN all over the view.
+            reached = (rows != 0).to(wide) @ image.isnan().to(wide) @ (columns != 0).to(wide).T
+            x = x.masked_fill(reached > 0, torch.nan)
         else:
             x = _rotated(image, p[:ANGLE], p[ANGLE], size)
         x = x.rot90(int(p[TURNS]), (1, 2))
@@ -407,11 +410,12 @@ def _check_values(name, pixels, offsets, sizes, source, params, channels, noise_
         )
     box = params[:, : Y1 + 1]
     good = (box.abs() <= 2**20).all(1) & (box[:, :2] < box[:, 2:]).all(1)
+    good &= params[:, ANGLE].isfinite()
     if not good.all():
         m = int(good.int().argmin())
         raise ValueError(
-            f"{name}: crops must be x0 < x1, y0 < y1 within 2^20 pixels, got "
-            f"{tuple(box[m].tolist())} of view {m}."
+            f"{name}: crops must be x0 < x1, y0 < y1 within 2^20 pixels and the angle finite, got "
+            f"{tuple(params[m, : ANGLE + 1].tolist())} of view {m}."
         )
     if noise_key is None and (params[:, NOISE] > 0).any():
         raise ValueError(f"{name}: views with noise need noise_key, got None.")
