@@ -142,12 +142,13 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 
 def noise_ref(key: list[int], channels: int, size: int) -> Tensor:
     """(C, size, size) float64, normal by Box and Muller: a pair of uniforms gives two values."""
-    from fastssl.augment.random import AUGMENT, uniform  # which imports this module's users
+    from fastssl.augment.random import AUGMENT, words  # whose package imports this module
 
     index, epoch, view, seed = key
     count = channels * size**2
     pairs = (count + 1) // 2
-    u = uniform(seed, AUGMENT, epoch, torch.tensor([index]), view, 2 * pairs, first=NOISE_WORD)[0]
+    w = words(seed, AUGMENT, epoch, torch.tensor([index]), view, 2 * pairs, first=NOISE_WORD)[0]
+    u = (w.double() + 0.5) / 2**32  # in (0, 1)
     radius, turn = (-2 * u[:pairs].log()).sqrt(), 2 * math.pi * u[pairs:]
     normal = torch.cat((radius * turn.cos(), radius * turn.sin()))[:count]
     return normal.view(channels, size, size)
