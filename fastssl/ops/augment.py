@@ -318,16 +318,16 @@ def render_views(
     if pixels.requires_grad or params.requires_grad:
         raise ValueError(f"{name}: views take no gradient. Use .detach().")
     device, packed = pixels.device, pixels.dim() == 1
-    if (offsets is None) == packed or (sizes is None) == packed or (channels is None) == packed:
+    if not packed and (pixels.dim() != 4 or 0 in pixels.shape[1:]):
+        raise ValueError(
+            f"{name}: pixels must be (B, C, H, W) or packed (P,), got {tuple(pixels.shape)}."
+        )
+    if any((x is None) == packed for x in (offsets, sizes, channels)):
         raise ValueError(
             f"{name}: offsets, sizes and channels go with packed (P,) pixels, and only with them, "
             f"got pixels {tuple(pixels.shape)}."
         )
     if not packed:
-        if pixels.dim() != 4 or 0 in pixels.shape[1:]:
-            raise ValueError(
-                f"{name}: pixels must be (B, C, H, W) or packed (P,), got {tuple(pixels.shape)}."
-            )
         B, channels, H, W = pixels.shape
         offsets = torch.arange(B, device=device) * (channels * H * W)
         sizes = torch.tensor([[H, W]], device=device).expand(B, 2)
