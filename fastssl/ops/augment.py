@@ -142,12 +142,13 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 
 def noise_ref(key: list[int], channels: int, size: int) -> Tensor:
     """(C, size, size) float64, normal by Box and Muller: a pair of uniforms gives two values."""
-    from fastssl.augment.random import AUGMENT, uniform  # which imports this module's users
+    from fastssl.augment.random import AUGMENT, words  # whose package imports this module
 
     index, epoch, view, seed = key
     count = channels * size**2
     pairs = (count + 1) // 2
-    u = uniform(seed, AUGMENT, epoch, torch.tensor([index]), view, 2 * pairs, first=NOISE_WORD)[0]
+    w = words(seed, AUGMENT, epoch, torch.tensor([index]), view, 2 * pairs, first=NOISE_WORD)[0]
+    u = (w.double() + 0.5) / 2**32  # in (0, 1)
     radius, turn = (-2 * u[:pairs].log()).sqrt(), 2 * math.pi * u[pairs:]
     normal = torch.cat((radius * turn.cos(), radius * turn.sin()))[:count]
     return normal.view(channels, size, size)
@@ -317,16 +318,16 @@ def render_views(
     if pixels.requires_grad or params.requires_grad:
         raise ValueError(f"{name}: views take no gradient. Use .detach().")
     device, packed = pixels.device, pixels.dim() == 1
-    if (offsets is None) == packed or (sizes is None) == packed or (channels is None) == packed:
+    if not packed and (pixels.dim() != 4 or 0 in pixels.shape[1:]):
+        raise ValueError(
+            f"{name}: pixels must be (B, C, H, W) or packed (P,), got {tuple(pixels.shape)}."
+        )
+    if any((x is None) == packed for x in (offsets, sizes, channels)):
         raise ValueError(
             f"{name}: offsets, sizes and channels go with packed (P,) pixels, and only with them, "
             f"got pixels {tuple(pixels.shape)}."
         )
     if not packed:
-        if pixels.dim() != 4 or 0 in pixels.shape[1:]:
-            raise ValueError(
-                f"{name}: pixels must be (B, C, H, W) or packed (P,), got {tuple(pixels.shape)}."
-            )
         B, channels, H, W = pixels.shape
         offsets = torch.arange(B, device=device) * (channels * H * W)
         sizes = torch.tensor([[H, W]], device=device).expand(B, 2)
