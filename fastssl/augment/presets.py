@@ -19,13 +19,19 @@ def _flip(flip: bool) -> tuple:
     return (HorizontalFlip(),) if flip else ()
 
 
-def simclr(size: int = 224, *, flip: bool = True, strength: float = 1.0) -> View:
+def simclr(
+    size: int = 224,
+    *,
+    flip: bool = True,
+    strength: float = 1.0,
+    interpolation: str = "bicubic",
+) -> View:
     """Crops of 8 to 100 % of the area, jitter of 0.8, 0.8, 0.8, 0.2 times `strength` with
-    probability 0.8, grey 0.2, blur 0.5.
+    probability 0.8, grey 0.2, blur 0.5. Ports to PyTorch often interpolate bilinearly.
 
     Paper: SimCLR, arXiv 2002.05709, appendix A; strength 0.5 for CIFAR.
     """
-    return _simclr(RandomResizedCrop(size, interpolation="bicubic"), flip, strength)
+    return _simclr(RandomResizedCrop(size, interpolation=interpolation), flip, strength)
 
 
 def _simclr(crop: RandomResizedCrop, flip: bool, strength: float = 1.0) -> View:
