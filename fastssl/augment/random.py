@@ -81,7 +81,7 @@ def uniform(
     float64 because vectorised and scalar `exp`, `log` and `cos` may differ in the last bit, and
     which of them an element meets depends on the batch: rounding to float32 afterwards hides it.
     """
-    return (words(seed, stream, epoch, index, view, count, first) + 0.5) / 2.0**32
+    return (words(seed, stream, epoch, index, view, count, first).double() + 0.5) / 2.0**32
 
 
 def permutation(n: int, seed: int, stream: int = ORDER, epoch: int = 0) -> Tensor:

@@ -1,89 +1,345 @@
-"""What a view is: one frozen description, and the presets."""
+"""What a view is: a tuple of small frozen specifications, read like torchvision's Compose."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from fastssl.ops import view_parameters as op
+
+Range = tuple[float, float]
+
+
+def _range(spec, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """Makes a field two numbers low <= a <= b <= high, or says what is wrong with it."""
+    value = getattr(spec, name)
+    pair = tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high or not math.isfinite(pair[1]):
+        bounds = f"{low:g} <= low <= high" + (f" <= {high:g}" if high < math.inf else "")
+        raise ValueError(
+            f"{type(spec).__name__}: {name} must be two numbers {bounds}, got {value!r}."
+        )
+    object.__setattr__(spec, name, pair)
+
+
+def _number(spec, name: str, low: float, high: float = math.inf) -> None:
+    value = getattr(spec, name)
+    if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
+        bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+        raise ValueError(f"{type(spec).__name__}: {name} must be a number {bounds}, got {value!r}.")
+
+
+def _resizing(spec) -> None:
+    name = type(spec).__name__
+    if not isinstance(spec.size, int) or not 0 < spec.size < 1 << 15:
+        raise ValueError(
+            f"{name}: size must be a whole number of pixels, at least 1 and below 32768, "
+            f"got {spec.size!r}."
+        )
+    if spec.interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(
+            f'{name}: interpolation must be "bilinear" or "bicubic", got {spec.interpolation!r}.'
+        )
 
 
 @dataclass(frozen=True)
-class View:
-    """One random view of an image. The defaults change nothing but the size.
+class Resize:
+    """The whole image as a square of `size` pixels; its aspect is not kept."""
 
-    Colour parts (saturation, hue, grey) are skipped for images without exactly three channels.
+    size: int
+    interpolation: str = "bilinear"
+    antialias: bool = True
+
+    def __post_init__(self):
+        _resizing(self)
+
+    def write(self, row: list[float]) -> None:
+        row[op.CROP] = 0
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random part of the image as a square of `size` pixels, drawn as torchvision's.
+
+    `scale` is the part's area as a share of the image's, uniform; `ratio` its width over its
+    height, log-uniform. With `pad` the part may reach so far beyond each edge, as a share of the
+    image's side, where the edge's pixels are repeated; corners then lie between pixels.
     """
 
     size: int
-    """Side of the view in pixels."""
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Area of the crop as a fraction of the (padded) image, uniform."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the crop, log-uniform; (1, 1) keeps it square."""
+    scale: Range = (0.08, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+    antialias: bool = True
     pad: float = 0.0
-    """Border the crop may reach into, as a fraction of the side; filled with the edge pixels."""
-    rotate: float = 0.0
-    """Largest rotation about the centre of the crop, in degrees."""
-    flip: float = 0.0
-    """Probability of a left-right mirror image."""
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Strength of brightness, contrast, saturation (factors in 1 -+ s) and hue (turns)."""
-    jitter_p: float = 0.0
-    gray_p: float = 0.0
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Standard deviation of the Gaussian in pixels of the view, uniform."""
-    solarize_p: float = 0.0
-    noise: float = 0.0
-    """Standard deviation of Gaussian pixel noise, for intensities in [0, 1]."""
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"View: size must be at least 1 pixel, got {self.size}.")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
+        _resizing(self)
+        _range(self, "scale", 1e-6, 1)
+        _range(self, "ratio", 1e-3)
+        _number(self, "pad", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.CROP] = 1
+        row[op.AREA : op.AREA + 2] = self.scale
+        row[op.RATIO : op.RATIO + 2] = self.ratio
+        row[op.PAD] = self.pad
+
+
+@dataclass(frozen=True)
+class Translate:
+    """Moves the part by U(-fraction, fraction) of its side along each axis; edges are repeated."""
+
+    fraction: float
+
+    def __post_init__(self):
+        _number(self, "fraction", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.SHIFT] = self.fraction
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Turns the part about its centre by U(-degrees, degrees); edges are repeated.
+
+    What is turned is sampled bilinearly without antialiasing.
+    """
+
+    degrees: float
+
+    def __post_init__(self):
+        _number(self, "degrees", 0, 180)
+
+    def write(self, row: list[float]) -> None:
+        row[op.ROTATION] = math.radians(self.degrees)
+
+
+@dataclass(frozen=True)
+class Rotate90:
+    """With probability p a turn by 0, 1, 2 or 3 quarters, each as likely."""
+
+    p: float = 1.0
+
+    def __post_init__(self):
+        _number(self, "p", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.TURNS_P] = self.p
+
+
+@dataclass(frozen=True)
+class HorizontalFlip:
+    """With probability p the mirror image, left and right exchanged."""
+
+    p: float = 0.5
+
+    def __post_init__(self):
+        _number(self, "p", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.FLIP_P] = self.p
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """With probability p four colour operations in a random order, as torchvision's.
+
+    A number b stands for factors in (max(0, 1 - b), 1 + b), for the hue (-b, b) turns; or give the
+    pair. Saturation and hue are left out for images without exactly three channels.
+    """
+
+    brightness: float | Range = 0.0
+    contrast: float | Range = 0.0
+    saturation: float | Range = 0.0
+    hue: float | Range = 0.0
+    p: float = 1.0
+
+    def __post_init__(self):
+        for name in ("brightness", "contrast", "saturation"):
+            if isinstance(value := getattr(self, name), (int, float)):
+                _number(self, name, 0)
+                object.__setattr__(self, name, (max(0.0, 1.0 - value), 1.0 + value))
+            _range(self, name, 0)
+        if isinstance(self.hue, (int, float)):
+            _number(self, "hue", 0, 0.5)
+            object.__setattr__(self, "hue", (0.0 - self.hue, 0.0 + self.hue))
+        _range(self, "hue", -0.5, 0.5)
+        _number(self, "p", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.JITTER_P] = self.p
+        row[op.FACTORS : op.FACTORS + 8] = (
+            *self.brightness, *self.contrast, *self.saturation, *self.hue,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grayscale:
+    """With probability p the luminance in all three channels."""
+
+    p: float = 0.1
+
+    def __post_init__(self):
+        _number(self, "p", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.GRAY_P] = self.p
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """With probability p a blur of standard deviation U(sigma), in pixels of the view.
+
+    The window reaches max(1, size // 20) pixels to each side, about SimCLR's tenth of the view.
+    """
+
+    p: float = 0.5
+    sigma: Range = (0.1, 2.0)
+
+    def __post_init__(self):
+        _number(self, "p", 0, 1)
+        _range(self, "sigma", 1e-3)
+
+    def write(self, row: list[float]) -> None:
+        row[op.BLUR_P] = self.p
+        row[op.BLUR : op.BLUR + 2] = self.sigma
+
+
+@dataclass(frozen=True)
+class Solarize:
+    """With probability p values from the threshold on become 1 minus themselves."""
+
+    p: float = 0.2
+    threshold: float = 128 / 255
+
+    def __post_init__(self):
+        _number(self, "p", 0, 1)
+        _number(self, "threshold", 0, 1)
+
+    def write(self, row: list[float]) -> None:
+        row[op.SOLARIZE_P], row[op.THRESHOLD] = self.p, self.threshold
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise of this standard deviation on every value, for values in [0, 1]."""
+
+    std: float
+
+    def __post_init__(self):
+        _number(self, "std", 0)
+
+    def write(self, row: list[float]) -> None:
+        row[op.NOISE_STD] = self.std
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(x - mean) / std by channels. None: ImageNet's numbers for three channels, else 0.5 and 0.5.
+
+    Without it values lie in [0, 1].
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("Normalize: give both mean and std, or neither.")
+        if self.mean is None:
+            return
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise ValueError(
-                f"View: crop_scale must be 0 < low <= high <= 1, got {self.crop_scale}. "
-                "Use pad for crops that are larger than the image."
+                "Normalize: mean and std must hold one number a channel each, std above 0, "
+                f"got {self.mean} and {self.std}."
             )
-        low, high = self.crop_ratio
-        if not 0 < low <= high:
-            raise ValueError(f"View: crop_ratio must be 0 < low <= high, got {self.crop_ratio}.")
-        for name in ("flip", "jitter_p", "gray_p", "blur_p", "solarize_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"View: {name} is a probability in [0, 1], got {getattr(self, name)}."
+
+    def write(self, row: list[float]) -> None:
+        """Nothing: it is not random."""
+
+
+_ORDER = (
+    (RandomResizedCrop, Resize),
+    (Translate, Rotate),
+    (Rotate90,),
+    (ColorJitter,),
+    (Grayscale,),
+    (GaussianBlur,),
+    (Solarize,),
+    (Noise,),
+    (Normalize,),
+)
+_STAGE = {kind: stage for stage, kinds in enumerate(_ORDER) for kind in kinds}
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class View:
+    """One random view of an image: specifications in the order the kernels go through them.
+
+    View(RandomResizedCrop | Resize, Translate, Rotate, Rotate90, ColorJitter, Grayscale,
+    GaussianBlur, Solarize, Noise, Normalize); HorizontalFlip anywhere. Only the first is needed,
+    each may be given once. Views are equal where their specifications are.
+
+    Raises:
+        TypeError: something else than a specification. ValueError: another order, one given twice,
+            or neither RandomResizedCrop nor Resize; the message gives the right order.
+
+    Example:
+        >>> from fastssl.augment import GaussianBlur, HorizontalFlip, RandomResizedCrop, View
+        >>> View(RandomResizedCrop(224, scale=(0.2, 1.0)), HorizontalFlip(), GaussianBlur(0.5)).size
+        224
+    """
+
+    specs: tuple
+
+    def __init__(self, *specs):
+        for spec in specs:
+            if type(spec) not in _STAGE and not isinstance(spec, HorizontalFlip):
+                raise TypeError(
+                    f"View: must hold specifications such as RandomResizedCrop(224), got {spec!r}."
                 )
+        ordered = [spec for spec in specs if type(spec) in _STAGE]
+        stages = [_STAGE[type(spec)] for spec in ordered]
+        names = [type(spec).__name__ for spec in specs]
+        if len(set(names)) < len(names) or stages.count(0) > 1:
+            raise ValueError(f"View: each specification may stand once, got {', '.join(names)}.")
+        if stages != sorted(stages):
+            right = [type(spec).__name__ for spec in sorted(ordered, key=lambda s: _STAGE[type(s)])]
+            raise ValueError(
+                f"View: the order must be {', '.join(right)}, got {', '.join(names)}. "
+                "The kernels apply it so, whatever stands first here."
+            )
+        if 0 not in stages:
+            raise ValueError(
+                f"View: must begin with RandomResizedCrop(size) or Resize(size), got "
+                f"{', '.join(names) or 'nothing'}."
+            )
+        object.__setattr__(self, "specs", specs)
 
+    def __repr__(self) -> str:
+        return f"View({', '.join(map(repr, self.specs))})"
 
-def simclr(size: int, *, flip: bool = True, strength: float = 1.0) -> View:
-    """The augmentation of SimCLR (arXiv 2002.05709, appendix A) for photographs."""
-    s = strength
-    return View(
-        size,
-        crop_scale=(0.08, 1.0),
-        flip=0.5 * flip,
-        jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s),
-        jitter_p=0.8,
-        gray_p=0.2,
-        blur_p=0.5,
-    )
+    def get(self, kind: type):
+        """The specification of this type, or None."""
+        return next((spec for spec in self.specs if isinstance(spec, kind)), None)
 
+    @property
+    def crop(self) -> RandomResizedCrop | Resize:
+        return self.get(RandomResizedCrop) or self.get(Resize)
 
-def small(size: int, channels: int, *, flip: bool = True) -> View:
-    """For images of 8 to 64 pixels: milder crops, no blur; noise instead of colour if not RGB."""
-    if channels == 3:
-        return View(
-            size,
-            crop_scale=(0.2, 1.0),
-            flip=0.5 * flip,
-            jitter=(0.4, 0.4, 0.4, 0.1),
-            jitter_p=0.8,
-            gray_p=0.2,
-        )
-    return View(
-        size,
-        crop_scale=(0.4, 1.0),
-        pad=0.1,
-        rotate=15.0,
-        flip=0.5 * flip,
-        jitter=(0.4, 0.4, 0.0, 0.0),
-        jitter_p=0.8,
-        noise=0.1,
-    )
+    @property
+    def size(self) -> int:
+        """Side of the view in pixels."""
+        return self.crop.size
+
+    def numbers(self) -> list[float]:
+        """A row of `ops.view_parameters`' spec."""
+        row = [0.0] * op.SPEC
+        row[op.AREA : op.RATIO + 2] = (1.0,) * 4
+        row[op.FACTORS : op.FACTORS + 8] = [x for x in op.NEUTRAL for _ in range(2)]
+        row[op.BLUR : op.BLUR + 2] = (1.0,) * 2
+        for spec in self.specs:
+            spec.write(row)
+        return row

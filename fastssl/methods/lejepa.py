@@ -7,12 +7,10 @@ What differs: images of up to 64 pixels have views of one size with milder crops
 solarisation; the defaults of the projector are those of small backbones.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from ..augment import View, simclr, small
+from ..augment import View, lejepa, small
 from ..data import Batch
 from ..losses import LeJEPALoss
 from ..models import mlp
@@ -50,17 +48,14 @@ class LeJEPA(nn.Module):
         self.global_views, self.local_views = global_views, local_views
 
     def views(self, image_size: int, source) -> list[View]:
+        Vg, Vl = self.global_views, self.local_views
         if image_size > 64:
-            whole = replace(
-                simclr(image_size, flip=source.mirror, strength=0.5),
-                crop_scale=(0.3, 1.0), solarize_p=0.2,
-            )  # fmt: skip
-            size = self.local_size or image_size * 7 // 16
-            part = replace(whole, size=size, crop_scale=(0.05, 0.3))
-        else:
-            whole = small(image_size, source.channels, flip=source.mirror)
-            part = replace(whole, size=self.local_size or image_size)
-        return [whole] * self.global_views + [part] * self.local_views
+            local_size = self.local_size or image_size * 7 // 16
+            return lejepa(
+                image_size, local_size, global_views=Vg, local_views=Vl, flip=source.mirror
+            )
+        sizes = [image_size] * Vg + [self.local_size or image_size] * Vl
+        return [small(size, source.channels, flip=source.mirror) for size in sizes]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         Vg, V = self.global_views, len(batch.views)

@@ -168,7 +168,10 @@ class _Training:
         lr = setup.learning_rate(config, self.step, self.steps_per_epoch, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        views = augment(images.to(device), index, self.views, seed=config.seed, epoch=epoch)
+        views = augment(
+            images.to(device), index, self.views,
+            seed=config.seed, epoch=epoch, channels_last=True,
+        )  # fmt: skip
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss, scalars = self.objective(Batch(views, index.to(device), label.to(device)))
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,666 @@
+// Views of images from their parameters: all pixel operations while a view is in the second cache.
+//
+// A view is made in blocks of rows. The crop combines rows of the image, then takes the columns'
+// taps from the combined row in the first cache; weights come from fp64, once a view. Turns and the
+// flip cost nothing: taps are listed in mirrored order, and an odd turn transposes the finished
+// square. Colour operations run on a block until a contrast needs the mean luminance of the whole
+// view; then another pass begins. The last pass normalises and rounds into the result. Blurred views
+// take one more, separable, a row at a time. Sums run over blocks in fixed order, so a view's bits
+// depend on its image and its parameters only.
+// Bytes: the crop's pixels once, the result once. Every loop keeps a NaN.
+// Papers: the operations of SimCLR, arXiv:2002.05709; Philox, Salmon et al., SC 2011.
+#include "rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <numbers>
+
+namespace fastssl {
+namespace {
+
+// Columns of `params`, as in fastssl/ops/augment.py.
+enum Column {
+  kX0, kY0, kX1, kY1, kAngle, kTurns, kFlip, kBrightness, kFirst = 11, kGray = 15, kSigma,
+  kSolarize, kNoise, kParams = 20
+};
+enum Operation { kScale, kContrast, kSaturation, kHue, kGrayscale };
+
+constexpr int64_t kBlock = 1024;  // pixels of a block of rows, at least: its planes stay in cache 1
+constexpr int64_t kFewest = 1 << 14;  // elements of a task, at least
+constexpr double kFarthest = 1 << 20;  // a crop's corner, so that its pixels are soon counted
+
+// ---------------------------------------------------------------------------------------- crop
+
+// Which pixels of a line of the image each pixel of a line of the view takes, and how much.
+struct Axis {
+  std::vector<int32_t> begin, place;  // pixel i takes place[begin[i]] .. place[begin[i + 1] - 1]
+  std::vector<float> weight;
+  int64_t low = 0, length = 0;  // all places lie in [low, low + length)
+  // The same with tap t of pixel i at [t size + i], places from `low` on. Where a pixel has fewer
+  // taps its first place comes again with weight 0, so that no other pixel's NaN gets in.
+  std::vector<int32_t> place_of;
+  std::vector<float> weight_of;
+  int64_t taps = 0;
+
+  void build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
+             bool mirrored);
+  void spread(int64_t size);
+};
+
+double filter(double t, bool bicubic, double a) {
+  if (!bicubic) return std::max(0.0, 1.0 - t);
+  if (t < 1.0) return ((a + 2.0) * t - (a + 3.0)) * t * t + 1.0;
+  return t < 2.0 ? a * (((t - 5.0) * t + 8.0) * t - 4.0) : 0.0;
+}
+
+void Axis::build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
+                 bool mirrored) {
+  const double share = (to - from) / static_cast<double>(size);
+  const double stretch = antialias ? std::max(share, 1.0) : 1.0;
+  const double reach = bicubic ? 2.0 * stretch : stretch, a = antialias ? -0.5 : -0.75;
+  const int64_t first = std::floor(from), last = static_cast<int64_t>(std::ceil(to)) - 1;
+  begin.assign(1, 0), place.clear(), weight.clear();
+  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const double centre = from + share * (static_cast<double>(mirrored ? size - 1 - i : i) + 0.5);
+    int64_t j = std::ceil(centre - reach - 0.5), end = std::floor(centre + reach - 0.5);
+    if (antialias) j = std::max(j, first), end = std::min(end, last);
+    double sum = 0.0;
+    const size_t start = place.size();
+    for (; j <= end; ++j) {
+      const double w =
+          filter(std::abs(static_cast<double>(j) + 0.5 - centre) / stretch, bicubic, a);
+      if (w == 0.0) continue;
+      sum += w;
+      const auto p = static_cast<int32_t>(
+          std::clamp<int64_t>(std::clamp(j, first, last), 0, pixels - 1));
+      if (place.size() > start && place.back() == p) {  // an edge, repeated
+        weight.back() += static_cast<float>(w);
+      } else {
+        place.push_back(p), weight.push_back(static_cast<float>(w));
+      }
+    }
+    for (size_t k = start; k < place.size(); ++k) weight[k] /= static_cast<float>(sum);
+    lowest = std::min(lowest, place[start]), highest = std::max(highest, place.back());
+    begin.push_back(static_cast<int32_t>(place.size()));
+  }
+  low = lowest, length = highest - lowest + 1;
+}
+
+void Axis::spread(int64_t size) {
+  taps = 0;
+  for (int64_t i = 0; i < size; ++i) taps = std::max<int64_t>(taps, begin[i + 1] - begin[i]);
+  place_of.resize(taps * size), weight_of.resize(taps * size);
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t i = 0; i < size; ++i) {
+      const bool real = t < begin[i + 1] - begin[i];
+      const int32_t k = begin[i] + (real ? static_cast<int32_t>(t) : 0);
+      place_of[t * size + i] = place[k] - static_cast<int32_t>(low);
+      weight_of[t * size + i] = real ? weight[k] : 0.f;
+    }
+}
+
+// out (n,) = or += the sum of N rows, each times its weight.
+template <int N, class T>
+FASTSSL_INLINE inline void add_rows(const T* const* rows, const float* weight, bool add, int64_t n,
+                                    float* __restrict out) {
+  const T* row[N];
+  float w[N];
+  for (int k = 0; k < N; ++k) row[k] = rows[k], w[k] = weight[k];
+  const auto sum = [&](int64_t x) FASTSSL_INLINE {
+    float s = w[0] * static_cast<float>(row[0][x]);
+    for (int k = 1; k < N; ++k) s += w[k] * static_cast<float>(row[k][x]);
+    return s;
+  };
+  if (add) {
+    for (int64_t x = 0; x < n; ++x) out[x] += sum(x);
+  } else {
+    for (int64_t x = 0; x < n; ++x) out[x] = sum(x);
+  }
+}
+template <class T>
+FASTSSL_INLINE inline void combine(const T* image, int64_t width, const int32_t* place,
+                                   const float* weight, int64_t taps, int64_t n, float* out) {
+  for (int64_t t = 0; t < taps; t += 4) {
+    const T* rows[4];
+    const int64_t some = std::min<int64_t>(4, taps - t);
+    for (int64_t k = 0; k < some; ++k) rows[k] = image + place[t + k] * width;
+    if (some == 4) add_rows<4>(rows, weight + t, t > 0, n, out);
+    else if (some == 3) add_rows<3>(rows, weight + t, t > 0, n, out);
+    else if (some == 2) add_rows<2>(rows, weight + t, t > 0, n, out);
+    else add_rows<1>(rows, weight + t, t > 0, n, out);
+  }
+}
+FASTSSL_CLONES void combine_rows(const uint8_t* image, int64_t width, const int32_t* place,
+                                 const float* weight, int64_t taps, int64_t n, float* out) {
+  combine(image, width, place, weight, taps, n, out);
+}
+FASTSSL_CLONES void combine_rows(const float* image, int64_t width, const int32_t* place,
+                                 const float* weight, int64_t taps, int64_t n, float* out) {
+  combine(image, width, place, weight, taps, n, out);
+}
+
+// out (size,): the taps of a line.
+FASTSSL_CLONES void take_columns(const float* line, const int32_t* __restrict place,
+                                 const float* __restrict weight, int64_t taps, int64_t size,
+                                 float* __restrict out) {
+  const int32_t* place1 = place + size;
+  const float* weight1 = weight + size;
+  if (taps == 1) {
+    for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * line[place[i]];
+    return;
+  }
+  for (int64_t i = 0; i < size; ++i)
+    out[i] = weight[i] * line[place[i]] + weight1[i] * line[place1[i]];
+  for (int64_t t = 2; t < taps; ++t)
+    for (int64_t i = 0; i < size; ++i)
+      out[i] += weight[t * size + i] * line[place[t * size + i]];
+}
+
+// -------------------------------------------------------------------------------------- colour
+
+FASTSSL_INLINE inline float unit(float x) {  // clamped to [0, 1]; NaN stays NaN
+  x = 0.f > x ? 0.f : x;
+  return 1.f < x ? 1.f : x;
+}
+
+FASTSSL_INLINE inline float luminance(float r, float g, float b) {
+  return 0.2989f * r + 0.587f * g + 0.114f * b;
+}
+
+// x = clamp(a x + b)
+FASTSSL_CLONES void affine(float* x, int64_t n, float a, float b) {
+  for (int64_t i = 0; i < n; ++i) x[i] = unit(a * x[i] + b);
+}
+
+FASTSSL_CLONES void saturate(float* __restrict r, float* __restrict g, float* __restrict b,
+                             int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float rest = (1.f - factor) * luminance(r[i], g[i], b[i]);
+    r[i] = unit(factor * r[i] + rest);
+    g[i] = unit(factor * g[i] + rest);
+    b[i] = unit(factor * b[i] + rest);
+  }
+}
+
+// Value and chroma are kept. With the hue h in sixths of a turn, each channel is value - chroma w,
+// w in [0, 1] a trapezoid of h. `shift` is in [1, 7), so that one comparison brings h into [0, 6).
+FASTSSL_CLONES void turn_hue(float* __restrict red, float* __restrict green,
+                             float* __restrict blue, int64_t n, float shift) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float r = red[i], g = green[i], b = blue[i];
+    const float high = r > g ? (r > b ? r : b) : (g > b ? g : b);
+    const float low = r < g ? (r < b ? r : b) : (g < b ? g : b);
+    const float chroma = high - low;
+    const float over = high == r ? g - b : high == g ? b - r : r - g;
+    const float base = high == r ? shift : high == g ? 2.f + shift : 4.f + shift;
+    float h = base + over / (chroma == 0.f ? 1.f : chroma);
+    h = h >= 6.f ? h - 6.f : h;
+    const float value = high + 0.f * (r + g + b);  // a comparison would lose a NaN
+    red[i] = unit(value - chroma * unit(2.f - std::abs(h - 3.f)));
+    green[i] = unit(value - chroma * unit(std::abs(h - 2.f) - 1.f));
+    blue[i] = unit(value - chroma * unit(std::abs(h - 4.f) - 1.f));
+  }
+}
+
+FASTSSL_CLONES void gray(float* __restrict r, const float* __restrict g, const float* __restrict b,
+                         int64_t n) {
+  for (int64_t i = 0; i < n; ++i) r[i] = luminance(r[i], g[i], b[i]);
+}
+
+// The sum of n luminances, by lanes.
+FASTSSL_CLONES float sum_luminance(const float* r, const float* g, const float* b, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += luminance(r[i + l], g[i + l], b[i + l]);
+  for (; i < n; ++i) lanes[i % kLanes] += luminance(r[i], g[i], b[i]);
+  float sum = 0.f;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+FASTSSL_CLONES float sum_plane(const float* x, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += x[i + l];
+  for (; i < n; ++i) lanes[i % kLanes] += x[i];
+  float sum = 0.f;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+// ---------------------------------------------------------------------------- blur and the end
+
+// out (n,) = or += the sum over N distances of weight (line before + line after).
+template <int N>
+FASTSSL_INLINE inline void add_pairs(const float* const* before, const float* const* after,
+                                     const float* weight, int64_t n, float* __restrict out) {
+  const float *p[N], *q[N];
+  float w[N];
+  for (int k = 0; k < N; ++k) p[k] = before[k], q[k] = after[k], w[k] = weight[k];
+  for (int64_t x = 0; x < n; ++x) {
+    float s = out[x];
+    for (int k = 0; k < N; ++k) s += w[k] * (p[k][x] + q[k][x]);
+    out[x] = s;
+  }
+}
+// A symmetric filter of lines: weight[0] of the middle one, weight[k] of those at distance k.
+FASTSSL_CLONES void blur_line(const float* middle, const float* const* before,
+                              const float* const* after, const float* weight, int64_t radius,
+                              int64_t n, float* __restrict out) {
+  const float w = weight[0];
+  for (int64_t x = 0; x < n; ++x) out[x] = w * middle[x];
+  int64_t k = 1;
+  for (; k + 3 <= radius; k += 4) add_pairs<4>(before + k, after + k, weight + k, n, out);
+  for (; k <= radius; ++k) add_pairs<1>(before + k, after + k, weight + k, n, out);
+}
+
+// Philox4x32-10: blocks of four words from `block` on, as fastssl/augment/random.py counts them.
+struct Counter {
+  uint32_t index, epoch, view, stream, key[2];
+};
+FASTSSL_CLONES void random_words(const Counter& counter, uint32_t block, int64_t blocks,
+                                 uint32_t* __restrict out) {
+  for (int64_t i = 0; i < blocks; ++i) {
+    uint32_t w0 = counter.index, w1 = counter.epoch;
+    uint32_t w2 = counter.view | (block + static_cast<uint32_t>(i)), w3 = counter.stream;
+    uint32_t k0 = counter.key[0], k1 = counter.key[1];
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
+      w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
+      w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    out[4 * i] = w0, out[4 * i + 1] = w1, out[4 * i + 2] = w2, out[4 * i + 3] = w3;
+  }
+}
+
+struct End {  // of a pixel's way: solarise, clamp, normalise
+  float threshold;
+  const float *mean, *factor;  // (C,)
+
+  FASTSSL_INLINE float operator()(float x, float m, float f) const {
+    x = x >= threshold ? 1.f - x : x;
+    return (unit(x) - m) * f;
+  }
+};
+// n pixels of C planes into `out`: planes `stride` apart, or interleaved where it is 0.
+template <class T, class Round>
+FASTSSL_INLINE inline void finish(const float* const* x, int64_t C, int64_t n, const End& given,
+                                  T* __restrict out, int64_t stride, const Round& round) {
+  const End end = given;
+  if (stride == 0 && C == 3) {
+    const float *r = x[0], *g = x[1], *b = x[2];
+    const float m0 = end.mean[0], m1 = end.mean[1], m2 = end.mean[2];
+    const float f0 = end.factor[0], f1 = end.factor[1], f2 = end.factor[2];
+    for (int64_t i = 0; i < n; ++i) {
+      out[3 * i] = round(end(r[i], m0, f0));
+      out[3 * i + 1] = round(end(g[i], m1, f1));
+      out[3 * i + 2] = round(end(b[i], m2, f2));
+    }
+    return;
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    const float *plane = x[c], m = end.mean[c], f = end.factor[c];
+    if (stride == 0) {
+      for (int64_t i = 0; i < n; ++i) out[i * C + c] = round(end(plane[i], m, f));
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[c * stride + i] = round(end(plane[i], m, f));
+    }
+  }
+}
+FASTSSL_CLONES void finish_fp32(const float* const* x, int64_t C, int64_t n, const End& end,
+                                float* out, int64_t stride) {
+  finish(x, C, n, end, out, stride, [](float v) FASTSSL_INLINE { return v; });
+}
+FASTSSL_CLONES void finish_bf16(const float* const* x, int64_t C, int64_t n, const End& end,
+                                uint16_t* out, int64_t stride) {
+  finish(x, C, n, end, out, stride,
+         [](float v) FASTSSL_INLINE { return static_cast<uint16_t>(bf16_bits(v)); });
+}
+FASTSSL_CLONES void finish_fp16(const float* const* x, int64_t C, int64_t n, const End& end,
+                                uint16_t* out, int64_t stride) {
+  finish(x, C, n, end, out, stride, [](float v) FASTSSL_INLINE { return half_bits(v); });
+}
+
+// ---------------------------------------------------------------------------------- the views
+
+struct Job {
+  const void* pixels;
+  bool bytes;  // of `pixels`; or else fp32
+  const int64_t *offsets, *sizes, *source;  // (B,), (B, 2), (M,)
+  const float* params;  // (M, kParams)
+  const int64_t* keys;  // (M, 4) or null
+  int64_t C, size;
+  bool bicubic, antialias;
+  std::vector<float> mean, factor;  // (C,)
+  ScalarType dtype;
+  bool channels_last;
+  void* out;  // (M, C, size, size), or (M, size, size, C)
+};
+
+// Makes views one after another in the same memory.
+class Renderer {
+ public:
+  explicit Renderer(const Job& job)
+      : job_(job),
+        plane_(job.size * job.size),
+        rows_(std::clamp<int64_t>(kBlock / job.size, 1, job.size)),
+        image_(job.C * plane_),
+        sources_(job.C) {}
+
+  void render(int64_t m);
+
+ private:
+  struct Step {
+    int operation;
+    float factor;
+  };
+
+  void plan();
+  void crop(int64_t row);
+  void apply(const Step& step, int64_t at, int64_t n, double mean);
+  double sum(int64_t at, int64_t n) const;
+  void transpose();
+  void blur();
+  void draw_noise();
+  void emit(const float* x, int64_t ld, int64_t at, int64_t n);
+
+  const Job& job_;
+  const int64_t plane_, rows_;
+  std::vector<float> image_;  // (C, size, size); of grey views the first plane only
+  std::vector<const float*> sources_;
+  std::vector<float> line_, block_, noise_;
+  Axis x_, y_;
+
+  int64_t view_ = 0, image_at_ = 0, height_ = 0, width_ = 0, planes_ = 0;
+  const float* p_ = nullptr;  // this view's parameters
+  bool across_ = false, mirror_x_ = false, mirror_y_ = false;
+  Step steps_[5];
+  int count_ = 0;
+};
+
+// One row of samples along a turned line: at (x + dx[i], y + dy[i]), edges repeated.
+template <class T>
+void sample_row(const T* image, int64_t height, int64_t width, double x, double y, double dx,
+                double dy, float scale, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double px = std::clamp(x + dx * static_cast<double>(i), 0.0, double(width - 1));
+    const double py = std::clamp(y + dy * static_cast<double>(i), 0.0, double(height - 1));
+    const auto left = static_cast<int64_t>(px), top = static_cast<int64_t>(py);
+    const int64_t right = std::min(left + 1, width - 1), bottom = std::min(top + 1, height - 1);
+    const float fx = static_cast<float>(px - double(left)), fy = static_cast<float>(py - double(top));
+    const T *upper = image + top * width, *lower = image + bottom * width;
+    const float a = upper[left], b = upper[right], c = lower[left], d = lower[right];
+    const float up = a + fx * (b - a), down = c + fx * (d - c);
+    out[i] = scale * (up + fy * (down - up));
+  }
+}
+
+void Renderer::plan() {
+  // Quarter turns are mirror images of the image or of its transpose.
+  const int turns = static_cast<int>(p_[kTurns]) & 3;
+  across_ = turns & 1, mirror_x_ = turns == 1 || turns == 2, mirror_y_ = turns >= 2;
+  if (p_[kFlip] != 0.f) (across_ ? mirror_y_ : mirror_x_) ^= true;
+  if (p_[kAngle] == 0.f) {
+    x_.build(p_[kX0], p_[kX1], job_.size, width_, job_.bicubic, job_.antialias, mirror_x_);
+    y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bicubic, job_.antialias, mirror_y_);
+    x_.spread(job_.size);
+    if (job_.bytes)
+      for (float& w : y_.weight) w *= 1.f / 255.f;
+    line_.resize(std::max<size_t>(line_.size(), x_.length));
+  }
+  count_ = 0;
+  for (int k = kFirst; k < kGray; ++k) {
+    const int operation = static_cast<int>(p_[k]);
+    if (operation < 0 || operation > (job_.C == 3 ? kHue : kContrast)) continue;
+    float factor = p_[kBrightness + operation];
+    if (operation == kHue) {
+      factor = 6.f * (factor - std::floor(factor));
+      if (factor < 1.f) factor += 6.f;
+    }
+    steps_[count_++] = {operation, factor};
+  }
+  if (p_[kGray] != 0.f && job_.C == 3) steps_[count_++] = {kGrayscale, 0.f};
+}
+
+// Rows of the view from `row` on, as many as a block has, into the image.
+void Renderer::crop(int64_t row) {
+  const int64_t size = job_.size, end = std::min(size, row + rows_);
+  const auto put = [&]<class T>(const T* image) {
+    if (p_[kAngle] == 0.f) {
+      for (int64_t c = 0; c < job_.C; ++c)
+        for (int64_t i = row; i < end; ++i) {
+          combine_rows(image + c * height_ * width_ + x_.low, width_, &y_.place[y_.begin[i]],
+                       &y_.weight[y_.begin[i]], y_.begin[i + 1] - y_.begin[i], x_.length,
+                       line_.data());
+          take_columns(line_.data(), x_.place_of.data(), x_.weight_of.data(), x_.taps, size,
+                       &image_[c * plane_ + i * size]);
+        }
+      return;
+    }
+    const double x0 = p_[kX0], y0 = p_[kY0], x1 = p_[kX1], y1 = p_[kY1], n = double(size);
+    const double cosine = std::cos(double(p_[kAngle])), sine = std::sin(double(p_[kAngle]));
+    const double u = (x1 - x0) * (0.5 / n - 0.5) * (mirror_x_ ? -1 : 1);
+    const double du = (x1 - x0) / n * (mirror_x_ ? -1 : 1);
+    for (int64_t i = row; i < end; ++i) {
+      const double v = (y1 - y0) * ((double(i) + 0.5) / n - 0.5) * (mirror_y_ ? -1 : 1);
+      const double x = (x0 + x1) / 2 + cosine * u - sine * v - 0.5;
+      const double y = (y0 + y1) / 2 + sine * u + cosine * v - 0.5;
+      for (int64_t c = 0; c < job_.C; ++c)
+        sample_row(image + c * height_ * width_, height_, width_, x, y, cosine * du, sine * du,
+                   job_.bytes ? 1.f / 255.f : 1.f, size, &image_[c * plane_ + i * size]);
+    }
+  };
+  if (job_.bytes) put(static_cast<const uint8_t*>(job_.pixels) + image_at_);
+  else put(static_cast<const float*>(job_.pixels) + image_at_);
+}
+
+void Renderer::apply(const Step& step, int64_t at, int64_t n, double mean) {
+  float *x = &image_[at], *g = x + plane_, *b = g + plane_;
+  if (step.operation == kSaturation) saturate(x, g, b, n, step.factor);
+  else if (step.operation == kHue) turn_hue(x, g, b, n, step.factor);
+  else if (step.operation == kGrayscale) gray(x, g, b, n);
+  else {
+    const bool contrast = step.operation == kContrast;
+    const float rest = contrast ? static_cast<float>((1.0 - double(step.factor)) * mean) : 0.f;
+    for (int64_t c = 0; c < job_.C; ++c) affine(x + c * plane_, n, step.factor, rest);
+  }
+}
+
+// Of the luminances, or of all channels divided by their number.
+double Renderer::sum(int64_t at, int64_t n) const {
+  const float* x = &image_[at];
+  if (job_.C == 3) return sum_luminance(x, x + plane_, x + 2 * plane_, n);
+  double total = 0.0;
+  for (int64_t c = 0; c < job_.C; ++c) total += sum_plane(x + c * plane_, n);
+  return total / double(job_.C);
+}
+
+void Renderer::transpose() {
+  for (int64_t c = 0; c < planes_; ++c)
+    for (int64_t i = 0; i < job_.size; ++i)
+      for (int64_t j = 0; j < i; ++j)
+        std::swap(image_[c * plane_ + i * job_.size + j], image_[c * plane_ + j * job_.size + i]);
+}
+
+void Renderer::blur() {
+  const int64_t size = job_.size, widest = std::max<int64_t>(1, size / 20);
+  std::vector<double> exact(widest + 1);
+  double sum = 0.0;
+  for (int64_t k = 0; k <= widest; ++k) {
+    const double t = double(k) / double(p_[kSigma]);
+    exact[k] = std::exp(-0.5 * t * t);
+    sum += k ? 2.0 * exact[k] : exact[k];
+  }
+  std::vector<float> weight;
+  for (double w : exact)
+    if (w > 1e-10 * sum) weight.push_back(static_cast<float>(w / sum));  // others round to nothing
+  const int64_t radius = static_cast<int64_t>(weight.size()) - 1, last = size - 1;
+  const auto reflected = [&](int64_t i) { return i < 0 ? -i : i > last ? 2 * last - i : i; };
+  std::vector<const float*> before(radius + 1), after(radius + 1);
+  line_.resize(std::max<size_t>(line_.size(), size + 2 * radius));
+  block_.resize(planes_ * rows_ * size);
+  float* middle = line_.data() + radius;
+  for (int64_t row = 0; row < size; row += rows_) {
+    const int64_t end = std::min(size, row + rows_);
+    for (int64_t c = 0; c < planes_; ++c)
+      for (int64_t i = row; i < end; ++i) {
+        const float* plane = &image_[c * plane_];
+        for (int64_t k = 0; k <= radius; ++k) {
+          before[k] = plane + reflected(i - k) * size;
+          after[k] = plane + reflected(i + k) * size;
+        }
+        blur_line(plane + i * size, before.data(), after.data(), weight.data(), radius, size,
+                  middle);
+        for (int64_t k = 1; k <= radius; ++k) {
+          middle[-k] = middle[k], middle[last + k] = middle[last - k];
+          before[k] = middle - k, after[k] = middle + k;
+        }
+        blur_line(middle, before.data(), after.data(), weight.data(), radius, size,
+                  &block_[(c * rows_ + i - row) * size]);
+      }
+    emit(block_.data(), rows_ * size, row * size, (end - row) * size);
+  }
+}
+
+// (C, size, size) by Box and Muller, a pair of words for two values: the first half of the words
+// gives lengths, the second half angles.
+void Renderer::draw_noise() {
+  constexpr uint32_t kAugment = 0, kFirstBlock = 16;
+  const int64_t values = job_.C * plane_, pairs = (values + 1) / 2, blocks = (2 * pairs + 3) / 4;
+  const int64_t* key = job_.keys + 4 * view_;  // index, epoch, view, seed
+  std::vector<uint32_t> words(4 * blocks);
+  random_words({uint32_t(key[0]), uint32_t(key[1]), uint32_t(key[2]) << 24,
+                kAugment << 24 | uint32_t(uint64_t(key[0]) >> 32),
+                {uint32_t(key[3]), uint32_t(uint64_t(key[3]) >> 32)}},
+               kFirstBlock, blocks, words.data());
+  noise_.resize(2 * pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const double u = (words[i] + 0.5) * 0x1p-32, turn = (words[pairs + i] + 0.5) * 0x1p-31;
+    const double length = double(p_[kNoise]) * std::sqrt(-2.0 * std::log(u));
+    noise_[i] = static_cast<float>(length * std::cos(std::numbers::pi * turn));
+    noise_[pairs + i] = static_cast<float>(length * std::sin(std::numbers::pi * turn));
+  }
+}
+
+// The end of n pixels' way, from `at` on: planes of x are `ld` apart.
+void Renderer::emit(const float* x, int64_t ld, int64_t at, int64_t n) {
+  End end{p_[kSolarize], job_.mean.data(), job_.factor.data()};
+  for (int64_t c = 0; c < job_.C; ++c) {
+    const float* plane = x + std::min(c, planes_ - 1) * ld;
+    if (p_[kNoise] > 0.f) {
+      float* noise = &noise_[c * plane_ + at];
+      for (int64_t i = 0; i < n; ++i)
+        noise[i] += plane[i] >= end.threshold ? 1.f - plane[i] : plane[i];
+      plane = noise;
+    }
+    sources_[c] = plane;
+  }
+  if (p_[kNoise] > 0.f) end.threshold = std::numeric_limits<float>::infinity();
+  const int64_t stride = job_.channels_last ? 0 : plane_;
+  const int64_t first = view_ * job_.C * plane_ + (job_.channels_last ? at * job_.C : at);
+  if (job_.dtype == ScalarType::Float)
+    finish_fp32(sources_.data(), job_.C, n, end, static_cast<float*>(job_.out) + first, stride);
+  else if (job_.dtype == ScalarType::BFloat16)
+    finish_bf16(sources_.data(), job_.C, n, end, static_cast<uint16_t*>(job_.out) + first, stride);
+  else
+    finish_fp16(sources_.data(), job_.C, n, end, static_cast<uint16_t*>(job_.out) + first, stride);
+}
+
+void Renderer::render(int64_t m) {
+  view_ = m, p_ = job_.params + m * kParams;
+  const int64_t b = job_.source[m], size = job_.size;
+  image_at_ = job_.offsets[b], height_ = job_.sizes[2 * b], width_ = job_.sizes[2 * b + 1];
+  plan();
+  if (p_[kNoise] > 0.f) draw_noise();
+  const bool blurred = p_[kSigma] > 0.f && size > 1, emitted = !blurred && !across_;
+  planes_ = count_ && steps_[count_ - 1].operation == kGrayscale ? 1 : job_.C;
+  double mean = 0.0;
+  int at = 0;
+  for (bool cropped = false;; cropped = true) {
+    int end = cropped ? at + 1 : 0;  // from the second pass on, the contrast that it waited for
+    while (end < count_ && steps_[end].operation != kContrast) ++end;
+    double total = 0.0;
+    for (int64_t row = 0; row < size; row += rows_) {
+      const int64_t n = std::min(size - row, rows_) * size;
+      if (!cropped) crop(row);
+      for (int k = at; k < end; ++k) apply(steps_[k], row * size, n, mean);
+      if (end < count_) total += sum(row * size, n);
+      else if (emitted) emit(&image_[row * size], plane_, row * size, n);
+    }
+    if (end == count_) break;
+    mean = total / double(plane_), at = end;
+  }
+  if (across_) transpose();
+  if (blurred) blur();
+  else if (!emitted) emit(image_.data(), plane_, 0, plane_);
+}
+
+void check(const Job& job, int64_t pixels, int64_t images, int64_t views) {
+  for (int64_t m = 0; m < views; ++m) {
+    const int64_t b = job.source[m];
+    STD_TORCH_CHECK(b >= 0 && b < images, "render_views: source must be in [0, ", images, "), got ",
+                    b, " of view ", m, ".");
+    const int64_t at = job.offsets[b], H = job.sizes[2 * b], W = job.sizes[2 * b + 1];
+    const int64_t room = at < 0 || at > pixels ? 0 : (pixels - at) / job.C;
+    STD_TORCH_CHECK(H > 0 && W > 0 && H <= room / W, "render_views: image ", b, " of ", H, " x ", W,
+                    " pixels must lie in pixels, of ", pixels, " elements, got offset ", at, ".");
+    const float* p = job.params + m * kParams;
+    bool good = p[kX0] < p[kX1] && p[kY0] < p[kY1] && std::isfinite(p[kAngle]);
+    for (int k = kX0; k <= kY1; ++k) good = good && std::abs(p[k]) <= kFarthest;
+    STD_TORCH_CHECK(good, "render_views: crops must be x0 < x1, y0 < y1 within 2^20 pixels and the "
+                          "angle finite, got another of view ", m, ".");
+    STD_TORCH_CHECK(job.keys || !(p[kNoise] > 0.f),
+                    "render_views: views with noise need noise_key, got None.");
+  }
+}
+
+Tensor render_views(Tensor pixels, Tensor offsets, Tensor sizes, Tensor source, Tensor params,
+                    int64_t channels, int64_t size, bool bicubic, bool antialias,
+                    std::vector<double> mean, std::vector<double> std, ScalarType dtype,
+                    bool channels_last, std::optional<Tensor> noise_key) {
+  const auto integers = [](const Tensor& t) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous(),
+                    "render_views: offsets, sizes, source and noise_key must be contiguous int64");
+    return static_cast<const int64_t*>(t.const_data_ptr());
+  };
+  const int64_t M = source.numel(), images = offsets.numel();
+  const bool bytes = pixels.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK((bytes || pixels.scalar_type() == ScalarType::Float) && pixels.is_contiguous(),
+                  "render_views: pixels must be contiguous uint8 or float32");
+  STD_TORCH_CHECK(params.scalar_type() == ScalarType::Float && params.is_contiguous() &&
+                      params.numel() == M * kParams && sizes.numel() == 2 * images &&
+                      (!noise_key || noise_key->numel() == 4 * M),
+                  "render_views: params must be contiguous float32 (M, 20), source (M,), sizes "
+                  "(B, 2) and noise_key (M, 4)");
+  STD_TORCH_CHECK(channels > 0 && size > 0 && mean.size() == size_t(channels) &&
+                      std.size() == size_t(channels),
+                  "render_views: size must be positive, mean and std have a number a channel");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  "render_views: dtype must be float32, bfloat16 or float16");
+  Tensor out = channels_last ? new_result(pixels, {M, size, size, channels}, dtype)
+                             : new_result(pixels, {M, channels, size, size}, dtype);
+  Job job{pixels.const_data_ptr(), bytes, integers(offsets), integers(sizes), integers(source),
+          static_cast<const float*>(params.const_data_ptr()),
+          noise_key ? integers(*noise_key) : nullptr, channels, size, bicubic, antialias,
+          {mean.begin(), mean.end()}, {}, dtype, channels_last, out.mutable_data_ptr()};
+  for (double s : std) job.factor.push_back(static_cast<float>(1.0 / s));
+  check(job, pixels.numel(), images, M);
+  const int64_t few = std::max<int64_t>(1, kFewest / (channels * size * size));
+  torch::stable::parallel_for(0, M, few, [&](int64_t begin, int64_t end) {
+    Renderer renderer(job);
+    for (int64_t m = begin; m < end; ++m) renderer.render(m);
+  });
+  if (!channels_last) return out;
+  return torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) { m.impl("render_views", TORCH_BOX(&render_views)); }
+
+}  // namespace fastssl

@@ -1,0 +1,199 @@
+"""Views of a batch: random parameters, then pixels, each by one op."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastssl.ops.augment import PARAMS, render_views
+
+from .packed import Packed, check_images
+from .views import Noise, Normalize, Resize, View
+
+_RGB = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def augment(
+    images: Tensor | Packed,
+    index: Tensor,
+    views: Sequence[View],
+    *,
+    seed: int,
+    epoch: int,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    return_params: bool = False,
+    params: Tensor | None = None,
+) -> list[Tensor] | tuple[list[Tensor], Tensor]:
+    """Random views of a batch, a pure function of (seed, epoch, index, number of the view).
+
+    x_v = render(image, parameters(view v; seed, epoch, index, v)), for every view v and image.
+
+    Args:
+        images: (B, C, H, W) uint8, or float32 in [0, 1]; images of several sizes as `pack` makes
+            them; clips (B, T, C, H, W), whose frames share their parameters.
+        index: (B,) integers in [0, 2^56), the samples' numbers in their data set.
+        views: at most 256 descriptions.
+        seed: of the run, in [0, 2^63). epoch: of the pass over the data, in [0, 2^32).
+        dtype: of the result: float32, bfloat16 or float16.
+        channels_last: the result's layout in memory.
+        return_params: give the parameters too.
+        params: (V, B, PARAMS) float32, parameters to be used instead of random ones, for instance
+            returned ones after a change; the columns are named in `fastssl.ops.augment`.
+
+    Returns:
+        A list, for each view (B, C, size, size), of clips (B, T, C, size, size), on the device of
+        `images`. With `return_params` the list and a tensor (V, B, PARAMS) float32: crops in pixels
+        in its columns X0, Y0, X1, Y1, mirror images in FLIP, and so on.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or ranges; images that require a gradient.
+
+    Memory: the result. Views of one size and normalisation are computed in one call.
+
+    Notes: the same image gives the same bits in any batch, on any rank, for any number of threads;
+        parameters are computed in float64. Of one image views differ by their number, so that
+        another order of `views` gives other views. NaN in float images stay NaN where they reach.
+
+    Example:
+        >>> from fastssl.augment import augment, byol
+        >>> images = torch.zeros(4, 3, 64, 48, dtype=torch.uint8)
+        >>> [tuple(x.shape) for x in augment(images, torch.arange(4), byol(32), seed=0, epoch=0)]
+        [(4, 3, 32, 32), (4, 3, 32, 32)]
+
+    Paper: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, for the numbers.
+    """
+    views = _checked_views(views)
+    clips = isinstance(images, Tensor) and images.dim() == 5
+    packed, frames = _packed(images)
+    B, device = len(packed) // frames, packed.pixels.device
+    index = _checked_index(index, B).to(device, non_blocking=True)
+    for label, value, bits in (("seed", seed, 63), ("epoch", epoch, 32)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"augment: {label} must be in [0, 2^{bits}), got {value}.")
+    if params is None:
+        spec = _spec(views, device)
+        params = torch.ops.fastssl.view_parameters(
+            index, packed.sizes[::frames].contiguous(), spec, seed, epoch
+        )
+    elif params.shape != (len(views), B, PARAMS) or params.dtype != torch.float32:
+        raise ValueError(
+            f"augment: params must be float32 (V, B, PARAMS) = {(len(views), B, PARAMS)}, "
+            f"got {params.dtype} {tuple(params.shape)}."
+        )
+    params = params.to(device)
+    results = [None] * len(views)
+    for numbers in _groups(views):
+        view, count = views[numbers[0]], len(numbers)
+        mean, std = _normalization(view, packed.channels)
+        x = render_views(
+            packed.pixels,
+            torch.cat([params[v] for v in numbers]).repeat_interleave(frames, 0),
+            view.size,
+            offsets=packed.offsets,
+            sizes=packed.sizes,
+            channels=packed.channels,
+            source=torch.arange(B * frames, device=device).repeat(count),
+            interpolation=view.crop.interpolation,
+            antialias=view.crop.antialias,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            channels_last=channels_last,
+            noise_key=_noise_key(views, numbers, index, frames, seed, epoch),
+        )
+        for v, of_view in zip(numbers, x.chunk(count), strict=True):
+            results[v] = of_view.unflatten(0, (B, frames)) if clips else of_view
+    return (results, params) if return_params else results
+
+
+def prepare(images: Tensor | Packed, size: int) -> Tensor:
+    """Whole images as network input, without randomness: what evaluation and export use.
+
+    Args:
+        images: as `augment` takes them.
+        size: side of the result in pixels.
+
+    Returns:
+        (B, C, size, size) float32, resized with antialiasing where the size differs, normalised.
+    """
+    view = View(Resize(size), Normalize())
+    return augment(images, torch.arange(len(images)), [view], seed=0, epoch=0)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _spec(views: tuple[View, ...], device: torch.device) -> Tensor:
+    """(V, SPEC); kept, since copying it to a GPU in every step would cost more than its use."""
+    return torch.tensor([view.numbers() for view in views], dtype=torch.float64, device=device)
+
+
+def _groups(views: tuple[View, ...]) -> list[list[int]]:
+    """Numbers of views that one call of `render_views` can make."""
+    groups = {}
+    for number, view in enumerate(views):
+        crop = view.crop
+        key = crop.size, crop.interpolation, crop.antialias, view.get(Normalize)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _normalization(view: View, channels: int) -> tuple:
+    normalize = view.get(Normalize)
+    if normalize is None:
+        return None, None
+    if normalize.mean is not None:
+        return normalize.mean, normalize.std
+    return _RGB if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+
+
+def _noise_key(views, numbers, index, frames, seed, epoch) -> Tensor | None:
+    """(M, 4) int64, or None where no view has noise."""
+    if not any(views[v].get(Noise) for v in numbers):
+        return None
+    keys = [torch.stack([torch.full_like(index, k) for k in (epoch, v, seed)], 1) for v in numbers]
+    index = index.repeat(len(numbers))[:, None]
+    return torch.cat([index, torch.cat(keys)], 1).repeat_interleave(frames, 0)
+
+
+def _packed(images: Tensor | Packed) -> tuple[Packed, int]:
+    """Images one after another, and how many of them a sample has."""
+    if isinstance(images, Packed):
+        return images, 1
+    check_images("augment", images)
+    if images.dim() not in (4, 5):
+        raise ValueError(
+            "augment: images must be (B, C, H, W), clips (B, T, C, H, W) or what pack() makes, "
+            f"got {tuple(images.shape)}. Add a dimension to a single image by images[None]."
+        )
+    frames = images.shape[1] if images.dim() == 5 else 1
+    images = images.reshape(-1, *images.shape[-3:])
+    count, channels, H, W = images.shape
+    offsets = torch.arange(count, device=images.device) * (channels * H * W)
+    sizes = torch.full((count, 2), H, device=images.device)
+    sizes[:, 1] = W
+    return Packed(images.reshape(-1), offsets, sizes, channels), frames
+
+
+def _checked_views(views: Sequence[View]) -> tuple[View, ...]:
+    if isinstance(views, View) or not all(isinstance(view, View) for view in views):
+        raise TypeError(f"augment: views must be a list of View, got {views!r}.")
+    if not 0 < len(views) <= 256:
+        raise ValueError(f"augment: views must be 1 to 256 views, got {len(views)}.")
+    return tuple(views)
+
+
+def _checked_index(index: Tensor, B: int) -> Tensor:
+    wrong = not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool
+    if wrong or index.shape != (B,):
+        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+        raise ValueError(
+            f"augment: index must be ({B},) integers, the number of each sample in its data set, "
+            f"got {got}."
+        )
+    # On the CPU only, since looking at it would stall a GPU.
+    if index.device.type == "cpu" and B and not 0 <= index.min() <= index.max() < 1 << 56:
+        raise ValueError(
+            f"augment: index must be in [0, 2^56), got {int(index.min())} to {int(index.max())}."
+        )
+    return index.long()
