@@ -1,7 +1,7 @@
 """The order of samples, and batches in that order, on the device that trains."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -60,13 +60,18 @@ def resident(source, device: torch.device | str):
 
 
 def batches(
-    source, order: Tensor, *, workers: int = 0, ahead: int = 2, device: torch.device | str = "cpu"
+    source,
+    order: Iterable[Tensor],
+    *,
+    workers: int = 0,
+    ahead: int = 2,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor | Packed, Tensor, Tensor]]:
-    """Images, labels and sample numbers, one row of `order` (steps, B) after the other.
+    """Images, labels and sample numbers, one step after the other.
 
     Args:
         source: anything with `batch(index)`, see `fastssl.data.load`.
-        order: (steps, B) int64.
+        order: (B,) int64 for each step, for instance what `epoch_order` gives.
         workers: threads that decode up to `ahead` batches in advance; Pillow decodes outside the
             interpreter lock. 0 decodes when a batch is asked for. The batches are the same. A
             `TensorSource` on the device needs none.
@@ -78,8 +83,9 @@ def batches(
     """
     transfer = Transfer(device)
     if isinstance(source, TensorSource):
-        order = order.to(source.images.device)  # all numbers at once, so that no step copies any
-        if source.images.device.type == transfer.device.type:
+        home = source.images.device
+        order = (index.to(home, non_blocking=True) for index in order)
+        if home.type == transfer.device.type:
             workers = 0
     if workers == 0:
         for index in order:

@@ -131,33 +131,35 @@ class _Training:
         self.progress = Progress(self.total_steps, self.step, silent=not self.ranks.main)
         self.meter = Meter()
         with StopSignal() as stop, closing(self.progress):
-            while self.step < self.total_steps:
-                with closing(self._loader()) as loader:
-                    for images, label, index in self.meter.waiting(loader):
-                        self._train_step(images, label, index)
-                        self.seconds = time.perf_counter() - started
-                        stopping = self.ranks.largest(stop.received) > 0
-                        stopping = stopping and self.step < self.total_steps
-                        if stopping or self._is_due(self.config.save_every * self.steps_per_epoch):
-                            self._save()
-                        if stopping:
-                            self._say_stopped()
-                            raise KeyboardInterrupt
+            with closing(self._loader()) as loader:
+                for images, label, index in self.meter.waiting(loader):
+                    self._train_step(images, label, index)
+                    self.seconds = time.perf_counter() - started
+                    stopping = self.ranks.largest(stop.received) > 0
+                    stopping = stopping and self.step < self.total_steps
+                    if stopping or self._is_due(self.config.save_every * self.steps_per_epoch):
+                        self._save()
+                    if stopping:
+                        self._say_stopped()
+                        raise KeyboardInterrupt
         return self._finish(trained=self.step > first_step)
 
     def _loader(self):
-        """The rest of the current epoch, on the device."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        order = epoch_order(
-            len(self.source),
-            self.config.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-        )
+        """The batches of all steps to come, on the device; what is ahead does not end with an
+        epoch."""
         feed, workers = self.feed, self.config.workers
-        return batches(feed, order[done:], workers=workers, device=self.ranks.device)
+        return batches(feed, self._order(), workers=workers, device=self.ranks.device)
+
+    def _order(self):
+        """The sample numbers of each step to come."""
+        config, ranks = self.config, self.ranks
+        first, done = divmod(self.step, self.steps_per_epoch)
+        for epoch in range(first, config.epochs):
+            order = epoch_order(
+                len(self.source), config.batch_size, seed=config.seed, epoch=epoch,
+                rank=ranks.rank, world=ranks.world,
+            )  # fmt: skip
+            yield from order[done if epoch == first else 0 :]
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
