@@ -209,6 +209,8 @@ def test_images_of_many_sizes_in_one_buffer():
     for b, image in enumerate(images):
         alone = augment(image[None], index[b : b + 1], VIEWS, seed=0, epoch=1)
         assert same(alone, [x[b : b + 1] for x in got])
+    packed = pack(images)
+    assert len(packed) == 4 and packed.to("meta").sizes.device.type == "meta"
 
 
 def test_prepare_is_the_centre_square():
@@ -392,6 +394,7 @@ def test_impossible_batches_are_refused(arguments, message):
         ([IMAGES[0], IMAGES[0].float()], "one dtype, got torch.float32 for image 1"),
         ([IMAGES[0, :, :0]], r"sides of 1 to 524288 pixels, got \(3, 0, 8\)"),
         ([IMAGES[0].long()], "images must be uint8"),
+        ([torch.tensor(1.0)], r"must be \(C, H, W\) with one C for all, got \(\) for image 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_packed(images, message):

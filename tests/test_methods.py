@@ -7,7 +7,7 @@ from fastssl.augment import GaussianBlur, HorizontalFlip
 from fastssl.config import PretrainConfig
 from fastssl.data import Batch, load
 from fastssl.dist import SyncBatchNorm
-from fastssl.methods import METHODS, SimCLR, method_class
+from fastssl.methods import METHODS, LeJEPA, SimCLR, method_class
 from fastssl.methods.recipes import RECIPES, resolve
 from fastssl.models import build_backbone
 from fastssl.optim import LARS, param_groups
@@ -52,6 +52,15 @@ def test_simclr_views_follow_the_data():
     views = method.views(8, load("digits"))
     assert len(views) == 2 and not views[0].get(HorizontalFlip) and not views[0].get(GaussianBlur)
     assert method.views(224, load("digits"))[0].get(GaussianBlur).p == 0.5
+
+
+def test_lejepa_has_local_views():
+    pytest.importorskip("sklearn")
+    method = LeJEPA(build_backbone("resnet_small", 1, 8), global_views=1, local_views=2)
+    for size, local in ((224, 98), (8, 8)):
+        views = method.views(size, load("digits"))
+        assert [view.size for view in views] == [size, local, local]
+        assert not any(view.get(HorizontalFlip) for view in views)
 
 
 @pytest.mark.parametrize("name", METHODS)

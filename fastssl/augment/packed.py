@@ -31,10 +31,6 @@ class Packed:
         )
         return Packed(pixels, offsets, sizes, self.channels)
 
-    def pin_memory(self) -> "Packed":
-        pixels, offsets, sizes = (x.pin_memory() for x in (self.pixels, self.offsets, self.sizes))
-        return Packed(pixels, offsets, sizes, self.channels)
-
 
 def check_images(name: str, x: Tensor) -> None:
     """Of one image or of a batch: what pixels must be, and how large."""
@@ -44,7 +40,8 @@ def check_images(name: str, x: Tensor) -> None:
             f"{name}: images must be uint8, or float32 in [0, 1], got {got}. Convert them: 16-bit "
             "images divided by 65535, 16-bit floats by .float()."
         )
-    if 0 in (x.shape if x.dim() == 3 else x.shape[1:]) or max(x.shape[-2:]) > LONGEST_SIDE:
+    shape = x.shape if x.dim() == 3 else x.shape[1:]  # no images at all are a batch, too
+    if x.dim() > 2 and (0 in shape or max(shape[-2:]) > LONGEST_SIDE):
         raise ValueError(
             f"{name}: images must have a channel and sides of 1 to {LONGEST_SIDE} pixels, "
             f"got {tuple(x.shape)}."
