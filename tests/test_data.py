@@ -1,4 +1,6 @@
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,6 +233,22 @@ def test_transfer_on_a_cpu_gives_back_what_it_gets(classes):
     assert transfer.finish(transfer.start(batch)) is batch
     source = TensorSource("x", torch.zeros(2, 3, 4, 4), torch.zeros(2), [])
     assert resident(source, "cpu") is source
+
+
+def test_transfer_waits_for_the_copy_and_keeps_memory_from_its_stream(classes, monkeypatch):
+    """The steps a GPU is asked for, without one."""
+    transfer, done = Transfer("cpu"), []
+    transfer.stream = SimpleNamespace(record_event=lambda: done.append("copied") or "event")
+    current = SimpleNamespace(wait_event=lambda event: done.append(f"wait for {event}"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("pin") or x.clone())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, _: done.append("used by current"))
+    batch = (*load(classes, "train", 16).batch(torch.arange(3)), torch.arange(3))
+    started = transfer.start(batch)
+    assert done == ["pin"] * 5 + ["copied"]
+    assert same(transfer.finish(started), batch)
+    assert done[6:] == ["wait for event"] + ["used by current"] * 5
 
 
 @pytest.mark.gpu

@@ -137,7 +137,10 @@ class Transfer:
             return tuple(self._send(x) for x in batch), self.stream.record_event()
 
     def _send(self, x: Tensor | Packed) -> Tensor | Packed:
-        if _tensors(x)[0].is_cuda:
+        if isinstance(x, Packed):
+            pixels, offsets, sizes = map(self._send, _tensors(x))
+            return Packed(pixels, offsets, sizes, x.channels)
+        if x.is_cuda:
             return x
         # The pinned memory may be given up here: torch reuses it only after the copy.
         return x.pin_memory().to(self.device, non_blocking=True)
