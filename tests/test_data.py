@@ -231,8 +231,18 @@ def test_transfer_on_a_cpu_gives_back_what_it_gets(classes):
     transfer = Transfer("cpu")
     batch = (*load(classes, "train", 16).batch(torch.arange(3)), torch.arange(3))
     assert transfer.finish(transfer.start(batch)) is batch
+
+
+def test_what_stays_on_the_gpu(classes, monkeypatch):
     source = TensorSource("x", torch.zeros(2, 3, 4, 4), torch.zeros(2), [])
+    monkeypatch.setattr(TensorSource, "to", lambda self, device: (self, device))
+    free = 8 * source.images.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    assert resident(source, "cuda:1") == (source, torch.device("cuda:1"))
     assert resident(source, "cpu") is source
+    free -= 8
+    folder = load(classes, "train", 16)
+    assert resident(source, "cuda:1") is source and resident(folder, "cuda:1") is folder
 
 
 def test_transfer_waits_for_the_copy_and_keeps_memory_from_its_stream(classes, monkeypatch):

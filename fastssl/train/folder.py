@@ -98,4 +98,4 @@ def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:
     """corrupt.txt: the files that could not be read and why; none where all could."""
     if corrupt:
         lines = (f"{path}\t{reason}\n" for path, reason in corrupt.items())
-        (folder / "corrupt.txt").write_text("".join(lines), errors="surrogateescape")
+        (folder / "corrupt.txt").write_text("".join(lines), "utf-8", "surrogateescape")
