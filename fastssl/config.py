@@ -52,8 +52,10 @@ class PretrainConfig:
     """bf16 is autocast, with fp32 weights; auto: bf16 on GPUs that have it, fp32 on CPUs."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` ...; auto: the GPU if there is one."""
-    workers: int = 0
-    """Decoding threads per rank; 0 decodes between the steps."""
+    max_side: int | None = None
+    """Longest side in pixels of a folder's decoded images; none: three times image_size."""
+    workers: int | None = None
+    """Decoding threads per rank; none: its share of the cores, up to 8; 0: between the steps."""
     seed: int = 0
     """Of the weights, the order of the images, and their augmentation."""
     log_every: int | None = None
@@ -75,8 +77,8 @@ class PretrainConfig:
                 raise ValueError(f"config: {name} must be a finite number >= {least}, got {value}.")
 
 
-_LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "log_every": 1, "save_every": 1}
-_LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
+_LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
+_LEAST |= {"save_every": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
 
 
 def from_dict(values: dict[str, Any], where: str = "config") -> PretrainConfig:

@@ -211,8 +211,15 @@ def test_images_of_many_sizes_in_one_buffer():
         assert same(alone, [x[b : b + 1] for x in got])
     packed = pack(images)
     assert len(packed) == 4 and packed.to("meta").sizes.device.type == "meta"
-    whole = prepare(packed, 8)
-    assert torch.equal(whole[1:2], prepare(images[1][None], 8))
+
+
+def test_prepare_is_the_centre_square():
+    images = [pictures(1, 3, h, w)[0] for h, w in ((1, 1), (40, 7), (9, 30), (20, 24))]
+    squares = [images[0], images[1][:, 16:23], images[2][:, :, 10:19], images[3][:, :, 2:22]]
+    for size in (8, 20):
+        assert torch.equal(prepare(pack(images), size), prepare(pack(squares), size))
+    clips = pictures(6).view(2, 3, 3, 20, 24)
+    assert torch.equal(prepare(clips, 9), prepare(clips[..., 2:22], 9))
 
 
 def test_frames_of_a_clip_share_their_parameters():
@@ -232,7 +239,7 @@ def test_float_images_are_the_same_views():
         # Solarising may tip a value that rounding moves over the threshold.
         assert ((a - b).abs() > 1e-4).float().mean() < 1e-3
     images = images.float() / 255
-    images[3, 1, 0, 0] = torch.nan
+    images[3, 1, 0, 2] = torch.nan
     x = prepare(images, 20)
     assert x[3, 1].isnan().any() and not x[3, 0].isnan().any() and x[:3].isfinite().all()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastssl.augment import prepare
@@ -33,6 +34,7 @@ from fastssl.train import (
     save_checkpoint,
 )
 from fastssl.train.metrics import read_metrics
+from fastssl.train.ranks import Ranks
 from fastssl.train.setup import learning_rate
 
 Image = pytest.importorskip("PIL.Image")
@@ -357,19 +359,58 @@ def test_wrong_settings(tmp_path, tiny):
     assert not list(tmp_path.iterdir())
 
 
-def test_folder_with_a_broken_image(images, tmp_path, tiny):
+def test_folder_with_broken_images(images, tmp_path, tiny, monkeypatch):
     folder = tmp_path / "images"
     folder.mkdir()
     for path in sorted(images.iterdir())[:13]:
         (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "004.png").write_bytes(b"broken")
-    with pytest.warns(UserWarning) as caught:
-        run = pretrain(tiny(tmp_path / "run", data=str(folder), workers=2))
-    messages = " ".join(str(w.message) for w in caught)
-    assert "cannot read" in messages and "exceeds the 13 images; using 13" in messages
-    assert run.metrics["corrupt_images"] == 1
-    assert run.metrics["corrupt_paths"] == [str(folder / "004.png")]
-    assert last(run.path)["corrupt"] == run.metrics["corrupt_paths"]
+    broken = [str(folder / name) for name in ("004.png", "007.png")]
+    for path in broken:
+        Path(path).write_bytes(b"broken")
+    config = {"data": str(folder), "workers": 2, "batch_size": 6}
+    with pytest.warns(UserWarning, match="cannot read"):
+        run = pretrain(tiny(tmp_path / "run", **config))
+    assert run.metrics["corrupt_images"] == 2 and run.metrics["corrupt_paths"] == broken
+    lines = (run.path / "corrupt.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == broken
+    assert all("\tUnidentifiedImageError: cannot identify" in line for line in lines)
+
+    # A resumed run lists those met before too.
+    stop_after(monkeypatch, 2)
+    with pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt):
+        pretrain(tiny(tmp_path / "two", **config))
+    assert list(last(tmp_path / "two")["corrupt"]) == broken
+    monkeypatch.setattr("fastssl.data.FolderSource.corrupt", {"0.png": "other"})
+    with pytest.warns(UserWarning):
+        run = pretrain(tiny(tmp_path / "two", resume=True, **config))
+    assert run.metrics["corrupt_paths"] == [*broken, "0.png"]
+
+
+def gathered(group):
+    rank = dist.get_rank()
+    return Ranks(rank, dist.get_world_size(), torch.device("cpu"), False).gather({str(rank): "why"})
+
+
+def test_ranks_tell_each_other_what_they_could_not_read(ranks):
+    assert ranks.run(gathered, 4) == [[{str(r): "why"} for r in range(4)]] * 4
+
+
+def test_batch_of_more_than_all_images(images, tmp_path, tiny):
+    with pytest.warns(UserWarning, match="exceeds the 100 images; using 100"):
+        pretrain(tiny(tmp_path, batch_size=120, epochs=1))
+
+
+def test_a_folder_of_mixed_sizes_whatever_the_workers(tmp_path, tiny):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        pixels = torch.randint(0, 256, (10 + number, 90 - 3 * number, 3)).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    config = {"data": str(folder), "batch_size": 10, "max_side": 40}
+    one, other = (
+        pretrain(tiny(tmp_path / f"{workers}", workers=workers, **config)) for workers in (0, 4)
+    )
+    assert_equal_states(last(one.path), last(other.path))
 
 
 def test_vit_with_lars_in_bf16(tmp_path, tiny):

@@ -1,6 +1,7 @@
 """Views of images: what they are, their random parameters, their pixels."""
 
 from .apply import augment, prepare
+from .custom import Custom
 from .packed import Packed, pack
 from .presets import byol, dino, lejepa, mae, moco_v2, simclr, small, swav, xray
 from .views import (
@@ -21,6 +22,7 @@ from .views import (
 
 __all__ = [
     "ColorJitter",
+    "Custom",
     "GaussianBlur",
     "Grayscale",
     "HorizontalFlip",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.ops.augment import PARAMS, render_views
+from fastssl.ops.augment import PARAMS, X0, Y1, render_views
 
+from .custom import Custom
 from .packed import Packed, check_images
 from .views import Noise, Normalize, Resize, View
 
@@ -17,7 +18,7 @@ _RGB = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def augment(
     images: Tensor | Packed,
     index: Tensor,
-    views: Sequence[View],
+    views: Sequence[View | Custom],
     *,
     seed: int,
     epoch: int,
@@ -83,7 +84,14 @@ def augment(
             f"got {params.dtype} {tuple(params.shape)}."
         )
     params = params.to(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     results = [None] * len(views)
+    for v, view in enumerate(views):
+        if isinstance(view, Custom):
+            each = index.repeat_interleave(frames)
+            x = view.render(packed, each, seed=seed, epoch=epoch, view=v).to(device, dtype)
+            x = x.contiguous(memory_format=layout)
+            results[v] = x.unflatten(0, (B, frames)) if clips else x
     for numbers in _groups(views):
         view, count = views[numbers[0]], len(numbers)
         mean, std = _normalization(view, packed.channels)
@@ -109,7 +117,7 @@ def augment(
 
 
 def prepare(images: Tensor | Packed, size: int) -> Tensor:
-    """Whole images as network input, without randomness: what evaluation and export use.
+    """The centre square of images as network input, without randomness: for evaluation and export.
 
     Args:
         images: as `augment` takes them.
@@ -119,7 +127,14 @@ def prepare(images: Tensor | Packed, size: int) -> Tensor:
         (B, C, size, size) float32, resized with antialiasing where the size differs, normalised.
     """
     view = View(Resize(size), Normalize())
-    return augment(images, torch.arange(len(images)), [view], seed=0, epoch=0)[0]
+    packed, frames = _packed(images)
+    sizes = packed.sizes[::frames].contiguous()  # (B, 2)
+    index = torch.arange(len(sizes), device=sizes.device)
+    params = torch.ops.fastssl.view_parameters(index, sizes, _spec((view,), sizes.device), 0, 0)
+    side = sizes.amin(1, keepdim=True)
+    corner = ((sizes - side) // 2).flip(1)  # x, y
+    params[0, :, X0 : Y1 + 1] = torch.cat([corner, corner + side], 1).to(params.dtype)
+    return augment(images, index, [view], seed=0, epoch=0, params=params)[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -128,10 +143,12 @@ def _spec(views: tuple[View, ...], device: torch.device) -> Tensor:
     return torch.tensor([view.numbers() for view in views], dtype=torch.float64, device=device)
 
 
-def _groups(views: tuple[View, ...]) -> list[list[int]]:
+def _groups(views: tuple[View | Custom, ...]) -> list[list[int]]:
     """Numbers of views that one call of `render_views` can make."""
     groups = {}
     for number, view in enumerate(views):
+        if isinstance(view, Custom):
+            continue
         crop = view.crop
         key = crop.size, crop.interpolation, crop.antialias, view.get(Normalize)
         groups.setdefault(key, []).append(number)
@@ -175,9 +192,13 @@ def _packed(images: Tensor | Packed) -> tuple[Packed, int]:
     return Packed(images.reshape(-1), offsets, sizes, channels), frames
 
 
-def _checked_views(views: Sequence[View]) -> tuple[View, ...]:
-    if isinstance(views, View) or not all(isinstance(view, View) for view in views):
-        raise TypeError(f"augment: views must be a list of View, got {views!r}.")
+def _checked_views(views: Sequence[View | Custom]) -> tuple[View | Custom, ...]:
+    one = isinstance(views, View | Custom) or callable(views)
+    if one or not all(isinstance(view, View | Custom) for view in views):
+        raise TypeError(
+            f"augment: views must be a list of View, got {views!r}. Other functions of an image "
+            "stand there as Custom(function, size)."
+        )
     if not 0 < len(views) <= 256:
         raise ValueError(f"augment: views must be 1 to 256 views, got {len(views)}.")
     return tuple(views)

@@ -5,45 +5,51 @@ import threading
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..augment import Packed, pack
 from ..extras import require
+from .decode import decode
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-CACHE_BYTES = 1 << 30
-"""A folder whose decoded images fit into this many bytes is read once and kept in memory."""
-
-_UNREAD, _GOOD, _CORRUPT = range(3)
+KEPT_BYTES = 1 << 30
+"""Decoded images are kept in memory up to this many bytes: small folders are read once."""
 
 
 class FolderSource:
-    """Images below a folder, as RGB.
+    """Images below a folder, as RGB, each of its own size.
 
     Layouts: `train/` and `test/` (or `val/`) inside the folder are the splits; otherwise, if there
     are subfolders, every fifth image of each class is the test split; a flat folder without
     subfolders is unlabelled and all of it is for training. Subfolders are classes.
 
-    An image is resized so that its short side is 1.5 `image_size` and its centre is cut to a
-    square: an average random crop then has about as many pixels as the view made from it. EXIF
-    orientation is ignored. A file that cannot be decoded is reported once, listed in `corrupt`, and
-    replaced, always, by the next readable one.
+    How files are read is told at `fastssl.data.decode`. A file that cannot be read is reported
+    once, listed with the reason in `corrupt`, and replaced, always, by the next readable one.
 
     Args:
         path: the folder.
         split: "train" or "test".
         image_size: side in pixels of the views to be made; default 64.
+        max_side: longer sides are reduced to this many pixels; default 3 `image_size`, so that a
+            crop of 8 % of a photograph is enlarged one and a half times at most.
 
     Raises:
         FileNotFoundError: no such folder, no image in it, or no test split in a flat folder.
+        ValueError: max_side is below 1.
     """
 
     channels = 3
     mirror = True
 
-    def __init__(self, path: str | Path, split: str = "train", image_size: int | None = None):
-        self._pillow = require("PIL.Image", "train")
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        image_size: int | None = None,
+        max_side: int | None = None,
+    ):
+        require("PIL.Image", "train")  # missing, it is no reason to call every file unreadable
         root = Path(path).expanduser().resolve()
         if not root.is_dir():
             raise FileNotFoundError(
@@ -51,17 +57,18 @@ class FolderSource:
                 f"{', which is a file' if root.is_file() else ': no such folder'}. "
                 "Check the path (subfolders are taken as labels)."
             )
+        if max_side is not None and max_side < 1:
+            raise ValueError(f"load: max_side must be at least 1 pixel, got {max_side}.")
         self.name = str(root)
         self.image_size = image_size or 64
-        self._side = round(1.5 * self.image_size)
+        self.max_side = max_side or 3 * self.image_size
         self.class_names, self.paths, labels = _list_split(root, split)
         self.num_classes = len(self.class_names)
         self.labels = torch.tensor(labels)
-        self._state = torch.full((len(self.paths),), _UNREAD, dtype=torch.uint8)
+        self._kept: dict[int, Tensor] = {}
+        self._room = KEPT_BYTES
+        self._reasons: dict[int, str] = {}
         self._lock = threading.Lock()
-        fits = len(self.paths) * 3 * self._side**2 <= CACHE_BYTES
-        shape = (len(self.paths), 3, self._side, self._side)
-        self._cache = torch.empty(shape, dtype=torch.uint8) if fits else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,58 +81,41 @@ class FolderSource:
                 return image, int(self.labels[used]), i
         raise FileNotFoundError(f"load: none of the {len(self)} files in {self.name} is readable.")
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, side, side) uint8 and labels (B,) int64 of samples `index` (B,)."""
-        if self._cache is not None and bool((self._state[index] == _GOOD).all()):
-            return self._cache[index], self.labels[index]
+    def batch(self, index: Tensor) -> tuple[Packed, Tensor]:
+        """Images, packed since they differ in size, and labels (B,) int64 of samples `index`."""
         images, labels, _ = zip(*(self[i] for i in index.tolist()), strict=True)
-        return torch.stack(images), torch.tensor(labels)
+        return pack(images), torch.tensor(labels)
 
     @property
-    def corrupt(self) -> tuple[str, ...]:
-        """Paths of the unreadable files met so far."""
-        return tuple(str(self.paths[i]) for i in (self._state == _CORRUPT).nonzero()[:, 0])
+    def corrupt(self) -> dict[str, str]:
+        """The unreadable files met so far: the reason, by path."""
+        with self._lock:
+            return {str(self.paths[i]): reason for i, reason in sorted(self._reasons.items())}
 
     def _read(self, i: int) -> Tensor | None:
-        if self._state[i] == _CORRUPT:
+        if i in self._reasons:
             return None
-        if self._state[i] == _GOOD and self._cache is not None:
-            return self._cache[i]
+        if i in self._kept:
+            return self._kept[i]
         try:
-            image = self._decode(self.paths[i])
+            image = decode(self.paths[i], self.max_side)
         except Exception as error:  # Pillow's decoders raise many types on broken files
+            # One line, in a message and in a list.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             with self._lock:
-                if self._state[i] != _CORRUPT:
-                    self._state[i] = _CORRUPT
-                    warnings.warn(
-                        f"cannot read {self.paths[i]} ({type(error).__name__}: {error}); "
-                        "using the next image instead",
-                        stacklevel=2,
-                    )
+                if i in self._reasons:
+                    return None
+                self._reasons[i] = reason
+            warnings.warn(
+                f"cannot read {self.paths[i]} ({reason}); using the next image instead",
+                stacklevel=2,
+            )
             return None
-        if self._cache is not None:
-            self._cache[i] = image
-        self._state[i] = _GOOD
+        with self._lock:
+            if i not in self._kept and image.numel() <= self._room:
+                self._kept[i] = image
+                self._room -= image.numel()
         return image
-
-    def _decode(self, path: Path) -> Tensor:
-        """(3, side, side) uint8."""
-        with self._pillow.open(path) as picture:
-            picture.draft("RGB", (self._side, self._side))  # JPEG: decode at a reduced scale
-            if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip
-                pixels = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                rgb = self._pillow.fromarray(pixels).convert("RGB")
-            else:
-                rgb = picture.convert("RGB")
-        width, height = rgb.size
-        square = min(width, height)
-        left, top = (width - square) // 2, (height - square) // 2
-        rgb = rgb.resize(
-            (self._side, self._side),
-            self._pillow.Resampling.BICUBIC,
-            box=(left, top, left + square, top + square),
-        )
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
 def _images_below(folder: Path) -> list[Path]:

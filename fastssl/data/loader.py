@@ -1,14 +1,16 @@
-"""The order of samples, and batches in that order."""
+"""The order of samples, and batches in that order, on the device that trains."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..augment import Packed
 from ..augment.random import permutation
+from .source import TensorSource
 
 
 @dataclass(frozen=True)
@@ -47,39 +49,127 @@ def epoch_order(
     return order.view(-1, world, batch_size // world)[:, rank]
 
 
+def resident(source, device: torch.device | str):
+    """The source to take batches from: one that is a tensor, and takes at most an eighth of a GPU's
+    free memory, lies on that GPU; others stay as they are."""
+    device = torch.device(device)
+    if device.type != "cuda" or not isinstance(source, TensorSource):
+        return source
+    fits = source.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 8
+    return source.to(device) if fits else source
+
+
 def batches(
-    source, order: Tensor, *, workers: int = 0, ahead: int = 2
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images, labels and sample numbers, one row of `order` (steps, B) after the other.
+    source,
+    order: Iterable[Tensor],
+    *,
+    workers: int = 0,
+    ahead: int = 2,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor | Packed, Tensor, Tensor]]:
+    """Images, labels and sample numbers, one step after the other.
 
     Args:
         source: anything with `batch(index)`, see `fastssl.data.load`.
-        order: (steps, B) int64.
+        order: (B,) int64 for each step, for instance what `epoch_order` gives.
         workers: threads that decode up to `ahead` batches in advance; Pillow decodes outside the
-            interpreter lock. 0 decodes when a batch is asked for. The batches are the same.
+            interpreter lock. 0 decodes when a batch is asked for. The batches are the same. A
+            `TensorSource` on the device needs none.
+        device: where the batches are to be. To a GPU they travel from pinned memory on a stream of
+            their own while the steps before them compute.
 
     Yields:
-        images (B, C, H, W) uint8, labels (B,) int64, index (B,) int64.
+        images (B, C, H, W) or `Packed`, labels (B,) int64, index (B,) int64.
     """
+    transfer = Transfer(device)
+    if isinstance(source, TensorSource):
+        home = source.images.device
+        order = (index.to(home, non_blocking=True) for index in order)
+        if home.type == transfer.device.type:
+            workers = 0
     if workers == 0:
         for index in order:
-            yield *source.batch(index), index
+            yield transfer.finish(transfer.start((*source.batch(index), index)))
         return
-    with ThreadPoolExecutor(workers) as pool:
+
+    def assemble(index, parts):
+        images, labels = zip(*(part.result() for part in parts), strict=True)
+        return transfer.start((_join(images), torch.cat(labels), index))
+
+    # The joining thread waits for decoders, so it cannot be one of them.
+    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(1) as joining:
 
         def submit(index):
             parts = [part for part in index.tensor_split(workers) if len(part)]
-            return index, [pool.submit(source.batch, part) for part in parts]
+            parts = [decoders.submit(source.batch, part) for part in parts]
+            return joining.submit(assemble, index, parts)
 
         rows = iter(order)
         pending = deque(submit(index) for _, index in zip(range(ahead), rows, strict=False))
         try:
             while pending:
-                index, parts = pending.popleft()
-                images, labels = zip(*(part.result() for part in parts), strict=True)
+                batch = transfer.finish(pending.popleft().result())
                 for following in rows:
                     pending.append(submit(following))
                     break
-                yield torch.cat(images), torch.cat(labels), index
+                yield batch
         finally:  # an abandoned iteration must not decode what nobody will ask for
-            pool.shutdown(wait=True, cancel_futures=True)
+            for pool in (joining, decoders):
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Transfer:
+    """Copies batches to a device: `start` where they are made, `finish` where they are used.
+
+    Between the two a GPU copies on a stream of its own, beside whatever computes; what lies on a
+    GPU already stays. On a CPU both give back what they get.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def start(self, batch: tuple) -> tuple:
+        """The batch, on its way, and the event of its arrival."""
+        if self.stream is None:
+            return batch, None
+        with torch.cuda.stream(self.stream):
+            return tuple(self._send(x) for x in batch), self.stream.record_event()
+
+    def _send(self, x: Tensor | Packed) -> Tensor | Packed:
+        if isinstance(x, Packed):
+            pixels, offsets, sizes = map(self._send, _tensors(x))
+            return Packed(pixels, offsets, sizes, x.channels)
+        if x.is_cuda:
+            return x
+        # The pinned memory may be given up here: torch reuses it only after the copy.
+        return x.pin_memory().to(self.device, non_blocking=True)
+
+    def finish(self, started: tuple) -> tuple:
+        """The batch, for the current stream to use."""
+        batch, arrival = started
+        if arrival is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrival)
+            for x in batch:
+                for part in _tensors(x):
+                    part.record_stream(current)  # its memory is of the copying stream's pool
+        return batch
+
+
+def _tensors(x: Tensor | Packed) -> tuple[Tensor, ...]:
+    return (x.pixels, x.offsets, x.sizes) if isinstance(x, Packed) else (x,)
+
+
+def _join(parts: tuple[Tensor | Packed, ...]) -> Tensor | Packed:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    starts = [0]
+    for part in parts[:-1]:
+        starts.append(starts[-1] + len(part.pixels))
+    return Packed(
+        torch.cat([part.pixels for part in parts]),
+        torch.cat([part.offsets + start for part, start in zip(parts, starts, strict=True)]),
+        torch.cat([part.sizes for part in parts]),
+        parts[0].channels,
+    )

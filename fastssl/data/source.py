@@ -1,6 +1,7 @@
 """A data set that is a tensor."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +12,17 @@ class TensorSource:
 
     Args:
         name: what `fastssl.data.load` calls it.
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, or float32 in [0, 1].
         labels: (N,) int64, -1 where there is none.
         class_names: one name a class.
         mirror: whether a mirror image still shows the same thing (not so for digits and text).
+
+    Raises:
+        TypeError: images of another dtype or shape. ValueError: float images with NaN or values
+            outside [0, 1]; the message names samples.
     """
 
-    corrupt: tuple[str, ...] = ()
+    corrupt: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -28,11 +33,13 @@ class TensorSource:
         *,
         mirror: bool = True,
     ):
-        if images.dtype != torch.uint8 or images.ndim != 4:
+        if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
             raise TypeError(
-                f"TensorSource: images must be uint8 (N, C, H, W), got {images.dtype} "
-                f"{tuple(images.shape)}."
+                "TensorSource: images must be (N, C, H, W) uint8 or float32 in [0, 1], got "
+                f"{images.dtype} {tuple(images.shape)}."
             )
+        if images.is_floating_point() and images.numel():
+            _refuse_strange_values(images)
         self.name = name
         self.images = images
         self.labels = labels
@@ -49,5 +56,22 @@ class TensorSource:
         return self.images[i], int(self.labels[i]), i
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) uint8 and labels (B,) int64 of samples `index` (B,)."""
+        """Images (B, C, H, W) and labels (B,) int64 of samples `index` (B,), where they lie."""
         return self.images[index], self.labels[index]
+
+    def to(self, device: torch.device | str) -> "TensorSource":
+        """The same data set on a device."""
+        moved = copy.copy(self)
+        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
+        return moved
+
+
+def _refuse_strange_values(images: Tensor) -> None:
+    low, high = images.flatten(1).aminmax(dim=1)  # NaN where there is one
+    strange = (~((low >= 0) & (high <= 1))).nonzero()[:, 0].tolist()
+    if strange:
+        shown = ", ".join(map(str, strange[:10])) + (", ..." if len(strange) > 10 else "")
+        raise ValueError(
+            "TensorSource: float images must lie in [0, 1] without NaN, got other values in "
+            f"{len(strange)} of {len(images)} samples: {shown}. Scale them, or leave those out."
+        )

@@ -49,7 +49,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a run's backbone, or any module, on labelled images; the backbone stays frozen.
 
-    Features are computed once, in eval mode, in float32, from whole images without augmentation,
+    Features are computed once, in eval mode, in float32, from centre squares without augmentation,
     and all protocols share them. The test split is used for nothing but the final score.
 
     Args:
@@ -119,7 +119,7 @@ def evaluate(
         "train_images": len(train_h),
         "test_images": len(test_h),
         "image_size": image_size,
-        "features": "backbone output, eval mode, float32, whole images without augmentation",
+        "features": "backbone output, eval mode, float32, centre squares without augmentation",
         "feature_dim": train_h.shape[1],
     }
     results = {}

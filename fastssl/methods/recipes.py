@@ -43,8 +43,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 def resolve(config: PretrainConfig) -> PretrainConfig:
     """A copy of `config` with its unset fields taken from the recipe.
 
-    `method_args` are merged: the recipe's, then the config's over them. `image_size` and
-    `log_every` stay unset where the recipe has none; they depend on the data.
+    `method_args` are merged: the recipe's, then the config's over them. What depends
+    on data or machine stays unset where the recipe has none: `image_size`, `log_every`, `workers`.
     """
     recipes = RECIPES[config.method]
     recipe = recipes.get(config.data, recipes["folder"])

@@ -92,3 +92,10 @@ def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> N
         "precision": precision,
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:
+    """corrupt.txt: the files that could not be read and why; none where all could."""
+    if corrupt:
+        lines = (f"{path}\t{reason}\n" for path, reason in corrupt.items())
+        (folder / "corrupt.txt").write_text("".join(lines), "utf-8", "surrogateescape")

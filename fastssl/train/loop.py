@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..augment import augment
+from ..augment import Packed, augment
 from ..augment.random import step_seed
 from ..config import PretrainConfig
-from ..data import Batch, batches, epoch_order
+from ..data import Batch, batches, epoch_order, resident
 from ..dist import SyncBatchNorm
 from ..methods import method_class
 from . import folder, setup
@@ -35,7 +35,8 @@ class Run:
     """A finished run."""
 
     path: Path
-    """Its folder: config.yaml, metrics.jsonl, metrics.csv, backbone.safetensors, checkpoints/."""
+    """Its folder: config.yaml, metrics.jsonl, metrics.csv, backbone.safetensors, checkpoints/, and
+    corrupt.txt where files could not be read: path, tab, reason."""
     metrics: dict[str, Any]
     """Summary: steps, epochs, loss, seconds, images_per_s, corrupt_images, corrupt_paths."""
 
@@ -104,8 +105,9 @@ class _Training:
             method = SyncBatchNorm.convert_sync_batchnorm(method)
         self.method = method.train()
         self.views = method.views(config.image_size, source)
+        self.feed = resident(source, ranks.device)
         self.optimizer = setup.build_optimizer(config, method)
-        self.step, self.seconds, self.corrupt_before = 0, 0.0, []
+        self.step, self.seconds, self.corrupt_before = 0, 0.0, {}
         if config.resume:
             self._restore()
         self.objective = _Objective(method)
@@ -129,51 +131,54 @@ class _Training:
         self.progress = Progress(self.total_steps, self.step, silent=not self.ranks.main)
         self.meter = Meter()
         with StopSignal() as stop, closing(self.progress):
-            while self.step < self.total_steps:
-                with closing(self._loader()) as loader:
-                    for images, label, index in self.meter.waiting(loader):
-                        self._train_step(images, label, index)
-                        self.seconds = time.perf_counter() - started
-                        stopping = self.ranks.largest(stop.received) > 0
-                        stopping = stopping and self.step < self.total_steps
-                        if stopping or self._is_due(self.config.save_every * self.steps_per_epoch):
-                            self._save()
-                        if stopping:
-                            self._say_stopped()
-                            raise KeyboardInterrupt
+            with closing(self._loader()) as loader:
+                for images, label, index in self.meter.waiting(loader):
+                    self._train_step(images, label, index)
+                    self.seconds = time.perf_counter() - started
+                    stopping = self.ranks.largest(stop.received) > 0
+                    stopping = stopping and self.step < self.total_steps
+                    if stopping or self._is_due(self.config.save_every * self.steps_per_epoch):
+                        self._save()
+                    if stopping:
+                        self._say_stopped()
+                        raise KeyboardInterrupt
         return self._finish(trained=self.step > first_step)
 
     def _loader(self):
-        """The rest of the current epoch."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        order = epoch_order(
-            len(self.source),
-            self.config.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-        )
-        return batches(self.source, order[done:], workers=self.config.workers)
+        """The batches of all steps to come, on the device; what is ahead does not end with an
+        epoch."""
+        feed, workers = self.feed, self.config.workers
+        return batches(feed, self._order(), workers=workers, device=self.ranks.device)
+
+    def _order(self):
+        """The sample numbers of each step to come."""
+        config, ranks = self.config, self.ranks
+        first, done = divmod(self.step, self.steps_per_epoch)
+        for epoch in range(first, config.epochs):
+            order = epoch_order(
+                len(self.source), config.batch_size, seed=config.seed, epoch=epoch,
+                rank=ranks.rank, world=ranks.world,
+            )  # fmt: skip
+            yield from order[done if epoch == first else 0 :]
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _train_step(self, images: Tensor, label: Tensor, index: Tensor) -> None:
-        """One update of the weights. images (B, C, H, W) uint8, label and index (B,) int64."""
-        config, device = self.config, self.ranks.device
+    def _train_step(self, images: Tensor | Packed, label: Tensor, index: Tensor) -> None:
+        """One update of the weights. images (B, C, H, W) or packed, label and index (B,) int64."""
+        config = self.config
         epoch = self.step // self.steps_per_epoch
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
         lr = setup.learning_rate(config, self.step, self.steps_per_epoch, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         views = augment(
-            images.to(device), index, self.views,
-            seed=config.seed, epoch=epoch, channels_last=True,
-        )  # fmt: skip
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss, scalars = self.objective(Batch(views, index.to(device), label.to(device)))
+            images, index, self.views, seed=config.seed, epoch=epoch, channels_last=True
+        )
+        autocast = self.precision == "bf16"
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast):
+            loss, scalars = self.objective(Batch(views, index, label))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.step += 1
@@ -217,7 +222,9 @@ class _Training:
 
     def _save(self) -> None:
         self._refuse_bad_loss()
+        corrupt = self._corrupt()
         if self.ranks.main:
+            folder.write_corrupt(self.out, corrupt)
             state = {
                 "method": self.config.method,
                 "config": dataclasses.asdict(self.config),
@@ -225,7 +232,7 @@ class _Training:
                 "model": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "seconds": self.seconds,
-                "corrupt": self._corrupt(),
+                "corrupt": corrupt,
             }
             save_checkpoint(folder.checkpoint_path(self.out), state)
         self.ranks.barrier()
@@ -240,9 +247,12 @@ class _Training:
         self.step, self.seconds = state["step"], state["seconds"]
         self.corrupt_before = state["corrupt"]
 
-    def _corrupt(self) -> list[str]:
-        """Unreadable files met so far, also before a resume."""
-        return sorted({*self.corrupt_before, *self.source.corrupt})
+    def _corrupt(self) -> dict[str, str]:
+        """Unreadable files met so far by any rank, also before a resume, and why."""
+        met = self.ranks.gather(self.source.corrupt)
+        return dict(
+            sorted({k: v for d in (self.corrupt_before, *met) for k, v in d.items()}.items())
+        )
 
     def _say_stopped(self) -> None:
         self.progress.close()
@@ -255,7 +265,7 @@ class _Training:
 
     def _finish(self, trained: bool) -> Run:
         """Export the backbone and write the summary, unless an earlier call has."""
-        summary_path = self.out / "summary.json"
+        summary_path, corrupt = self.out / "summary.json", self._corrupt()
         if self.ranks.main and (trained or not summary_path.exists()):
             export_backbone(self.method.backbone, self.out, self.config, self.source)
             images = self.total_steps * self.config.batch_size
@@ -265,8 +275,8 @@ class _Training:
                 "loss": read_metrics(self.out)[-1]["loss"],
                 "seconds": self.seconds,
                 "images_per_s": images / self.seconds,
-                "corrupt_images": len(self._corrupt()),
-                "corrupt_paths": self._corrupt(),
+                "corrupt_images": len(corrupt),
+                "corrupt_paths": list(corrupt),
             }
             summary_path.write_text(json.dumps(summary, indent=2) + "\n")
         self.ranks.barrier()

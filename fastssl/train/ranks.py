@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,13 @@ class Ranks:
             dist.all_reduce(x)
             x /= self.world
         return x
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, of any type that can be pickled."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import warnings
 
 import torch
@@ -25,7 +26,7 @@ def settle(config: PretrainConfig, world: int):
     """
     saved = folder.saved_config(config)
     config = resolve(config if saved is None else folder.unset_from(config, saved))
-    source = load(config.data, "train", config.image_size)
+    source = load(config.data, "train", config.image_size, config.max_side)
     batch_size = config.batch_size
     if batch_size > len(source) >= 2 * world:
         batch_size = len(source) // world * world
@@ -35,11 +36,14 @@ def settle(config: PretrainConfig, world: int):
         )
     epoch_order(len(source), batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
     total_steps = config.epochs * (len(source) // batch_size)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = min(8, max(1, cores)) if config.workers is None else config.workers
     config = dataclasses.replace(
         config,
         data=source.name,
         image_size=config.image_size or source.image_size,
         batch_size=batch_size,
+        workers=workers,
         log_every=config.log_every or min(50, max(1, total_steps // 100)),
     )
     if saved is not None:
