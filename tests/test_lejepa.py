@@ -388,7 +388,7 @@ def test_views_follow_the_data():
     method = LeJEPA(build_backbone("resnet_small", 1, 8), local_views=3)
     views = method.views(224, load("digits"))
     assert [view.size for view in views] == [224, 224, 98, 98, 98]
-    assert [view.crop_scale for view in views[1:3]] == [(0.3, 1.0), (0.05, 0.3)]
+    assert [view.crop.scale for view in views[1:3]] == [(0.3, 1.0), (0.05, 0.3)]
     assert [view.size for view in method.views(8, load("digits"))] == [8] * 5
 
 
