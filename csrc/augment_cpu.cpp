@@ -1,8 +1,8 @@
 // Views of images from their parameters: all pixel operations while a view is in the second cache.
 //
-// A view is made in blocks of rows. The crop combines rows of the image, then takes the columns'
-// taps from the combined row in the first cache; weights come from fp64, once a view. Turns and the
-// flip cost nothing: taps are listed in mirrored order, and an odd turn transposes the finished
+// A view is made in blocks of rows. The crop combines rows of the image, 16 at a time, and then, of
+// their transpose, columns: no gathers. Weights come from fp64, once a view. Turns and the flip cost
+// nothing: taps are listed in mirrored order, and an odd turn transposes the finished
 // square. Colour operations run on a block until a contrast needs the mean luminance of the whole
 // view; then another pass begins. The last pass normalises and rounds into the result. Blurred views
 // take one more, separable, a row at a time. Sums run over blocks in fixed order, so a view's bits
@@ -28,6 +28,10 @@ enum Operation { kScale, kContrast, kSaturation, kHue, kGrayscale };
 
 constexpr int64_t kBlock = 1024;  // pixels of a block of rows, at least: its planes stay in cache 1
 constexpr int64_t kFewest = 1 << 14;  // elements of a task, at least
+struct alignas(4 * kLanes) Lanes {  // a name of its own, or std::vector would not align it
+  float __attribute__((vector_size(4 * kLanes))) of;
+};
+using Quad = float __attribute__((vector_size(16)));
 constexpr double kFarthest = 1 << 20;  // a crop's corner, so that its pixels are soon counted
 
 // ---------------------------------------------------------------------------------------- crop
@@ -36,16 +40,10 @@ constexpr double kFarthest = 1 << 20;  // a crop's corner, so that its pixels ar
 struct Axis {
   std::vector<int32_t> begin, place;  // pixel i takes place[begin[i]] .. place[begin[i + 1] - 1]
   std::vector<float> weight;
-  int64_t low = 0, length = 0;  // all places lie in [low, low + length)
-  // The same with tap t of pixel i at [t size + i], places from `low` on. Where a pixel has fewer
-  // taps its first place comes again with weight 0, so that no other pixel's NaN gets in.
-  std::vector<int32_t> place_of;
-  std::vector<float> weight_of;
-  int64_t taps = 0;
+  int64_t low = 0, length = 0;  // places count from pixel `low` on and are below `length`
 
   void build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
              bool mirrored);
-  void spread(int64_t size);
 };
 
 double filter(double t, bool bicubic, double a) {
@@ -85,20 +83,8 @@ void Axis::build(double from, double to, int64_t size, int64_t pixels, bool bicu
     lowest = std::min(lowest, place[start]), highest = std::max(highest, place.back());
     begin.push_back(static_cast<int32_t>(place.size()));
   }
+  for (int32_t& p : place) p -= lowest;
   low = lowest, length = highest - lowest + 1;
-}
-
-void Axis::spread(int64_t size) {
-  taps = 0;
-  for (int64_t i = 0; i < size; ++i) taps = std::max<int64_t>(taps, begin[i + 1] - begin[i]);
-  place_of.resize(taps * size), weight_of.resize(taps * size);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t i = 0; i < size; ++i) {
-      const bool real = t < begin[i + 1] - begin[i];
-      const int32_t k = begin[i] + (real ? static_cast<int32_t>(t) : 0);
-      place_of[t * size + i] = place[k] - static_cast<int32_t>(low);
-      weight_of[t * size + i] = real ? weight[k] : 0.f;
-    }
 }
 
 // out (n,) = or += the sum of N rows, each times its weight.
@@ -141,29 +127,51 @@ FASTSSL_CLONES void combine_rows(const float* image, int64_t width, const int32_
   combine(image, width, place, weight, taps, n, out);
 }
 
-// out (size,): the taps of a line.
-FASTSSL_CLONES void take_columns(const float* line, const int32_t* __restrict place,
-                                 const float* __restrict weight, int64_t taps, int64_t size,
-                                 float* __restrict out) {
-  const int32_t* place1 = place + size;
-  const float* weight1 = weight + size;
-  if (taps == 1) {
-    for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * line[place[i]];
-    return;
+// The taps of `size` columns, of kLanes rows at once: x (length, kLanes) to out (size, kLanes).
+FASTSSL_CLONES void combine_columns(const Lanes* x, const int32_t* begin, const int32_t* place,
+                                    const float* weight, int64_t size, Lanes* __restrict out) {
+  for (int64_t i = 0; i < size; ++i) {
+    Lanes sum = {};
+    for (int32_t t = begin[i]; t < begin[i + 1]; ++t) sum.of += weight[t] * x[place[t]].of;
+    out[i] = sum;
   }
-  for (int64_t i = 0; i < size; ++i)
-    out[i] = weight[i] * line[place[i]] + weight1[i] * line[place1[i]];
-  for (int64_t t = 2; t < taps; ++t)
-    for (int64_t i = 0; i < size; ++i)
-      out[i] += weight[t * size + i] * line[place[t * size + i]];
+}
+
+// out (columns, ld_out) = the transpose of x (rows, ld).
+void transpose(const float* x, int64_t ld, int64_t rows, int64_t columns, float* out,
+               int64_t ld_out) {
+  const auto single = [&](int64_t i, int64_t j) { out[j * ld_out + i] = x[i * ld + j]; };
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4) {
+      Quad a[4];
+      for (int k = 0; k < 4; ++k) std::memcpy(&a[k], x + (i + k) * ld + j, sizeof(Quad));
+      const Quad b0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5);
+      const Quad b1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
+      const Quad b2 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
+      const Quad b3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+      a[0] = __builtin_shufflevector(b0, b1, 0, 1, 4, 5);
+      a[1] = __builtin_shufflevector(b0, b1, 2, 3, 6, 7);
+      a[2] = __builtin_shufflevector(b2, b3, 0, 1, 4, 5);
+      a[3] = __builtin_shufflevector(b2, b3, 2, 3, 6, 7);
+      for (int k = 0; k < 4; ++k) std::memcpy(out + (j + k) * ld_out + i, &a[k], sizeof(Quad));
+    }
+    for (; j < columns; ++j)
+      for (int k = 0; k < 4; ++k) single(i + k, j);
+  }
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) single(i, j);
 }
 
 // -------------------------------------------------------------------------------------- colour
 
-FASTSSL_INLINE inline float unit(float x) {  // clamped to [0, 1]; NaN stays NaN
-  x = 0.f > x ? 0.f : x;
-  return 1.f < x ? 1.f : x;
+// Clamped to [0, 1] by the bits: compilers do not make a minimum of a comparison that a NaN may meet.
+FASTSSL_INLINE inline float clip(float x) {
+  const int32_t bits = std::max(bit_cast<int32_t>(x), 0);
+  return bit_cast<float>(std::min(bits, bit_cast<int32_t>(1.f)));
 }
+FASTSSL_INLINE inline float unit(float x) { return clip(x) + 0.f * x; }  // NaN stays NaN
 
 FASTSSL_INLINE inline float luminance(float r, float g, float b) {
   return 0.2989f * r + 0.587f * g + 0.114f * b;
@@ -190,17 +198,17 @@ FASTSSL_CLONES void turn_hue(float* __restrict red, float* __restrict green,
                              float* __restrict blue, int64_t n, float shift) {
   for (int64_t i = 0; i < n; ++i) {
     const float r = red[i], g = green[i], b = blue[i];
-    const float high = r > g ? (r > b ? r : b) : (g > b ? g : b);
-    const float low = r < g ? (r < b ? r : b) : (g < b ? g : b);
+    float high = r > g ? r : g, low = r > g ? g : r;
+    high = high > b ? high : b, low = low > b ? b : low;
     const float chroma = high - low;
     const float over = high == r ? g - b : high == g ? b - r : r - g;
     const float base = high == r ? shift : high == g ? 2.f + shift : 4.f + shift;
     float h = base + over / (chroma == 0.f ? 1.f : chroma);
     h = h >= 6.f ? h - 6.f : h;
     const float value = high + 0.f * (r + g + b);  // a comparison would lose a NaN
-    red[i] = unit(value - chroma * unit(2.f - std::abs(h - 3.f)));
-    green[i] = unit(value - chroma * unit(std::abs(h - 2.f) - 1.f));
-    blue[i] = unit(value - chroma * unit(std::abs(h - 4.f) - 1.f));
+    red[i] = unit(value - chroma * clip(2.f - std::abs(h - 3.f)));
+    green[i] = unit(value - chroma * clip(std::abs(h - 2.f) - 1.f));
+    blue[i] = unit(value - chroma * clip(std::abs(h - 4.f) - 1.f));
   }
 }
 
@@ -347,7 +355,7 @@ class Renderer {
   explicit Renderer(const Job& job)
       : job_(job),
         plane_(job.size * job.size),
-        rows_(std::clamp<int64_t>(kBlock / job.size, 1, job.size)),
+        rows_(std::max<int64_t>(1, kBlock / job.size / kLanes) * kLanes),
         image_(job.C * plane_),
         sources_(job.C) {}
 
@@ -361,9 +369,10 @@ class Renderer {
 
   void plan();
   void crop(int64_t row);
+  template <class T>
+  void resize(const T* image, int64_t row, int64_t rows, float* out);
   void apply(const Step& step, int64_t at, int64_t n, double mean);
   double sum(int64_t at, int64_t n) const;
-  void transpose();
   void blur();
   void draw_noise();
   void emit(const float* x, int64_t ld, int64_t at, int64_t n);
@@ -372,6 +381,7 @@ class Renderer {
   const int64_t plane_, rows_;
   std::vector<float> image_;  // (C, size, size); of grey views the first plane only
   std::vector<const float*> sources_;
+  std::vector<Lanes> lines_, columns_;  // kLanes rows of the crop, and their transpose
   std::vector<float> line_, block_, noise_;
   Axis x_, y_;
 
@@ -407,10 +417,10 @@ void Renderer::plan() {
   if (p_[kAngle] == 0.f) {
     x_.build(p_[kX0], p_[kX1], job_.size, width_, job_.bicubic, job_.antialias, mirror_x_);
     y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bicubic, job_.antialias, mirror_y_);
-    x_.spread(job_.size);
     if (job_.bytes)
       for (float& w : y_.weight) w *= 1.f / 255.f;
-    line_.resize(std::max<size_t>(line_.size(), x_.length));
+    const size_t lines = std::max(x_.length, job_.size);
+    if (lines > lines_.size()) lines_.resize(lines), columns_.resize(lines);
   }
   count_ = 0;
   for (int k = kFirst; k < kGray; ++k) {
@@ -426,19 +436,31 @@ void Renderer::plan() {
   if (p_[kGray] != 0.f && job_.C == 3) steps_[count_++] = {kGrayscale, 0.f};
 }
 
+// At most kLanes rows of the view from `row` on.
+template <class T>
+void Renderer::resize(const T* image, int64_t row, int64_t rows, float* out) {
+  const int64_t n = x_.length;
+  const T* corner = image + y_.low * width_ + x_.low;
+  float* lines = reinterpret_cast<float*>(lines_.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t k = y_.begin[row + r], taps = y_.begin[row + r + 1] - k;
+    combine_rows(corner, width_, &y_.place[k], &y_.weight[k], taps, n, lines + r * n);
+  }
+  transpose(lines, n, rows, n, reinterpret_cast<float*>(columns_.data()), kLanes);
+  combine_columns(columns_.data(), x_.begin.data(), x_.place.data(), x_.weight.data(), job_.size,
+                  lines_.data());
+  transpose(lines, kLanes, job_.size, rows, out, job_.size);
+}
+
 // Rows of the view from `row` on, as many as a block has, into the image.
 void Renderer::crop(int64_t row) {
   const int64_t size = job_.size, end = std::min(size, row + rows_);
   const auto put = [&]<class T>(const T* image) {
     if (p_[kAngle] == 0.f) {
-      for (int64_t c = 0; c < job_.C; ++c)
-        for (int64_t i = row; i < end; ++i) {
-          combine_rows(image + c * height_ * width_ + x_.low, width_, &y_.place[y_.begin[i]],
-                       &y_.weight[y_.begin[i]], y_.begin[i + 1] - y_.begin[i], x_.length,
-                       line_.data());
-          take_columns(line_.data(), x_.place_of.data(), x_.weight_of.data(), x_.taps, size,
-                       &image_[c * plane_ + i * size]);
-        }
+      for (int64_t i = row; i < end; i += kLanes)
+        for (int64_t c = 0; c < job_.C; ++c)
+          resize(image + c * height_ * width_, i, std::min(kLanes, end - i),
+                 &image_[c * plane_ + i * size]);
       return;
     }
     const double x0 = p_[kX0], y0 = p_[kY0], x1 = p_[kX1], y1 = p_[kY1], n = double(size);
@@ -479,13 +501,6 @@ double Renderer::sum(int64_t at, int64_t n) const {
   return total / double(job_.C);
 }
 
-void Renderer::transpose() {
-  for (int64_t c = 0; c < planes_; ++c)
-    for (int64_t i = 0; i < job_.size; ++i)
-      for (int64_t j = 0; j < i; ++j)
-        std::swap(image_[c * plane_ + i * job_.size + j], image_[c * plane_ + j * job_.size + i]);
-}
-
 void Renderer::blur() {
   const int64_t size = job_.size, widest = std::max<int64_t>(1, size / 20);
   std::vector<double> exact(widest + 1);
@@ -502,7 +517,7 @@ void Renderer::blur() {
   const auto reflected = [&](int64_t i) { return i < 0 ? -i : i > last ? 2 * last - i : i; };
   std::vector<const float*> before(radius + 1), after(radius + 1);
   line_.resize(std::max<size_t>(line_.size(), size + 2 * radius));
-  block_.resize(planes_ * rows_ * size);
+  block_.resize(std::max<size_t>(block_.size(), planes_ * rows_ * size));
   float* middle = line_.data() + radius;
   for (int64_t row = 0; row < size; row += rows_) {
     const int64_t end = std::min(size, row + rows_);
@@ -594,7 +609,12 @@ void Renderer::render(int64_t m) {
     if (end == count_) break;
     mean = total / double(plane_), at = end;
   }
-  if (across_) transpose();
+  if (across_) {
+    block_.resize(image_.size());
+    for (int64_t c = 0; c < planes_; ++c)
+      transpose(&image_[c * plane_], size, size, size, &block_[c * plane_], size);
+    image_.swap(block_);
+  }
   if (blurred) blur();
   else if (!emitted) emit(image_.data(), plane_, 0, plane_);
 }
