@@ -42,9 +42,16 @@ struct Axis {
   std::vector<float> weight;
   int64_t low = 0, length = 0;  // places count from pixel `low` on and are below `length`
 
-  void build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
-             bool mirrored);
+  // Of a view of `size` pixels of [from, to); the weights of a pixel add up to `unit`.
+  void build(double from, double to, int64_t size, int64_t pixels, double unit, bool bicubic,
+             bool antialias, bool mirrored);
 };
+
+// Without a call of the library; exact for |x| < 2^52.
+int64_t floor_of(double x) {
+  const auto i = static_cast<int64_t>(x);
+  return i - (static_cast<double>(i) > x);
+}
 
 double filter(double t, bool bicubic, double a) {
   if (!bicubic) return std::max(0.0, 1.0 - t);
@@ -52,20 +59,22 @@ double filter(double t, bool bicubic, double a) {
   return t < 2.0 ? a * (((t - 5.0) * t + 8.0) * t - 4.0) : 0.0;
 }
 
-void Axis::build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
-                 bool mirrored) {
+void Axis::build(double from, double to, int64_t size, int64_t pixels, double unit, bool bicubic,
+                 bool antialias, bool mirrored) {
   const double share = (to - from) / static_cast<double>(size);
   const double stretch = antialias ? std::max(share, 1.0) : 1.0;
   const double reach = bicubic ? 2.0 * stretch : stretch, a = antialias ? -0.5 : -0.75;
-  const int64_t first = std::floor(from), last = static_cast<int64_t>(std::ceil(to)) - 1;
-  begin.assign(1, 0), place.clear(), weight.clear();
-  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = 0;
+  const int64_t first = floor_of(from), last = -floor_of(-to) - 1;
+  const auto most = static_cast<size_t>(size * std::min<double>(2.0 * reach + 2.0, pixels));
+  if (place.size() < most) place.resize(most), weight.resize(most);
+  begin.assign(size + 1, 0);
+  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = 0, count = 0;
   for (int64_t i = 0; i < size; ++i) {
     const double centre = from + share * (static_cast<double>(mirrored ? size - 1 - i : i) + 0.5);
-    int64_t j = std::ceil(centre - reach - 0.5), end = std::floor(centre + reach - 0.5);
+    int64_t j = -floor_of(reach + 0.5 - centre), end = floor_of(centre + reach - 0.5);
     if (antialias) j = std::max(j, first), end = std::min(end, last);
     double sum = 0.0;
-    const size_t start = place.size();
+    const int32_t start = count;
     for (; j <= end; ++j) {
       const double w =
           filter(std::abs(static_cast<double>(j) + 0.5 - centre) / stretch, bicubic, a);
@@ -73,18 +82,22 @@ void Axis::build(double from, double to, int64_t size, int64_t pixels, bool bicu
       sum += w;
       const auto p = static_cast<int32_t>(
           std::clamp<int64_t>(std::clamp(j, first, last), 0, pixels - 1));
-      if (place.size() > start && place.back() == p) {  // an edge, repeated
-        weight.back() += static_cast<float>(w);
+      if (count > start && place[count - 1] == p) {  // an edge, repeated
+        weight[count - 1] += static_cast<float>(w);
       } else {
-        place.push_back(p), weight.push_back(static_cast<float>(w));
+        place[count] = p, weight[count++] = static_cast<float>(w);
       }
     }
-    for (size_t k = start; k < place.size(); ++k) weight[k] /= static_cast<float>(sum);
-    lowest = std::min(lowest, place[start]), highest = std::max(highest, place.back());
-    begin.push_back(static_cast<int32_t>(place.size()));
+    const auto factor = static_cast<float>(unit / sum);
+    for (int32_t k = start; k < count; ++k) weight[k] *= factor;
+    lowest = std::min(lowest, place[start]), highest = std::max(highest, place[count - 1]);
+    begin[i + 1] = count;
   }
-  for (int32_t& p : place) p -= lowest;
-  low = lowest, length = highest - lowest + 1;
+  // In whole vectors where the image is as wide: what is read beyond is not used.
+  const int64_t span = highest - lowest + 1;
+  length = std::min((span + kLanes - 1) / kLanes * kLanes, pixels);
+  low = std::min<int64_t>(lowest, pixels - length);
+  for (int32_t k = 0; k < count; ++k) place[k] -= static_cast<int32_t>(low);
 }
 
 // out (n,) = or += the sum of N rows, each times its weight.
@@ -109,7 +122,7 @@ template <class T>
 FASTSSL_INLINE inline void combine(const T* image, int64_t width, const int32_t* place,
                                    const float* weight, int64_t taps, int64_t n, float* out) {
   for (int64_t t = 0; t < taps; t += 4) {
-    const T* rows[4];
+    const T* rows[4] = {};
     const int64_t some = std::min<int64_t>(4, taps - t);
     for (int64_t k = 0; k < some; ++k) rows[k] = image + place[t + k] * width;
     if (some == 4) add_rows<4>(rows, weight + t, t > 0, n, out);
@@ -241,16 +254,17 @@ FASTSSL_CLONES float sum_plane(const float* x, int64_t n) {
 
 // ---------------------------------------------------------------------------- blur and the end
 
-// out (n,) = or += the sum over N distances of weight (line before + line after).
+// out (n,) += the sum of weight[k] (before[k] + after[k]) over N distances from k on.
 template <int N>
 FASTSSL_INLINE inline void add_pairs(const float* const* before, const float* const* after,
-                                     const float* weight, int64_t n, float* __restrict out) {
+                                     const float* weight, int64_t k, int64_t n,
+                                     float* __restrict out) {
   const float *p[N], *q[N];
   float w[N];
-  for (int k = 0; k < N; ++k) p[k] = before[k], q[k] = after[k], w[k] = weight[k];
+  for (int i = 0; i < N; ++i) p[i] = before[k + i], q[i] = after[k + i], w[i] = weight[k + i];
   for (int64_t x = 0; x < n; ++x) {
     float s = out[x];
-    for (int k = 0; k < N; ++k) s += w[k] * (p[k][x] + q[k][x]);
+    for (int i = 0; i < N; ++i) s += w[i] * (p[i][x] + q[i][x]);
     out[x] = s;
   }
 }
@@ -261,8 +275,9 @@ FASTSSL_CLONES void blur_line(const float* middle, const float* const* before,
   const float w = weight[0];
   for (int64_t x = 0; x < n; ++x) out[x] = w * middle[x];
   int64_t k = 1;
-  for (; k + 3 <= radius; k += 4) add_pairs<4>(before + k, after + k, weight + k, n, out);
-  for (; k <= radius; ++k) add_pairs<1>(before + k, after + k, weight + k, n, out);
+  for (; k + 5 <= radius; k += 6) add_pairs<6>(before, after, weight, k, n, out);
+  for (; k + 2 <= radius; k += 3) add_pairs<3>(before, after, weight, k, n, out);
+  for (; k <= radius; ++k) add_pairs<1>(before, after, weight, k, n, out);
 }
 
 // Philox4x32-10: blocks of four words from `block` on, as fastssl/augment/random.py counts them.
@@ -415,10 +430,9 @@ void Renderer::plan() {
   across_ = turns & 1, mirror_x_ = turns == 1 || turns == 2, mirror_y_ = turns >= 2;
   if (p_[kFlip] != 0.f) (across_ ? mirror_y_ : mirror_x_) ^= true;
   if (p_[kAngle] == 0.f) {
-    x_.build(p_[kX0], p_[kX1], job_.size, width_, job_.bicubic, job_.antialias, mirror_x_);
-    y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bicubic, job_.antialias, mirror_y_);
-    if (job_.bytes)
-      for (float& w : y_.weight) w *= 1.f / 255.f;
+    x_.build(p_[kX0], p_[kX1], job_.size, width_, 1.0, job_.bicubic, job_.antialias, mirror_x_);
+    y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bytes ? 1.0 / 255.0 : 1.0, job_.bicubic,
+             job_.antialias, mirror_y_);
     const size_t lines = std::max(x_.length, job_.size);
     if (lines > lines_.size()) lines_.resize(lines), columns_.resize(lines);
   }
@@ -512,7 +526,7 @@ void Renderer::blur() {
   }
   std::vector<float> weight;
   for (double w : exact)
-    if (w > 1e-10 * sum) weight.push_back(static_cast<float>(w / sum));  // others round to nothing
+    if (w > 1e-8 * sum) weight.push_back(static_cast<float>(w / sum));  // others round to nothing
   const int64_t radius = static_cast<int64_t>(weight.size()) - 1, last = size - 1;
   const auto reflected = [&](int64_t i) { return i < 0 ? -i : i > last ? 2 * last - i : i; };
   std::vector<const float*> before(radius + 1), after(radius + 1);
