@@ -9,12 +9,12 @@
 // depend on its image and its parameters only.
 // Bytes: the crop's pixels once, the result once. Every loop keeps a NaN.
 // Papers: the operations of SimCLR, arXiv:2002.05709; Philox, Salmon et al., SC 2011.
+#include "augment_math.h"
 #include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <numbers>
 
 namespace fastssl {
 namespace {
@@ -51,12 +51,6 @@ struct Axis {
 int64_t floor_of(double x) {
   const auto i = static_cast<int64_t>(x);
   return i - (static_cast<double>(i) > x);
-}
-
-double filter(double t, bool bicubic, double a) {
-  if (!bicubic) return std::max(0.0, 1.0 - t);
-  if (t < 1.0) return ((a + 2.0) * t - (a + 3.0)) * t * t + 1.0;
-  return t < 2.0 ? a * (((t - 5.0) * t + 8.0) * t - 4.0) : 0.0;
 }
 
 void Axis::build(double from, double to, int64_t size, int64_t pixels, double unit, bool bicubic,
@@ -179,17 +173,6 @@ void transpose(const float* x, int64_t ld, int64_t rows, int64_t columns, float*
 
 // -------------------------------------------------------------------------------------- colour
 
-// Clamped to [0, 1] by the bits: compilers do not make a minimum of a comparison that a NaN may meet.
-FASTSSL_INLINE inline float clip(float x) {
-  const int32_t bits = std::max(bit_cast<int32_t>(x), 0);
-  return bit_cast<float>(std::min(bits, bit_cast<int32_t>(1.f)));
-}
-FASTSSL_INLINE inline float unit(float x) { return clip(x) + 0.f * x; }  // NaN stays NaN
-
-FASTSSL_INLINE inline float luminance(float r, float g, float b) {
-  return 0.2989f * r + 0.587f * g + 0.114f * b;
-}
-
 // x = clamp(a x + b)
 FASTSSL_CLONES void affine(float* x, int64_t n, float a, float b) {
   for (int64_t i = 0; i < n; ++i) x[i] = unit(a * x[i] + b);
@@ -205,24 +188,9 @@ FASTSSL_CLONES void saturate(float* __restrict r, float* __restrict g, float* __
   }
 }
 
-// Value and chroma are kept. With the hue h in sixths of a turn, each channel is value - chroma w,
-// w in [0, 1] a trapezoid of h. `shift` is in [1, 7), so that one comparison brings h into [0, 6).
-FASTSSL_CLONES void turn_hue(float* __restrict red, float* __restrict green,
-                             float* __restrict blue, int64_t n, float shift) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float r = red[i], g = green[i], b = blue[i];
-    float high = r > g ? r : g, low = r > g ? g : r;
-    high = high > b ? high : b, low = low > b ? b : low;
-    const float chroma = high - low;
-    const float over = high == r ? g - b : high == g ? b - r : r - g;
-    const float base = high == r ? shift : high == g ? 2.f + shift : 4.f + shift;
-    float h = base + over / (chroma == 0.f ? 1.f : chroma);
-    h = h >= 6.f ? h - 6.f : h;
-    const float value = high + 0.f * (r + g + b);  // a comparison would lose a NaN
-    red[i] = unit(value - chroma * clip(2.f - std::abs(h - 3.f)));
-    green[i] = unit(value - chroma * clip(std::abs(h - 2.f) - 1.f));
-    blue[i] = unit(value - chroma * clip(std::abs(h - 4.f) - 1.f));
-  }
+FASTSSL_CLONES void turn_hues(float* __restrict r, float* __restrict g, float* __restrict b,
+                              int64_t n, float shift) {
+  for (int64_t i = 0; i < n; ++i) turn_hue(&r[i], &g[i], &b[i], shift);
 }
 
 FASTSSL_CLONES void gray(float* __restrict r, const float* __restrict g, const float* __restrict b,
@@ -298,6 +266,12 @@ FASTSSL_CLONES void random_words(const Counter& counter, uint32_t block, int64_t
     }
     out[4 * i] = w0, out[4 * i + 1] = w1, out[4 * i + 2] = w2, out[4 * i + 3] = w3;
   }
+}
+
+FASTSSL_CLONES void normal_pairs(const uint32_t* __restrict u, const uint32_t* __restrict v,
+                                 int64_t n, float deviation, float* __restrict x,
+                                 float* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) normal_pair(u[i], v[i], deviation, &x[i], &y[i]);
 }
 
 struct End {  // of a pixel's way: solarise, clamp, normalise
@@ -398,6 +372,7 @@ class Renderer {
   std::vector<const float*> sources_;
   std::vector<Lanes> lines_, columns_;  // kLanes rows of the crop, and their transpose
   std::vector<float> line_, block_, noise_;
+  std::vector<uint32_t> words_;
   Axis x_, y_;
 
   int64_t view_ = 0, image_at_ = 0, height_ = 0, width_ = 0, planes_ = 0;
@@ -497,7 +472,7 @@ void Renderer::crop(int64_t row) {
 void Renderer::apply(const Step& step, int64_t at, int64_t n, double mean) {
   float *x = &image_[at], *g = x + plane_, *b = g + plane_;
   if (step.operation == kSaturation) saturate(x, g, b, n, step.factor);
-  else if (step.operation == kHue) turn_hue(x, g, b, n, step.factor);
+  else if (step.operation == kHue) turn_hues(x, g, b, n, step.factor);
   else if (step.operation == kGrayscale) gray(x, g, b, n);
   else {
     const bool contrast = step.operation == kContrast;
@@ -561,18 +536,14 @@ void Renderer::draw_noise() {
   constexpr uint32_t kAugment = 0, kFirstBlock = 16;
   const int64_t values = job_.C * plane_, pairs = (values + 1) / 2, blocks = (2 * pairs + 3) / 4;
   const int64_t* key = job_.keys + 4 * view_;  // index, epoch, view, seed
-  std::vector<uint32_t> words(4 * blocks);
+  words_.resize(4 * blocks);
   random_words({uint32_t(key[0]), uint32_t(key[1]), uint32_t(key[2]) << 24,
                 kAugment << 24 | uint32_t(uint64_t(key[0]) >> 32),
                 {uint32_t(key[3]), uint32_t(uint64_t(key[3]) >> 32)}},
-               kFirstBlock, blocks, words.data());
+               kFirstBlock, blocks, words_.data());
   noise_.resize(2 * pairs);
-  for (int64_t i = 0; i < pairs; ++i) {
-    const double u = (words[i] + 0.5) * 0x1p-32, turn = (words[pairs + i] + 0.5) * 0x1p-31;
-    const double length = double(p_[kNoise]) * std::sqrt(-2.0 * std::log(u));
-    noise_[i] = static_cast<float>(length * std::cos(std::numbers::pi * turn));
-    noise_[pairs + i] = static_cast<float>(length * std::sin(std::numbers::pi * turn));
-  }
+  normal_pairs(words_.data(), words_.data() + pairs, pairs, p_[kNoise], noise_.data(),
+               noise_.data() + pairs);
 }
 
 // The end of n pixels' way, from `at` on: planes of x are `ld` apart.
