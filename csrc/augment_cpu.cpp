@@ -614,10 +614,10 @@ void check(const Job& job, int64_t pixels, int64_t images, int64_t views) {
     STD_TORCH_CHECK(H > 0 && W > 0 && H <= room / W, "render_views: image ", b, " of ", H, " x ", W,
                     " pixels must lie in pixels, of ", pixels, " elements, got offset ", at, ".");
     const float* p = job.params + m * kParams;
-    bool good = p[kX0] < p[kX1] && p[kY0] < p[kY1] && std::isfinite(p[kAngle]);
-    for (int k = kX0; k <= kY1; ++k) good = good && std::abs(p[k]) <= kFarthest;
-    STD_TORCH_CHECK(good, "render_views: crops must be x0 < x1, y0 < y1 within 2^20 pixels and the "
-                          "angle finite, got another of view ", m, ".");
+    bool good = p[kX0] < p[kX1] && p[kY0] < p[kY1];
+    for (int k = kX0; k <= kAngle; ++k) good = good && std::abs(p[k]) <= kFarthest;
+    STD_TORCH_CHECK(good, "render_views: crops must be x0 < x1, y0 < y1, they and the angle within "
+                          "2^20, got another of view ", m, ".");
     STD_TORCH_CHECK(job.keys || !(p[kNoise] > 0.f),
                     "render_views: views with noise need noise_key, got None.");
   }
