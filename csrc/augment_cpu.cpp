@@ -47,6 +47,8 @@ struct Axis {
              bool antialias, bool mirrored);
 };
 
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // Without a call of the library; exact for |x| < 2^52.
 int64_t floor_of(double x) {
   const auto i = static_cast<int64_t>(x);
@@ -89,59 +91,38 @@ void Axis::build(double from, double to, int64_t size, int64_t pixels, double un
   }
   // In whole vectors where the image is as wide: what is read beyond is not used.
   const int64_t span = highest - lowest + 1;
-  length = std::min((span + kLanes - 1) / kLanes * kLanes, pixels);
+  length = std::min(round_up(span, kLanes), pixels);
   low = std::min<int64_t>(lowest, pixels - length);
   for (int32_t k = 0; k < count; ++k) place[k] -= static_cast<int32_t>(low);
 }
 
-// out (n,) = or += the sum of N rows, each times its weight.
-template <int N, class T>
-FASTSSL_INLINE inline void add_rows(const T* const* rows, const float* weight, bool add, int64_t n,
-                                    float* __restrict out) {
-  const T* row[N];
-  float w[N];
-  for (int k = 0; k < N; ++k) row[k] = rows[k], w[k] = weight[k];
-  const auto sum = [&](int64_t x) FASTSSL_INLINE {
-    float s = w[0] * static_cast<float>(row[0][x]);
-    for (int k = 1; k < N; ++k) s += w[k] * static_cast<float>(row[k][x]);
-    return s;
-  };
-  if (add) {
-    for (int64_t x = 0; x < n; ++x) out[x] += sum(x);
-  } else {
-    for (int64_t x = 0; x < n; ++x) out[x] = sum(x);
-  }
-}
+// out (rows, ld) = x (rows, stride), n columns of each in fp32.
 template <class T>
-FASTSSL_INLINE inline void combine(const T* image, int64_t width, const int32_t* place,
-                                   const float* weight, int64_t taps, int64_t n, float* out) {
-  for (int64_t t = 0; t < taps; t += 4) {
-    const T* rows[4] = {};
-    const int64_t some = std::min<int64_t>(4, taps - t);
-    for (int64_t k = 0; k < some; ++k) rows[k] = image + place[t + k] * width;
-    if (some == 4) add_rows<4>(rows, weight + t, t > 0, n, out);
-    else if (some == 3) add_rows<3>(rows, weight + t, t > 0, n, out);
-    else if (some == 2) add_rows<2>(rows, weight + t, t > 0, n, out);
-    else add_rows<1>(rows, weight + t, t > 0, n, out);
-  }
+FASTSSL_INLINE inline void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t n,
+                                      float* __restrict out, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n; ++j) out[i * ld + j] = static_cast<float>(x[i * stride + j]);
 }
-FASTSSL_CLONES void combine_rows(const uint8_t* image, int64_t width, const int32_t* place,
-                                 const float* weight, int64_t taps, int64_t n, float* out) {
-  combine(image, width, place, weight, taps, n, out);
+FASTSSL_CLONES void widen(const uint8_t* x, int64_t stride, int64_t rows, int64_t n, float* out,
+                          int64_t ld) {
+  widen_rows(x, stride, rows, n, out, ld);
 }
-FASTSSL_CLONES void combine_rows(const float* image, int64_t width, const int32_t* place,
-                                 const float* weight, int64_t taps, int64_t n, float* out) {
-  combine(image, width, place, weight, taps, n, out);
+FASTSSL_CLONES void widen(const float* x, int64_t stride, int64_t rows, int64_t n, float* out,
+                          int64_t ld) {
+  widen_rows(x, stride, rows, n, out, ld);
 }
 
-// The taps of `size` columns, of kLanes rows at once: x (length, kLanes) to out (size, kLanes).
-FASTSSL_CLONES void combine_columns(const Lanes* x, const int32_t* begin, const int32_t* place,
-                                    const float* weight, int64_t size, Lanes* __restrict out) {
-  for (int64_t i = 0; i < size; ++i) {
-    Lanes sum = {};
-    for (int32_t t = begin[i]; t < begin[i + 1]; ++t) sum.of += weight[t] * x[place[t]].of;
-    out[i] = sum;
-  }
+// out (rows, width): row i is the sum of weight[t] x[place[t] - first] over its taps.
+FASTSSL_CLONES void combine(const Lanes* x, int64_t width, int64_t first, const int32_t* begin,
+                            const int32_t* place, const float* weight, int64_t rows,
+                            Lanes* __restrict out) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) {
+      Lanes sum = {};
+      for (int32_t t = begin[i]; t < begin[i + 1]; ++t)
+        sum.of += weight[t] * x[(place[t] - first) * width + j].of;
+      out[i * width + j] = sum;
+    }
 }
 
 // out (columns, ld_out) = the transpose of x (rows, ld).
@@ -344,7 +325,7 @@ class Renderer {
   explicit Renderer(const Job& job)
       : job_(job),
         plane_(job.size * job.size),
-        rows_(std::max<int64_t>(1, kBlock / job.size / kLanes) * kLanes),
+        rows_(std::max(kLanes, kBlock / job.size / kLanes * kLanes)),
         image_(job.C * plane_),
         sources_(job.C) {}
 
@@ -370,7 +351,7 @@ class Renderer {
   const int64_t plane_, rows_;
   std::vector<float> image_;  // (C, size, size); of grey views the first plane only
   std::vector<const float*> sources_;
-  std::vector<Lanes> lines_, columns_;  // kLanes rows of the crop, and their transpose
+  std::vector<Lanes> source_, lines_, columns_;  // of the image, of the view, their transpose
   std::vector<float> line_, block_, noise_;
   std::vector<uint32_t> words_;
   Axis x_, y_;
@@ -408,8 +389,6 @@ void Renderer::plan() {
     x_.build(p_[kX0], p_[kX1], job_.size, width_, 1.0, job_.bicubic, job_.antialias, mirror_x_);
     y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bytes ? 1.0 / 255.0 : 1.0, job_.bicubic,
              job_.antialias, mirror_y_);
-    const size_t lines = std::max(x_.length, job_.size);
-    if (lines > lines_.size()) lines_.resize(lines), columns_.resize(lines);
   }
   count_ = 0;
   for (int k = kFirst; k < kGray; ++k) {
@@ -425,20 +404,30 @@ void Renderer::plan() {
   if (p_[kGray] != 0.f && job_.C == 3) steps_[count_++] = {kGrayscale, 0.f};
 }
 
+template <class T>
+void grow(std::vector<T>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+}
+
 // At most kLanes rows of the view from `row` on.
 template <class T>
 void Renderer::resize(const T* image, int64_t row, int64_t rows, float* out) {
-  const int64_t n = x_.length;
-  const T* corner = image + y_.low * width_ + x_.low;
+  const int64_t width = round_up(x_.length, kLanes) / kLanes, size = job_.size;
+  const int32_t *begin = &y_.begin[row], *place = y_.place.data();
+  const auto ends = std::minmax_element(place + begin[0], place + begin[rows]);
+  const int64_t first = *ends.first, last = *ends.second;
+  grow(source_, (last - first + 1) * width);
+  grow(lines_, std::max(kLanes * width, size));
+  grow(columns_, kLanes * width);
   float* lines = reinterpret_cast<float*>(lines_.data());
-  for (int64_t r = 0; r < rows; ++r) {
-    const int32_t k = y_.begin[row + r], taps = y_.begin[row + r + 1] - k;
-    combine_rows(corner, width_, &y_.place[k], &y_.weight[k], taps, n, lines + r * n);
-  }
-  transpose(lines, n, rows, n, reinterpret_cast<float*>(columns_.data()), kLanes);
-  combine_columns(columns_.data(), x_.begin.data(), x_.place.data(), x_.weight.data(), job_.size,
-                  lines_.data());
-  transpose(lines, kLanes, job_.size, rows, out, job_.size);
+  widen(image + (y_.low + first) * width_ + x_.low, width_, last - first + 1, x_.length,
+        reinterpret_cast<float*>(source_.data()), kLanes * width);
+  combine(source_.data(), width, first, begin, place, y_.weight.data(), rows, lines_.data());
+  transpose(lines, kLanes * width, rows, x_.length, reinterpret_cast<float*>(columns_.data()),
+            kLanes);
+  combine(columns_.data(), 1, 0, x_.begin.data(), x_.place.data(), x_.weight.data(), size,
+          lines_.data());
+  transpose(lines, kLanes, size, rows, out, size);
 }
 
 // Rows of the view from `row` on, as many as a block has, into the image.
@@ -505,8 +494,8 @@ void Renderer::blur() {
   const int64_t radius = static_cast<int64_t>(weight.size()) - 1, last = size - 1;
   const auto reflected = [&](int64_t i) { return i < 0 ? -i : i > last ? 2 * last - i : i; };
   std::vector<const float*> before(radius + 1), after(radius + 1);
-  line_.resize(std::max<size_t>(line_.size(), size + 2 * radius));
-  block_.resize(std::max<size_t>(block_.size(), planes_ * rows_ * size));
+  grow(line_, size + 2 * radius);
+  grow(block_, planes_ * rows_ * size);
   float* middle = line_.data() + radius;
   for (int64_t row = 0; row < size; row += rows_) {
     const int64_t end = std::min(size, row + rows_);
