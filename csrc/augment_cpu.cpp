@@ -1,12 +1,12 @@
 // Views of images from their parameters: all pixel operations while a view is in the second cache.
 //
-// A view is made in blocks of rows. The crop combines rows of the image, 16 at a time, and then, of
-// their transpose, columns: no gathers. Weights come from fp64, once a view. Turns and the flip cost
-// nothing: taps are listed in mirrored order, and an odd turn transposes the finished
-// square. Colour operations run on a block until a contrast needs the mean luminance of the whole
-// view; then another pass begins. The last pass normalises and rounds into the result. Blurred views
-// take one more, separable, a row at a time. Sums run over blocks in fixed order, so a view's bits
-// depend on its image and its parameters only.
+// A view is made in blocks of rows. The crop brings the rows of the image to fp32 that 16 rows of the
+// view take, sums them, and then, of their transpose, columns: no gathers. Weights come from fp64,
+// once a view. Mirror images cost nothing, since taps are then listed the other way round; an odd
+// turn transposes the finished square. Colour operations run on a block until a contrast needs the
+// mean luminance of the whole view; then another pass begins. The last one normalises and rounds
+// into the result. Blurred views take one more, separable. Sums run over blocks in fixed order, so a
+// view's bits depend on its image and its parameters only.
 // Bytes: the crop's pixels once, the result once. Every loop keeps a NaN.
 // Papers: the operations of SimCLR, arXiv:2002.05709; Philox, Salmon et al., SC 2011.
 #include "augment_math.h"
@@ -28,11 +28,12 @@ enum Operation { kScale, kContrast, kSaturation, kHue, kGrayscale };
 
 constexpr int64_t kBlock = 1024;  // pixels of a block of rows, at least: its planes stay in cache 1
 constexpr int64_t kFewest = 1 << 14;  // elements of a task, at least
-struct alignas(4 * kLanes) Lanes {  // a name of its own, or std::vector would not align it
+constexpr double kFarthest = 1 << 20;  // a crop's corner, so that its pixels are soon counted
+
+struct alignas(4 * kLanes) Lanes {  // a type of its own, or std::vector would not align it
   float __attribute__((vector_size(4 * kLanes))) of;
 };
 using Quad = float __attribute__((vector_size(16)));
-constexpr double kFarthest = 1 << 20;  // a crop's corner, so that its pixels are soon counted
 
 // ---------------------------------------------------------------------------------------- crop
 
@@ -351,7 +352,7 @@ class Renderer {
   const int64_t plane_, rows_;
   std::vector<float> image_;  // (C, size, size); of grey views the first plane only
   std::vector<const float*> sources_;
-  std::vector<Lanes> source_, lines_, columns_;  // of the image, of the view, their transpose
+  std::vector<Lanes> source_, lines_, columns_;  // of the image; of the view; their transpose
   std::vector<float> line_, block_, noise_;
   std::vector<uint32_t> words_;
   Axis x_, y_;

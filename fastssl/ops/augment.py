@@ -290,10 +290,11 @@ def render_views(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; images that require a gradient; on
-            the CPU also crops that are empty, not finite or beyond 2^20 pixels, images outside
+            the CPU also crops that are empty, not finite or beyond 2^20 pixels, images not within
             `pixels`, sources that are no image, noise without a key.
 
-    Memory: the result. No image or view is stored between the operations.
+    Memory: the result. No image or view is stored between the operations but those in work, one a
+        thread: a view in float32, and the rows of the image that 16 of its rows take.
 
     Notes: computed in float32, weights in float64, rounded once; a view's bits depend on nothing
         but its image and its row. A NaN of a float image stays one wherever it reaches. Saturation,
