@@ -1,6 +1,6 @@
 """SimCLR's view of uint8 images, draws included: ours, torchvision image by image, and kornia.
 
-Draws differ, so what is compared is the mean and the deviation of all views.
+Draws differ, so what is compared is the standard deviation of some pixels of all views.
 """
 
 import harness
@@ -46,14 +46,15 @@ def kornia_views(images, size: int, taps: int):
 
 
 def make(case: str, N: int, M: int, H: int, dtype: str, device: str) -> dict:
-    """Ours, the baseline and others by name: each makes all views and sums them up."""
+    """Ours, the baseline and others by name: each makes all views and gives their deviation."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(N, 3, H // 4, H // 4, generator=generator)
     images = torch.nn.functional.interpolate(coarse, (H, H), mode="bilinear")
     images = (255 * images).to(getattr(torch, dtype)).to(device)
     index, taps = torch.arange(N, device=device), 2 * max(1, M // 20) + 1
+    view = simclr(M, interpolation="bilinear")
     views = {
-        "ours": lambda: augment(images, index, [simclr(M)], seed=0, epoch=0)[0],
+        "ours": lambda: augment(images, index, [view], seed=0, epoch=0)[0],
         "torchvision": torchvision_views(images, M, taps),
     }
     try:
@@ -61,12 +62,11 @@ def make(case: str, N: int, M: int, H: int, dtype: str, device: str) -> dict:
     except ImportError:
         pass
 
-    def summed_up(make_views):
+    def deviation(make_views):
         torch.manual_seed(0)
-        x = make_views()
-        return (torch.stack((x.mean(), x.std())),)
+        return (make_views()[:, :, ::4, ::4].std(),)
 
-    return {name: lambda call=call: summed_up(call) for name, call in views.items()}
+    return {name: lambda call=call: deviation(call) for name, call in views.items()}
 
 
 @pytest.mark.parametrize("N,H,M", SIZES[DEVICE])

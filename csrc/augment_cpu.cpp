@@ -1,20 +1,20 @@
 // Views of images from their parameters: all pixel operations while a view is in the second cache.
 //
-// A view is made in blocks of rows. The crop combines rows of the image, then takes the columns'
-// taps from the combined row in the first cache; weights come from fp64, once a view. Turns and the
-// flip cost nothing: taps are listed in mirrored order, and an odd turn transposes the finished
-// square. Colour operations run on a block until a contrast needs the mean luminance of the whole
-// view; then another pass begins. The last pass normalises and rounds into the result. Blurred views
-// take one more, separable, a row at a time. Sums run over blocks in fixed order, so a view's bits
-// depend on its image and its parameters only.
+// A view is made in blocks of rows. The crop brings the rows of the image to fp32 that 16 rows of the
+// view take, sums them, and then, of their transpose, columns: no gathers. Weights come from fp64,
+// once a view. Mirror images cost nothing, since taps are then listed the other way round; an odd
+// turn transposes the finished square. Colour operations run on a block until a contrast needs the
+// mean luminance of the whole view; then another pass begins. The last one normalises and rounds
+// into the result. Blurred views take one more, separable. Sums run over blocks in fixed order, so a
+// view's bits depend on its image and its parameters only.
 // Bytes: the crop's pixels once, the result once. Every loop keeps a NaN.
 // Papers: the operations of SimCLR, arXiv:2002.05709; Philox, Salmon et al., SC 2011.
+#include "augment_math.h"
 #include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <numbers>
 
 namespace fastssl {
 namespace {
@@ -30,44 +30,48 @@ constexpr int64_t kBlock = 1024;  // pixels of a block of rows, at least: its pl
 constexpr int64_t kFewest = 1 << 14;  // elements of a task, at least
 constexpr double kFarthest = 1 << 20;  // a crop's corner, so that its pixels are soon counted
 
+struct alignas(4 * kLanes) Lanes {  // a type of its own, or std::vector would not align it
+  float __attribute__((vector_size(4 * kLanes))) of;
+};
+using Quad = float __attribute__((vector_size(16)));
+
 // ---------------------------------------------------------------------------------------- crop
 
 // Which pixels of a line of the image each pixel of a line of the view takes, and how much.
 struct Axis {
   std::vector<int32_t> begin, place;  // pixel i takes place[begin[i]] .. place[begin[i + 1] - 1]
   std::vector<float> weight;
-  int64_t low = 0, length = 0;  // all places lie in [low, low + length)
-  // The same with tap t of pixel i at [t size + i], places from `low` on. Where a pixel has fewer
-  // taps its first place comes again with weight 0, so that no other pixel's NaN gets in.
-  std::vector<int32_t> place_of;
-  std::vector<float> weight_of;
-  int64_t taps = 0;
+  int64_t low = 0, length = 0;  // places count from pixel `low` on and are below `length`
 
-  void build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
-             bool mirrored);
-  void spread(int64_t size);
+  // Of a view of `size` pixels of [from, to); the weights of a pixel add up to `unit`.
+  void build(double from, double to, int64_t size, int64_t pixels, double unit, bool bicubic,
+             bool antialias, bool mirrored);
 };
 
-double filter(double t, bool bicubic, double a) {
-  if (!bicubic) return std::max(0.0, 1.0 - t);
-  if (t < 1.0) return ((a + 2.0) * t - (a + 3.0)) * t * t + 1.0;
-  return t < 2.0 ? a * (((t - 5.0) * t + 8.0) * t - 4.0) : 0.0;
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Without a call of the library; exact for |x| < 2^52.
+int64_t floor_of(double x) {
+  const auto i = static_cast<int64_t>(x);
+  return i - (static_cast<double>(i) > x);
 }
 
-void Axis::build(double from, double to, int64_t size, int64_t pixels, bool bicubic, bool antialias,
-                 bool mirrored) {
+void Axis::build(double from, double to, int64_t size, int64_t pixels, double unit, bool bicubic,
+                 bool antialias, bool mirrored) {
   const double share = (to - from) / static_cast<double>(size);
   const double stretch = antialias ? std::max(share, 1.0) : 1.0;
   const double reach = bicubic ? 2.0 * stretch : stretch, a = antialias ? -0.5 : -0.75;
-  const int64_t first = std::floor(from), last = static_cast<int64_t>(std::ceil(to)) - 1;
-  begin.assign(1, 0), place.clear(), weight.clear();
-  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = 0;
+  const int64_t first = floor_of(from), last = -floor_of(-to) - 1;
+  const auto most = static_cast<size_t>(size * std::min<double>(2.0 * reach + 2.0, pixels));
+  if (place.size() < most) place.resize(most), weight.resize(most);
+  begin.assign(size + 1, 0);
+  int32_t lowest = std::numeric_limits<int32_t>::max(), highest = 0, count = 0;
   for (int64_t i = 0; i < size; ++i) {
     const double centre = from + share * (static_cast<double>(mirrored ? size - 1 - i : i) + 0.5);
-    int64_t j = std::ceil(centre - reach - 0.5), end = std::floor(centre + reach - 0.5);
+    int64_t j = -floor_of(reach + 0.5 - centre), end = floor_of(centre + reach - 0.5);
     if (antialias) j = std::max(j, first), end = std::min(end, last);
     double sum = 0.0;
-    const size_t start = place.size();
+    const int32_t start = count;
     for (; j <= end; ++j) {
       const double w =
           filter(std::abs(static_cast<double>(j) + 0.5 - centre) / stretch, bicubic, a);
@@ -75,99 +79,81 @@ void Axis::build(double from, double to, int64_t size, int64_t pixels, bool bicu
       sum += w;
       const auto p = static_cast<int32_t>(
           std::clamp<int64_t>(std::clamp(j, first, last), 0, pixels - 1));
-      if (place.size() > start && place.back() == p) {  // an edge, repeated
-        weight.back() += static_cast<float>(w);
+      if (count > start && place[count - 1] == p) {  // an edge, repeated
+        weight[count - 1] += static_cast<float>(w);
       } else {
-        place.push_back(p), weight.push_back(static_cast<float>(w));
+        place[count] = p, weight[count++] = static_cast<float>(w);
       }
     }
-    for (size_t k = start; k < place.size(); ++k) weight[k] /= static_cast<float>(sum);
-    lowest = std::min(lowest, place[start]), highest = std::max(highest, place.back());
-    begin.push_back(static_cast<int32_t>(place.size()));
+    const auto factor = static_cast<float>(unit / sum);
+    for (int32_t k = start; k < count; ++k) weight[k] *= factor;
+    lowest = std::min(lowest, place[start]), highest = std::max(highest, place[count - 1]);
+    begin[i + 1] = count;
   }
-  low = lowest, length = highest - lowest + 1;
+  // In whole vectors where the image is as wide: what is read beyond is not used.
+  const int64_t span = highest - lowest + 1;
+  length = std::min(round_up(span, kLanes), pixels);
+  low = std::min<int64_t>(lowest, pixels - length);
+  for (int32_t k = 0; k < count; ++k) place[k] -= static_cast<int32_t>(low);
 }
 
-void Axis::spread(int64_t size) {
-  taps = 0;
-  for (int64_t i = 0; i < size; ++i) taps = std::max<int64_t>(taps, begin[i + 1] - begin[i]);
-  place_of.resize(taps * size), weight_of.resize(taps * size);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t i = 0; i < size; ++i) {
-      const bool real = t < begin[i + 1] - begin[i];
-      const int32_t k = begin[i] + (real ? static_cast<int32_t>(t) : 0);
-      place_of[t * size + i] = place[k] - static_cast<int32_t>(low);
-      weight_of[t * size + i] = real ? weight[k] : 0.f;
+// out (rows, ld) = x (rows, stride), n columns of each in fp32.
+template <class T>
+FASTSSL_INLINE inline void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t n,
+                                      float* __restrict out, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n; ++j) out[i * ld + j] = static_cast<float>(x[i * stride + j]);
+}
+FASTSSL_CLONES void widen(const uint8_t* x, int64_t stride, int64_t rows, int64_t n, float* out,
+                          int64_t ld) {
+  widen_rows(x, stride, rows, n, out, ld);
+}
+FASTSSL_CLONES void widen(const float* x, int64_t stride, int64_t rows, int64_t n, float* out,
+                          int64_t ld) {
+  widen_rows(x, stride, rows, n, out, ld);
+}
+
+// out (rows, width): row i is the sum of weight[t] x[place[t] - first] over its taps.
+FASTSSL_CLONES void combine(const Lanes* x, int64_t width, int64_t first, const int32_t* begin,
+                            const int32_t* place, const float* weight, int64_t rows,
+                            Lanes* __restrict out) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) {
+      Lanes sum = {};
+      for (int32_t t = begin[i]; t < begin[i + 1]; ++t)
+        sum.of += weight[t] * x[(place[t] - first) * width + j].of;
+      out[i * width + j] = sum;
     }
 }
 
-// out (n,) = or += the sum of N rows, each times its weight.
-template <int N, class T>
-FASTSSL_INLINE inline void add_rows(const T* const* rows, const float* weight, bool add, int64_t n,
-                                    float* __restrict out) {
-  const T* row[N];
-  float w[N];
-  for (int k = 0; k < N; ++k) row[k] = rows[k], w[k] = weight[k];
-  const auto sum = [&](int64_t x) FASTSSL_INLINE {
-    float s = w[0] * static_cast<float>(row[0][x]);
-    for (int k = 1; k < N; ++k) s += w[k] * static_cast<float>(row[k][x]);
-    return s;
-  };
-  if (add) {
-    for (int64_t x = 0; x < n; ++x) out[x] += sum(x);
-  } else {
-    for (int64_t x = 0; x < n; ++x) out[x] = sum(x);
+// out (columns, ld_out) = the transpose of x (rows, ld).
+void transpose(const float* x, int64_t ld, int64_t rows, int64_t columns, float* out,
+               int64_t ld_out) {
+  const auto single = [&](int64_t i, int64_t j) { out[j * ld_out + i] = x[i * ld + j]; };
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4) {
+      Quad a[4];
+      for (int k = 0; k < 4; ++k) std::memcpy(&a[k], x + (i + k) * ld + j, sizeof(Quad));
+      const Quad b0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5);
+      const Quad b1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
+      const Quad b2 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
+      const Quad b3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+      a[0] = __builtin_shufflevector(b0, b1, 0, 1, 4, 5);
+      a[1] = __builtin_shufflevector(b0, b1, 2, 3, 6, 7);
+      a[2] = __builtin_shufflevector(b2, b3, 0, 1, 4, 5);
+      a[3] = __builtin_shufflevector(b2, b3, 2, 3, 6, 7);
+      for (int k = 0; k < 4; ++k) std::memcpy(out + (j + k) * ld_out + i, &a[k], sizeof(Quad));
+    }
+    for (; j < columns; ++j)
+      for (int k = 0; k < 4; ++k) single(i + k, j);
   }
-}
-template <class T>
-FASTSSL_INLINE inline void combine(const T* image, int64_t width, const int32_t* place,
-                                   const float* weight, int64_t taps, int64_t n, float* out) {
-  for (int64_t t = 0; t < taps; t += 4) {
-    const T* rows[4];
-    const int64_t some = std::min<int64_t>(4, taps - t);
-    for (int64_t k = 0; k < some; ++k) rows[k] = image + place[t + k] * width;
-    if (some == 4) add_rows<4>(rows, weight + t, t > 0, n, out);
-    else if (some == 3) add_rows<3>(rows, weight + t, t > 0, n, out);
-    else if (some == 2) add_rows<2>(rows, weight + t, t > 0, n, out);
-    else add_rows<1>(rows, weight + t, t > 0, n, out);
-  }
-}
-FASTSSL_CLONES void combine_rows(const uint8_t* image, int64_t width, const int32_t* place,
-                                 const float* weight, int64_t taps, int64_t n, float* out) {
-  combine(image, width, place, weight, taps, n, out);
-}
-FASTSSL_CLONES void combine_rows(const float* image, int64_t width, const int32_t* place,
-                                 const float* weight, int64_t taps, int64_t n, float* out) {
-  combine(image, width, place, weight, taps, n, out);
-}
-
-// out (size,): the taps of a line.
-FASTSSL_CLONES void take_columns(const float* line, const int32_t* __restrict place,
-                                 const float* __restrict weight, int64_t taps, int64_t size,
-                                 float* __restrict out) {
-  const int32_t* place1 = place + size;
-  const float* weight1 = weight + size;
-  if (taps == 1) {
-    for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * line[place[i]];
-    return;
-  }
-  for (int64_t i = 0; i < size; ++i)
-    out[i] = weight[i] * line[place[i]] + weight1[i] * line[place1[i]];
-  for (int64_t t = 2; t < taps; ++t)
-    for (int64_t i = 0; i < size; ++i)
-      out[i] += weight[t * size + i] * line[place[t * size + i]];
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) single(i, j);
 }
 
 // -------------------------------------------------------------------------------------- colour
-
-FASTSSL_INLINE inline float unit(float x) {  // clamped to [0, 1]; NaN stays NaN
-  x = 0.f > x ? 0.f : x;
-  return 1.f < x ? 1.f : x;
-}
-
-FASTSSL_INLINE inline float luminance(float r, float g, float b) {
-  return 0.2989f * r + 0.587f * g + 0.114f * b;
-}
 
 // x = clamp(a x + b)
 FASTSSL_CLONES void affine(float* x, int64_t n, float a, float b) {
@@ -184,24 +170,9 @@ FASTSSL_CLONES void saturate(float* __restrict r, float* __restrict g, float* __
   }
 }
 
-// Value and chroma are kept. With the hue h in sixths of a turn, each channel is value - chroma w,
-// w in [0, 1] a trapezoid of h. `shift` is in [1, 7), so that one comparison brings h into [0, 6).
-FASTSSL_CLONES void turn_hue(float* __restrict red, float* __restrict green,
-                             float* __restrict blue, int64_t n, float shift) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float r = red[i], g = green[i], b = blue[i];
-    const float high = r > g ? (r > b ? r : b) : (g > b ? g : b);
-    const float low = r < g ? (r < b ? r : b) : (g < b ? g : b);
-    const float chroma = high - low;
-    const float over = high == r ? g - b : high == g ? b - r : r - g;
-    const float base = high == r ? shift : high == g ? 2.f + shift : 4.f + shift;
-    float h = base + over / (chroma == 0.f ? 1.f : chroma);
-    h = h >= 6.f ? h - 6.f : h;
-    const float value = high + 0.f * (r + g + b);  // a comparison would lose a NaN
-    red[i] = unit(value - chroma * unit(2.f - std::abs(h - 3.f)));
-    green[i] = unit(value - chroma * unit(std::abs(h - 2.f) - 1.f));
-    blue[i] = unit(value - chroma * unit(std::abs(h - 4.f) - 1.f));
-  }
+FASTSSL_CLONES void turn_hues(float* __restrict r, float* __restrict g, float* __restrict b,
+                              int64_t n, float shift) {
+  for (int64_t i = 0; i < n; ++i) turn_hue(&r[i], &g[i], &b[i], shift);
 }
 
 FASTSSL_CLONES void gray(float* __restrict r, const float* __restrict g, const float* __restrict b,
@@ -233,16 +204,17 @@ FASTSSL_CLONES float sum_plane(const float* x, int64_t n) {
 
 // ---------------------------------------------------------------------------- blur and the end
 
-// out (n,) = or += the sum over N distances of weight (line before + line after).
+// out (n,) += the sum of weight[k] (before[k] + after[k]) over N distances from k on.
 template <int N>
 FASTSSL_INLINE inline void add_pairs(const float* const* before, const float* const* after,
-                                     const float* weight, int64_t n, float* __restrict out) {
+                                     const float* weight, int64_t k, int64_t n,
+                                     float* __restrict out) {
   const float *p[N], *q[N];
   float w[N];
-  for (int k = 0; k < N; ++k) p[k] = before[k], q[k] = after[k], w[k] = weight[k];
+  for (int i = 0; i < N; ++i) p[i] = before[k + i], q[i] = after[k + i], w[i] = weight[k + i];
   for (int64_t x = 0; x < n; ++x) {
     float s = out[x];
-    for (int k = 0; k < N; ++k) s += w[k] * (p[k][x] + q[k][x]);
+    for (int i = 0; i < N; ++i) s += w[i] * (p[i][x] + q[i][x]);
     out[x] = s;
   }
 }
@@ -253,8 +225,9 @@ FASTSSL_CLONES void blur_line(const float* middle, const float* const* before,
   const float w = weight[0];
   for (int64_t x = 0; x < n; ++x) out[x] = w * middle[x];
   int64_t k = 1;
-  for (; k + 3 <= radius; k += 4) add_pairs<4>(before + k, after + k, weight + k, n, out);
-  for (; k <= radius; ++k) add_pairs<1>(before + k, after + k, weight + k, n, out);
+  for (; k + 5 <= radius; k += 6) add_pairs<6>(before, after, weight, k, n, out);
+  for (; k + 2 <= radius; k += 3) add_pairs<3>(before, after, weight, k, n, out);
+  for (; k <= radius; ++k) add_pairs<1>(before, after, weight, k, n, out);
 }
 
 // Philox4x32-10: blocks of four words from `block` on, as fastssl/augment/random.py counts them.
@@ -275,6 +248,12 @@ FASTSSL_CLONES void random_words(const Counter& counter, uint32_t block, int64_t
     }
     out[4 * i] = w0, out[4 * i + 1] = w1, out[4 * i + 2] = w2, out[4 * i + 3] = w3;
   }
+}
+
+FASTSSL_CLONES void normal_pairs(const uint32_t* __restrict u, const uint32_t* __restrict v,
+                                 int64_t n, float deviation, float* __restrict x,
+                                 float* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) normal_pair(u[i], v[i], deviation, &x[i], &y[i]);
 }
 
 struct End {  // of a pixel's way: solarise, clamp, normalise
@@ -347,7 +326,7 @@ class Renderer {
   explicit Renderer(const Job& job)
       : job_(job),
         plane_(job.size * job.size),
-        rows_(std::clamp<int64_t>(kBlock / job.size, 1, job.size)),
+        rows_(std::max(kLanes, kBlock / job.size / kLanes * kLanes)),
         image_(job.C * plane_),
         sources_(job.C) {}
 
@@ -361,9 +340,10 @@ class Renderer {
 
   void plan();
   void crop(int64_t row);
+  template <class T>
+  void resize(const T* image, int64_t row, int64_t rows, float* out);
   void apply(const Step& step, int64_t at, int64_t n, double mean);
   double sum(int64_t at, int64_t n) const;
-  void transpose();
   void blur();
   void draw_noise();
   void emit(const float* x, int64_t ld, int64_t at, int64_t n);
@@ -372,7 +352,9 @@ class Renderer {
   const int64_t plane_, rows_;
   std::vector<float> image_;  // (C, size, size); of grey views the first plane only
   std::vector<const float*> sources_;
+  std::vector<Lanes> source_, lines_, columns_;  // of the image; of the view; their transpose
   std::vector<float> line_, block_, noise_;
+  std::vector<uint32_t> words_;
   Axis x_, y_;
 
   int64_t view_ = 0, image_at_ = 0, height_ = 0, width_ = 0, planes_ = 0;
@@ -405,12 +387,9 @@ void Renderer::plan() {
   across_ = turns & 1, mirror_x_ = turns == 1 || turns == 2, mirror_y_ = turns >= 2;
   if (p_[kFlip] != 0.f) (across_ ? mirror_y_ : mirror_x_) ^= true;
   if (p_[kAngle] == 0.f) {
-    x_.build(p_[kX0], p_[kX1], job_.size, width_, job_.bicubic, job_.antialias, mirror_x_);
-    y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bicubic, job_.antialias, mirror_y_);
-    x_.spread(job_.size);
-    if (job_.bytes)
-      for (float& w : y_.weight) w *= 1.f / 255.f;
-    line_.resize(std::max<size_t>(line_.size(), x_.length));
+    x_.build(p_[kX0], p_[kX1], job_.size, width_, 1.0, job_.bicubic, job_.antialias, mirror_x_);
+    y_.build(p_[kY0], p_[kY1], job_.size, height_, job_.bytes ? 1.0 / 255.0 : 1.0, job_.bicubic,
+             job_.antialias, mirror_y_);
   }
   count_ = 0;
   for (int k = kFirst; k < kGray; ++k) {
@@ -426,19 +405,41 @@ void Renderer::plan() {
   if (p_[kGray] != 0.f && job_.C == 3) steps_[count_++] = {kGrayscale, 0.f};
 }
 
+template <class T>
+void grow(std::vector<T>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+}
+
+// At most kLanes rows of the view from `row` on.
+template <class T>
+void Renderer::resize(const T* image, int64_t row, int64_t rows, float* out) {
+  const int64_t width = round_up(x_.length, kLanes) / kLanes, size = job_.size;
+  const int32_t *begin = &y_.begin[row], *place = y_.place.data();
+  const auto ends = std::minmax_element(place + begin[0], place + begin[rows]);
+  const int64_t first = *ends.first, last = *ends.second;
+  grow(source_, (last - first + 1) * width);
+  grow(lines_, std::max(kLanes * width, size));
+  grow(columns_, kLanes * width);
+  float* lines = reinterpret_cast<float*>(lines_.data());
+  widen(image + (y_.low + first) * width_ + x_.low, width_, last - first + 1, x_.length,
+        reinterpret_cast<float*>(source_.data()), kLanes * width);
+  combine(source_.data(), width, first, begin, place, y_.weight.data(), rows, lines_.data());
+  transpose(lines, kLanes * width, rows, x_.length, reinterpret_cast<float*>(columns_.data()),
+            kLanes);
+  combine(columns_.data(), 1, 0, x_.begin.data(), x_.place.data(), x_.weight.data(), size,
+          lines_.data());
+  transpose(lines, kLanes, size, rows, out, size);
+}
+
 // Rows of the view from `row` on, as many as a block has, into the image.
 void Renderer::crop(int64_t row) {
   const int64_t size = job_.size, end = std::min(size, row + rows_);
   const auto put = [&]<class T>(const T* image) {
     if (p_[kAngle] == 0.f) {
-      for (int64_t c = 0; c < job_.C; ++c)
-        for (int64_t i = row; i < end; ++i) {
-          combine_rows(image + c * height_ * width_ + x_.low, width_, &y_.place[y_.begin[i]],
-                       &y_.weight[y_.begin[i]], y_.begin[i + 1] - y_.begin[i], x_.length,
-                       line_.data());
-          take_columns(line_.data(), x_.place_of.data(), x_.weight_of.data(), x_.taps, size,
-                       &image_[c * plane_ + i * size]);
-        }
+      for (int64_t i = row; i < end; i += kLanes)
+        for (int64_t c = 0; c < job_.C; ++c)
+          resize(image + c * height_ * width_, i, std::min(kLanes, end - i),
+                 &image_[c * plane_ + i * size]);
       return;
     }
     const double x0 = p_[kX0], y0 = p_[kY0], x1 = p_[kX1], y1 = p_[kY1], n = double(size);
@@ -461,7 +462,7 @@ void Renderer::crop(int64_t row) {
 void Renderer::apply(const Step& step, int64_t at, int64_t n, double mean) {
   float *x = &image_[at], *g = x + plane_, *b = g + plane_;
   if (step.operation == kSaturation) saturate(x, g, b, n, step.factor);
-  else if (step.operation == kHue) turn_hue(x, g, b, n, step.factor);
+  else if (step.operation == kHue) turn_hues(x, g, b, n, step.factor);
   else if (step.operation == kGrayscale) gray(x, g, b, n);
   else {
     const bool contrast = step.operation == kContrast;
@@ -479,13 +480,6 @@ double Renderer::sum(int64_t at, int64_t n) const {
   return total / double(job_.C);
 }
 
-void Renderer::transpose() {
-  for (int64_t c = 0; c < planes_; ++c)
-    for (int64_t i = 0; i < job_.size; ++i)
-      for (int64_t j = 0; j < i; ++j)
-        std::swap(image_[c * plane_ + i * job_.size + j], image_[c * plane_ + j * job_.size + i]);
-}
-
 void Renderer::blur() {
   const int64_t size = job_.size, widest = std::max<int64_t>(1, size / 20);
   std::vector<double> exact(widest + 1);
@@ -497,12 +491,12 @@ void Renderer::blur() {
   }
   std::vector<float> weight;
   for (double w : exact)
-    if (w > 1e-10 * sum) weight.push_back(static_cast<float>(w / sum));  // others round to nothing
+    if (w > 1e-8 * sum) weight.push_back(static_cast<float>(w / sum));  // others round to nothing
   const int64_t radius = static_cast<int64_t>(weight.size()) - 1, last = size - 1;
   const auto reflected = [&](int64_t i) { return i < 0 ? -i : i > last ? 2 * last - i : i; };
   std::vector<const float*> before(radius + 1), after(radius + 1);
-  line_.resize(std::max<size_t>(line_.size(), size + 2 * radius));
-  block_.resize(planes_ * rows_ * size);
+  grow(line_, size + 2 * radius);
+  grow(block_, planes_ * rows_ * size);
   float* middle = line_.data() + radius;
   for (int64_t row = 0; row < size; row += rows_) {
     const int64_t end = std::min(size, row + rows_);
@@ -532,18 +526,14 @@ void Renderer::draw_noise() {
   constexpr uint32_t kAugment = 0, kFirstBlock = 16;
   const int64_t values = job_.C * plane_, pairs = (values + 1) / 2, blocks = (2 * pairs + 3) / 4;
   const int64_t* key = job_.keys + 4 * view_;  // index, epoch, view, seed
-  std::vector<uint32_t> words(4 * blocks);
+  words_.resize(4 * blocks);
   random_words({uint32_t(key[0]), uint32_t(key[1]), uint32_t(key[2]) << 24,
                 kAugment << 24 | uint32_t(uint64_t(key[0]) >> 32),
                 {uint32_t(key[3]), uint32_t(uint64_t(key[3]) >> 32)}},
-               kFirstBlock, blocks, words.data());
+               kFirstBlock, blocks, words_.data());
   noise_.resize(2 * pairs);
-  for (int64_t i = 0; i < pairs; ++i) {
-    const double u = (words[i] + 0.5) * 0x1p-32, turn = (words[pairs + i] + 0.5) * 0x1p-31;
-    const double length = double(p_[kNoise]) * std::sqrt(-2.0 * std::log(u));
-    noise_[i] = static_cast<float>(length * std::cos(std::numbers::pi * turn));
-    noise_[pairs + i] = static_cast<float>(length * std::sin(std::numbers::pi * turn));
-  }
+  normal_pairs(words_.data(), words_.data() + pairs, pairs, p_[kNoise], noise_.data(),
+               noise_.data() + pairs);
 }
 
 // The end of n pixels' way, from `at` on: planes of x are `ld` apart.
@@ -594,7 +584,12 @@ void Renderer::render(int64_t m) {
     if (end == count_) break;
     mean = total / double(plane_), at = end;
   }
-  if (across_) transpose();
+  if (across_) {
+    block_.resize(image_.size());
+    for (int64_t c = 0; c < planes_; ++c)
+      transpose(&image_[c * plane_], size, size, size, &block_[c * plane_], size);
+    image_.swap(block_);
+  }
   if (blurred) blur();
   else if (!emitted) emit(image_.data(), plane_, 0, plane_);
 }
@@ -609,10 +604,10 @@ void check(const Job& job, int64_t pixels, int64_t images, int64_t views) {
     STD_TORCH_CHECK(H > 0 && W > 0 && H <= room / W, "render_views: image ", b, " of ", H, " x ", W,
                     " pixels must lie in pixels, of ", pixels, " elements, got offset ", at, ".");
     const float* p = job.params + m * kParams;
-    bool good = p[kX0] < p[kX1] && p[kY0] < p[kY1] && std::isfinite(p[kAngle]);
-    for (int k = kX0; k <= kY1; ++k) good = good && std::abs(p[k]) <= kFarthest;
-    STD_TORCH_CHECK(good, "render_views: crops must be x0 < x1, y0 < y1 within 2^20 pixels and the "
-                          "angle finite, got another of view ", m, ".");
+    bool good = p[kX0] < p[kX1] && p[kY0] < p[kY1];
+    for (int k = kX0; k <= kAngle; ++k) good = good && std::abs(p[k]) <= kFarthest;
+    STD_TORCH_CHECK(good, "render_views: crops must be x0 < x1, y0 < y1, they and the angle within "
+                          "2^20, got another of view ", m, ".");
     STD_TORCH_CHECK(job.keys || !(p[kNoise] > 0.f),
                     "render_views: views with noise need noise_key, got None.");
   }

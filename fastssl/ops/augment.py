@@ -290,10 +290,11 @@ def render_views(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; images that require a gradient; on
-            the CPU also crops that are empty, not finite or beyond 2^20 pixels, images outside
+            the CPU also crops that are empty, not finite or beyond 2^20 pixels, images not within
             `pixels`, sources that are no image, noise without a key.
 
-    Memory: the result. No image or view is stored between the operations.
+    Memory: the result. No image or view is stored between the operations but those in work, one a
+        thread: a view in float32, and the rows of the image that 16 of its rows take.
 
     Notes: computed in float32, weights in float64, rounded once; a view's bits depend on nothing
         but its image and its row. A NaN of a float image stays one wherever it reaches. Saturation,
@@ -380,7 +381,10 @@ def render_views(
     params = params.float().contiguous()
     offsets, sizes, source = (x.long().contiguous() for x in (offsets, sizes, source))
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(name, pixels, offsets, sizes, source, params, channels, noise_key)
+        if packed and len(offsets):
+            _check_images(name, pixels, offsets, sizes, channels)
+        if M:
+            _check_views(name, len(offsets), source, params, noise_key)
     return torch.ops.fastssl.render_views(
         pixels.reshape(-1), offsets, sizes, source, params, channels, size,
         interpolation == "bicubic", antialias, mean, std, dtype, channels_last,
@@ -388,35 +392,41 @@ def render_views(
     )  # fmt: skip
 
 
-def _check_values(name, pixels, offsets, sizes, source, params, channels, noise_key) -> None:
-    """On the CPU only, since looking at them would stall a GPU."""
-    if (sizes < 1).any():
-        b = int((sizes < 1).any(1).int().argmax())
+# Values are looked at on the CPU only, since that would stall a GPU.
+
+
+def _check_images(name: str, pixels: Tensor, offsets: Tensor, sizes: Tensor, channels: int) -> None:
+    if sizes.amin() < 1:
+        b = int(sizes.amin(1).argmin())
         raise ValueError(
             f"{name}: images must be of at least 1 x 1 pixels, got image {b} of "
             f"{tuple(sizes[b].tolist())}. Leave it out."
         )
-    end = offsets + channels * sizes[:, 0] * sizes[:, 1]
-    outside = (offsets < 0) | (end > pixels.numel())
-    if outside.any():
-        b = int(outside.int().argmax())
+    end = offsets + channels * sizes.prod(1)
+    if offsets.amin() < 0 or end.amax() > pixels.numel():
+        b = int(((offsets < 0) | (end > pixels.numel())).int().argmax())
         raise ValueError(
             f"{name}: image {b} must lie in pixels, of {pixels.numel()} elements, got "
             f"[{int(offsets[b])}, {int(end[b])}). Check offsets, sizes and channels."
         )
-    if len(source) and not 0 <= source.min() <= source.max() < len(offsets):
+
+
+def _check_views(
+    name: str, images: int, source: Tensor, params: Tensor, noise_key: Tensor | None
+) -> None:
+    low, high = (int(b) for b in source.aminmax())
+    if low < 0 or high >= images:
         raise ValueError(
-            f"{name}: source must be in [0, {len(offsets)}), got {int(source.min())} to "
-            f"{int(source.max())}. It is the place of a view's image."
+            f"{name}: source must be in [0, {images}), got {low if low < 0 else high}. "
+            "It is the place of a view's image."
         )
-    box = params[:, : Y1 + 1]
-    good = (box.abs() <= 2**20).all(1) & (box[:, :2] < box[:, 2:]).all(1)
-    good &= params[:, ANGLE].isfinite()
-    if not good.all():
+    box = params[:, : ANGLE + 1]
+    if not (box.abs().amax() <= 2**20 and (box[:, 2:4] - box[:, :2]).amin() > 0):
+        good = (box.abs() <= 2**20).all(1) & (box[:, :2] < box[:, 2:4]).all(1)
         m = int(good.int().argmin())
         raise ValueError(
-            f"{name}: crops must be x0 < x1, y0 < y1 within 2^20 pixels and the angle finite, got "
-            f"{tuple(params[m, : ANGLE + 1].tolist())} of view {m}."
+            f"{name}: crops must be x0 < x1, y0 < y1, they and the angle within 2^20, got "
+            f"{tuple(box[m].tolist())} of view {m}."
         )
-    if noise_key is None and (params[:, NOISE] > 0).any():
+    if noise_key is None and params[:, NOISE].amax() > 0:
         raise ValueError(f"{name}: views with noise need noise_key, got None.")
