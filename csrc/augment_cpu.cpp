@@ -239,13 +239,7 @@ FASTSSL_CLONES void random_words(const Counter& counter, uint32_t block, int64_t
   for (int64_t i = 0; i < blocks; ++i) {
     uint32_t w0 = counter.index, w1 = counter.epoch;
     uint32_t w2 = counter.view | (block + static_cast<uint32_t>(i)), w3 = counter.stream;
-    uint32_t k0 = counter.key[0], k1 = counter.key[1];
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
-      w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
-      w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
+    philox(w0, w1, w2, w3, counter.key[0], counter.key[1]);
     out[4 * i] = w0, out[4 * i + 1] = w1, out[4 * i + 2] = w2, out[4 * i + 3] = w3;
   }
 }

@@ -126,13 +126,8 @@ FASTSSL_CLONES void store_bf16_stochastic(const float* x, int64_t n, int64_t fir
   for (int64_t e = 0; e < groups; ++e) {
     const uint64_t group = uint64_t(first) / 8 + e;
     uint32_t w0 = uint32_t(group), w1 = uint32_t(group >> 32), w2 = uint32_t(step),
-             w3 = uint32_t(id), k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
-      w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
-      w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
+             w3 = uint32_t(id);
+    philox(w0, w1, w2, w3, uint32_t(seed), uint32_t(uint64_t(seed) >> 32));
     random[e * 8] = w0 & 0xffffu, random[e * 8 + 1] = w0 >> 16;
     random[e * 8 + 2] = w1 & 0xffffu, random[e * 8 + 3] = w1 >> 16;
     random[e * 8 + 4] = w2 & 0xffffu, random[e * 8 + 5] = w2 >> 16;

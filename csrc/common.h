@@ -100,6 +100,17 @@ inline uint16_t half_bits(float x) {  // round to nearest even, overflow to infi
   return sign | static_cast<uint16_t>((a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13);
 }
 
+// Ten rounds of Philox4x32 in place. Paper: Salmon et al., SC 2011.
+FASTSSL_INLINE inline void philox(uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3,
+                                  uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
+    w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
+    w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+}
+
 // Rows [row0, row0 + rows) of a (., D) tensor with unit column stride, as fp32.
 inline void load_float_rows(const Tensor& t, int64_t row0, int64_t rows, float* out, int64_t ld) {
   const int64_t D = t.size(1), stride = t.stride(0);

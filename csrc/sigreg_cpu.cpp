@@ -396,13 +396,7 @@ FASTSSL_CLONES void fill_normal(uint32_t slice, const Counter& counter, float* o
   uint32_t word[4][kStripe];
   for (uint32_t c = 0; c < kStripe; ++c) {
     uint32_t w0 = slice + c, w1 = counter.block, w2 = counter.low, w3 = counter.high;
-    uint32_t k0 = counter.key[0], k1 = counter.key[1];
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
-      w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
-      w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
+    philox(w0, w1, w2, w3, counter.key[0], counter.key[1]);
     word[0][c] = w0, word[1][c] = w1, word[2][c] = w2, word[3][c] = w3;
   }
   for (int pair = 0; pair < 2; ++pair)

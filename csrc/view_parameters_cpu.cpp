@@ -29,13 +29,7 @@ void uniforms(uint64_t seed, uint32_t epoch, uint64_t index, uint32_t view, doub
   for (uint32_t block = 0; block < kBlocks; ++block) {
     uint32_t w0 = uint32_t(index), w1 = epoch, w2 = view << 24 | block;
     uint32_t w3 = kAugment << 24 | uint32_t(index >> 32);
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t(w0) * 0xD2511F53u, p1 = uint64_t(w2) * 0xCD9E8D57u;
-      w0 = uint32_t(p1 >> 32) ^ w1 ^ k0, w1 = uint32_t(p1);
-      w2 = uint32_t(p0 >> 32) ^ w3 ^ k1, w3 = uint32_t(p0);
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
+    philox(w0, w1, w2, w3, uint32_t(seed), uint32_t(seed >> 32));
     for (uint32_t word : {w0, w1, w2, w3}) *u++ = (word + 0.5) / 4294967296.0;
   }
 }
