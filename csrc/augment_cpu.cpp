@@ -230,7 +230,7 @@ FASTSSL_CLONES void blur_line(const float* middle, const float* const* before,
   for (; k <= radius; ++k) add_pairs<1>(before, after, weight, k, n, out);
 }
 
-// Philox4x32-10: blocks of four words from `block` on, as fastssl/augment/random.py counts them.
+// Philox4x32-10: blocks of four words from `block` on, as fastssl/random.py counts them.
 struct Counter {
   uint32_t index, epoch, view, stream, key[2];
 };

@@ -435,7 +435,7 @@ FASTSSL_CLONES void unit_columns(float* x, int64_t rows) {
 }
 
 Tensor sigreg_directions(Tensor step, int64_t seed, int64_t S, int64_t D) {
-  constexpr uint32_t kSlices = 4;  // in augment/random.py
+  constexpr uint32_t kSlices = 4;  // in random.py
   const uint64_t at = static_cast<uint64_t>(*static_cast<const int64_t*>(step.const_data_ptr()));
   Tensor out = torch::stable::new_empty(step, {D, S}, ScalarType::Float);
   float* data = static_cast<float*>(out.mutable_data_ptr());

@@ -14,7 +14,7 @@
 namespace fastssl {
 namespace {
 
-// As in ops/augment.py, ops/view_parameters.py and augment/random.py.
+// As in ops/augment.py, ops/view_parameters.py and random.py.
 enum Param { X0, Y0, X1, Y1, ANGLE, TURNS, FLIP, BRIGHTNESS, FIRST = 11, GRAY = 15, SIGMA, SOLARIZE,
              NOISE, PARAMS = 20 };
 enum Spec { CROP, AREA, RATIO = 3, PAD = 5, SHIFT, ROTATION, TURNS_P, FLIP_P, JITTER_P, FACTORS,

@@ -16,7 +16,7 @@ import triton.language as tl
 from fastssl.kernels.launch import device_of, plain_rows, splits_of
 from torch import Tensor
 
-from fastssl.augment.random import SLICES
+from fastssl.random import SLICES
 
 ANCHORS = 3  # of one launch: 34 sums or coefficients for each of two elements fit the registers
 ROWS_A_LANE = 64  # in fp32; more would show near the null, where sums are nearly N phi

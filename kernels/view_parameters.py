@@ -6,7 +6,7 @@ import triton.language as tl
 from fastssl.kernels.launch import device_of
 from torch import Tensor
 
-from fastssl.augment import random
+from fastssl import random
 from fastssl.ops import augment as params
 from fastssl.ops import view_parameters as op
 

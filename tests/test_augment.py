@@ -33,7 +33,9 @@ from fastssl.augment import (
     swav,
     xray,
 )
-from fastssl.augment.random import (
+from fastssl.data import TensorSource, batches, epoch_order
+from fastssl.ops.augment import FLIP, NOISE, PARAMS, X0, Y1
+from fastssl.random import (
     AUGMENT,
     ORDER,
     permutation,
@@ -42,8 +44,6 @@ from fastssl.augment.random import (
     uniform,
     words,
 )
-from fastssl.data import TensorSource, batches, epoch_order
-from fastssl.ops.augment import FLIP, NOISE, PARAMS, X0, Y1
 
 # Known answers of Philox4x32-10: counter, key, result (Random123's kat_vectors).
 KNOWN = [

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..random import CUSTOM, words
 from .packed import Packed
-from .random import CUSTOM, words
 from .views import Resize, View
 
 

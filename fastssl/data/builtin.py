@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..augment.random import SPLIT, permutation, uniform
 from ..extras import require
+from ..random import SPLIT, permutation, uniform
 from .source import TensorSource
 
 

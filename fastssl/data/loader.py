@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..augment import Packed
-from ..augment.random import permutation
+from ..random import permutation
 from .source import TensorSource
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops.contrastive import lib, on_cuda
+from fastssl.random import AUGMENT, words
 
 # Columns of `params`, a row for each view.
 PARAMS = 20
@@ -142,8 +143,6 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 
 def noise_ref(key: list[int], channels: int, size: int) -> Tensor:
     """(C, size, size) float64, normal by Box and Muller: a pair of uniforms gives two values."""
-    from fastssl.augment.random import AUGMENT, words  # whose package imports this module
-
     index, epoch, view, seed = key
     count = channels * size**2
     pairs = (count + 1) // 2

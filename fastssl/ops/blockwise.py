@@ -13,8 +13,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fastssl.augment.random import philox4x32
 from fastssl.ops.contrastive import lib, on_cuda
+from fastssl.random import philox4x32
 
 SHA256 = {
     True: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",

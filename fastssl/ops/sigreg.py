@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.augment.random import SLICES, philox4x32
 from fastssl.autograd import once_differentiable
 from fastssl.dist import agree, all_sum, resolve_levels, world_size
 from fastssl.ops.blocks import wide
 from fastssl.ops.checks import check_floating, check_reduction, checksum, number_or_tensor
 from fastssl.ops.contrastive import lib, on_cuda, without_autocast
+from fastssl.random import SLICES, philox4x32
 
 
 def knot_weights(knots: int, t_max: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

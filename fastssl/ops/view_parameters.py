@@ -1,7 +1,7 @@
 """The random parameters of views: numbers of a specification in, rows for `render_views` out.
 
 Every number is Philox4x32-10 of (seed, epoch, sample, view, which parameter): see
-`fastssl.augment.random`. Arithmetic is float64 and rounded to float32 once, so that kernels whose
+`fastssl.random`. Arithmetic is float64 and rounded to float32 once, so that kernels whose
 `exp` and `log` differ in the last bit give the same bits but for one number in some 2^28.
 """
 
@@ -10,7 +10,6 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from fastssl.augment.random import AUGMENT, uniform
 from fastssl.ops.augment import (
     ANGLE,
     BRIGHTNESS,
@@ -25,6 +24,7 @@ from fastssl.ops.augment import (
     X0,
 )
 from fastssl.ops.contrastive import lib, on_cuda
+from fastssl.random import AUGMENT, uniform
 
 # Columns of `spec`, a row a view. Ranges are two columns: low and high.
 SPEC = 26

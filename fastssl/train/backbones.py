@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..augment import prepare
-from ..augment.random import permutation
 from ..data import load
 from ..extras import require
 from ..models import build_backbone
+from ..random import permutation
 
 _FILE = "backbone.safetensors"
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..augment import Packed, augment
-from ..augment.random import step_seed
 from ..config import PretrainConfig
 from ..data import Batch, batches, epoch_order, resident
 from ..dist import SyncBatchNorm
 from ..methods import method_class
+from ..random import step_seed
 from . import folder, setup
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
