@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl import extension
+from fastssl import extension, random
 from fastssl.augment import (
     ColorJitter,
     GaussianBlur,
@@ -27,7 +27,6 @@ from fastssl.augment import (
     moco_v2,
     pack,
     prepare,
-    random,
     simclr,
     small,
     swav,
