@@ -197,9 +197,7 @@ def resized(ptr, plane, H, W, good, x0, y0, x1, y1, i, j, PLANES: tl.constexpr,
 
 @triton.jit
 def unit(x):
-    """Clamped to [0, 1]; NaN stays NaN."""
-    x = tl.where(x < 0.0, 0.0, x)
-    return tl.where(x > 1.0, 1.0, x)
+    return tl.clamp(x, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -462,6 +460,38 @@ def band(offs_i, offs_k, sigma, inverse, RADIUS: tl.constexpr):
     return tl.where(seen, tl.exp(-0.5 * t * t) * inverse, 0.0), seen
 
 
+@triton.jit
+def between_bands(work_ptr, row, column, sigma, inverse, steps, SIZE: tl.constexpr,
+                  RADIUS: tl.constexpr, NANS: tl.constexpr, REACH: tl.constexpr,
+                  TILE: tl.constexpr):  # fmt: skip
+    """A X B; or with REACH, of 1 for what is NaN and for what is seen: above 0 where a NaN gets."""
+    offs = tl.arange(0, TILE)
+    out = tl.zeros((TILE, TILE), tl.float32)
+    k = 0
+    while k < steps:
+        rows = reflected(row - RADIUS + k * TILE + offs, SIZE) * SIZE
+        y = tl.zeros((TILE, TILE), tl.float32)
+        t = 0
+        while t < steps:
+            columns = reflected(column - RADIUS + t * TILE + offs, SIZE)
+            x = tl.load(work_ptr + rows[:, None] + columns[None, :]).to(tl.float32)
+            right, seen = band(offs[None, :], t * TILE + offs[:, None], sigma, inverse, RADIUS)
+            if REACH:
+                y = tl.dot((x != x).to(tl.float16), seen.to(tl.float16), y)
+            else:
+                if NANS:
+                    x = tl.where(x == x, x, 0.0)
+                y = tl.dot(x, right, y, input_precision="tf32x3")
+            t += 1
+        left, seen = band(offs[:, None], k * TILE + offs[None, :], sigma, inverse, RADIUS)
+        if REACH:
+            out = tl.dot(seen.to(tl.float16), y.to(tl.float16), out)
+        else:
+            out = tl.dot(left, y, out, input_precision="tf32x3")
+        k += 1
+    return out
+
+
 @triton.jit(do_not_specialize=["steps"])
 def render_blur_kernel(
     params_ptr, key_ptr, norm_ptr, work_ptr, out_ptr, steps,
@@ -474,54 +504,32 @@ def render_blur_kernel(
     it, reflected at the edges, in steps of TILE: both passes at once as products on tensor cores,
     in three of TF32, which lose nothing of fp32. A load of 4 elements or more for each of the
     result, from caches. In a product a weight of 0 would spread a NaN: with images that can have
-    some, products of what is NaN and what is seen tell where it reaches.
+    some they are left out, and put where they get.
     """
     ACROSS: tl.constexpr = (SIZE + TILE - 1) // TILE
     EACH: tl.constexpr = C * ACROSS * ACROSS
     m = (tl.program_id(0) // EACH).to(tl.int64)
-    sigma = tl.load(params_ptr + m * PARAMS + SIGMA)
+    p_ptr = params_ptr + m * PARAMS
+    sigma = tl.load(p_ptr + SIGMA)
     if sigma > 0.0:
         part = tl.program_id(0) % EACH
         c = part // (ACROSS * ACROSS)
         row, column = part // ACROSS % ACROSS * TILE, part % ACROSS * TILE
-        offs = tl.arange(0, TILE)
         work_ptr += (m * C + c) * (SIZE * SIZE)
-        taps = tl.arange(0, triton.next_power_of_2(2 * RADIUS + 1))
-        total, _ = band(RADIUS, taps + RADIUS, sigma, 1.0, RADIUS)
-        inverse = 1.0 / tl.sum(total, 0)
-
-        out = tl.zeros((TILE, TILE), tl.float32)
-        spoilt = tl.zeros((TILE, TILE), tl.float32)
-        k = 0
-        while k < steps:
-            offs_k = k * TILE + offs
-            left, seen_left = band(offs[:, None], offs_k[None, :], sigma, inverse, RADIUS)
-            rows = reflected(row - RADIUS + offs_k, SIZE) * SIZE
-            y = tl.zeros((TILE, TILE), tl.float32)
-            reached = tl.zeros((TILE, TILE), tl.float32)
-            t = 0
-            while t < steps:
-                offs_t = t * TILE + offs
-                right, seen_right = band(offs[None, :], offs_t[:, None], sigma, inverse, RADIUS)
-                columns = reflected(column - RADIUS + offs_t, SIZE)
-                x = tl.load(work_ptr + rows[:, None] + columns[None, :]).to(tl.float32)
-                if NANS:
-                    bad = x != x
-                    x = tl.where(bad, 0.0, x)
-                    reached = tl.dot(bad.to(tl.float16), seen_right.to(tl.float16), reached)
-                y = tl.dot(x, right, y, input_precision="tf32x3")
-                t += 1
-            out = tl.dot(left, y, out, input_precision="tf32x3")
-            if NANS:
-                bad = (reached > 0.0).to(tl.float16)
-                spoilt = tl.dot(seen_left.to(tl.float16), bad, spoilt)
-            k += 1
-        out = tl.where(spoilt > 0.0, float("nan"), out)
-        i, j = row + offs, column + offs
+        taps, _ = band(0, tl.arange(0, triton.next_power_of_2(2 * RADIUS + 1)), sigma, 1.0, RADIUS)
+        inverse = 1.0 / tl.sum(taps, 0)
+        x = between_bands(
+            work_ptr, row, column, sigma, inverse, steps, SIZE, RADIUS, NANS, False, TILE
+        )
+        if NANS:
+            reached = between_bands(
+                work_ptr, row, column, sigma, inverse, steps, SIZE, RADIUS, NANS, True, TILE
+            )
+            x = tl.where(reached > 0.0, float("nan"), x)
+        i, j = row + tl.arange(0, TILE), column + tl.arange(0, TILE)
         mask = (i < SIZE)[:, None] & (j < SIZE)[None, :]
         at = i[:, None] * SIZE + j[None, :]
-        p_ptr = params_ptr + m * PARAMS
-        finish(out, m, c, at, mask, p_ptr, key_ptr, norm_ptr, out_ptr, C, SIZE, CHANNELS_LAST)
+        finish(x, m, c, at, mask, p_ptr, key_ptr, norm_ptr, out_ptr, C, SIZE, CHANNELS_LAST)
 
 
 # ------------------------------------------------------------------------------------- launchers
@@ -535,6 +543,11 @@ BLUR = {"TILE": 32} | OPTIONS
 def crop_constants(noise: bool) -> dict:
     # Loads wait for one another: more programs at a time hide it. Noise in fp64 needs registers.
     return CROP if noise else CROP | {"maxnreg": 80}
+
+
+def blur_constants(noise: bool) -> dict:
+    # Left to itself the assembler spills a few bytes to fit one more program.
+    return BLUR | {"maxnreg": 255} if noise else BLUR
 
 
 def parts_of(channels: int, size: int) -> int:
@@ -581,13 +594,14 @@ def render_views(
     part = params.new_empty(M, parts)
     norm = normalisation(tuple(mean), tuple(std), pixels.device)
     known = {"C": channels, "SIZE": size, "CHANNELS_LAST": channels_last}
+    noise = noise_key is not None
     squares = triton.cdiv(size, BLUR["TILE"]) ** 2
     blocks = triton.cdiv(size**2, COLOUR["BLOCK"]) * (1 if channels == 3 else channels)
     with device_of(pixels):
         render_crop_kernel[(M * parts,)](
             pixels, offsets, sizes, source, params, noise_key, norm, work, part, out,
             pixels.numel(), len(offsets), PER_SIZE=1.0 / size, BICUBIC=bicubic,
-            ANTIALIAS=antialias, **known, **crop_constants(noise_key is not None),
+            ANTIALIAS=antialias, **known, **crop_constants(noise),
         )  # fmt: skip
         render_colour_kernel[(M * blocks,)](
             params, noise_key, norm, work, part, out, PARTS=parts, **known, **COLOUR
@@ -597,6 +611,6 @@ def render_views(
             steps = triton.cdiv(BLUR["TILE"] + 2 * radius, BLUR["TILE"])
             render_blur_kernel[(M * channels * squares,)](
                 params, noise_key, norm, work, out, steps, RADIUS=radius,
-                NANS=pixels.is_floating_point(), **known, **BLUR,
+                NANS=pixels.is_floating_point(), **known, **blur_constants(noise),
             )  # fmt: skip
     return out

@@ -41,7 +41,7 @@ def test_compiles_without_spills(case, name, capability, tmp_path):
     kernel, own = {
         "crop": (kernels.render_crop_kernel, kernels.crop_constants(noise)),
         "colour": (kernels.render_colour_kernel, kernels.COLOUR),
-        "blur": (kernels.render_blur_kernel, kernels.BLUR),
+        "blur": (kernels.render_blur_kernel, kernels.blur_constants(noise)),
     }[name]
     known = own | {
         "C": channels, "SIZE": size, "CHANNELS_LAST": channels_last, "PER_SIZE": 1.0 / size,
