@@ -1,5 +1,6 @@
 """The Triton kernels of `render_views` compile without a GPU, do not spill, fit shared memory."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -31,25 +32,27 @@ def cases():
 
 
 CASES = dict(cases())
+LAUNCHES = list(itertools.product(CASES, ["crop", "colour", "blur"]))
+LAUNCHES += [("noise", "noise"), ("everything", "noise")]
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-@pytest.mark.parametrize("name", ["crop", "colour", "blur"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, name", LAUNCHES)
 def test_compiles_without_spills(case, name, capability, tmp_path):
     channels, size, pixels, result, noise, bicubic, channels_last = CASES[case]
     kernel, own = {
-        "crop": (kernels.render_crop_kernel, kernels.crop_constants(noise)),
+        "crop": (kernels.render_crop_kernel, kernels.crop_constants(bicubic)),
         "colour": (kernels.render_colour_kernel, kernels.COLOUR),
-        "blur": (kernels.render_blur_kernel, kernels.blur_constants(noise)),
+        "blur": (kernels.render_blur_kernel, kernels.BLUR),
+        "noise": (kernels.render_noise_kernel, kernels.PAIRS),
     }[name]
     known = own | {
         "C": channels, "SIZE": size, "CHANNELS_LAST": channels_last, "PER_SIZE": 1.0 / size,
         "BICUBIC": bicubic, "ANTIALIAS": True, "PARTS": kernels.parts_of(channels, size),
-        "RADIUS": max(1, size // 20), "NANS": pixels == "fp32",
+        "RADIUS": max(1, size // 20), "NANS": pixels == "fp32", "COUNT": channels * size**2,
     }  # fmt: skip
     if not noise:
-        known["key_ptr"] = None
+        known["noise_ptr"] = None
     types = dict.fromkeys(INT64, "*i64") | {
         "pixels_ptr": f"*{pixels}", "out_ptr": f"*{result}", "P": "i64", "B": "i32", "steps": "i32",
         "work_ptr": "*fp32" if result == "fp32" else "*fp16",
