@@ -23,7 +23,7 @@ from fastssl.kernels.launch import device_of
 from fastssl.kernels.tiles import INF
 from torch import Tensor
 
-from fastssl.augment import random
+from fastssl import random
 from fastssl.ops import augment as op
 
 PARAMS, X0, Y0, X1, Y1, ANGLE, TURNS, FLIP = (
@@ -259,7 +259,7 @@ def recoloured(r, g, b, p_ptr, first, PLANES: tl.constexpr):
 
 @triton.jit
 def random_word(index, epoch, view, seed, i):
-    """Word i of noise, as fastssl/augment/random.py counts them."""
+    """Word i of noise, as fastssl/random.py counts them."""
     none = (i * 0).to(tl.uint32)
     words = tl.philox_impl(
         none + index.to(tl.uint32), none + epoch.to(tl.uint32),
