@@ -9,6 +9,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <vector>
 #if FASTSSL_X86
 #include <immintrin.h>
 #endif

@@ -54,31 +54,36 @@ Hyper with_inverses(Hyper h) {
   return h;
 }
 
+inline bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+
 // Every rule as two loops over a block: the step, and sums of squares of p and of what LARS and LAMB
 // compare it with. Elements whose gradient is not finite stay as they are if `finite_only`.
 #define RULE(NAME, kRule)                                                                         \
-  FASTSSL_CLONES void step_##NAME(int64_t n, const float* __restrict g, const Hyper& given,        \
-                                  float trust, bool finite_only, float* __restrict p,              \
-                                  float* __restrict m, float* __restrict v) {                      \
-    const Hyper h = with_inverses(given);                                                                        \
+  FASTSSL_CLONES void step_##NAME(int64_t n, const float* __restrict g, const Hyper& given,       \
+                                  float trust, bool finite_only, float* __restrict p,             \
+                                  float* __restrict m, float* __restrict v) {                     \
+    const Hyper h = with_inverses(given);                                                         \
     for (int64_t i = 0; i < n; ++i) {                                                             \
       float next_m = m[i], next_v = v[i];                                                         \
-      const float next = stepped<kRule>(p[i], g[i], h, trust, next_m, next_v);                     \
-      const bool keep = finite_only && (bit_cast<uint32_t>(g[i]) & 0x7f800000u) == 0x7f800000u;    \
-      p[i] = keep ? p[i] : next, m[i] = keep ? m[i] : next_m, v[i] = keep ? v[i] : next_v;         \
+      const float next = stepped<kRule>(p[i], g[i], h, trust, next_m, next_v);                    \
+      const bool keep = finite_only && !is_finite(g[i]);                                          \
+      p[i] = keep ? p[i] : next, m[i] = keep ? m[i] : next_m, v[i] = keep ? v[i] : next_v;        \
     }                                                                                             \
   }                                                                                               \
-  FASTSSL_CLONES void norm_##NAME(int64_t n, const float* g, const Hyper& given,                   \
+  FASTSSL_CLONES void norm_##NAME(int64_t n, const float* g, const Hyper& given, bool finite_only,\
                                   const float* p, const float* m, const float* v, double* sums) { \
-    const Hyper h = with_inverses(given);                                                                        \
+    const Hyper h = with_inverses(given);                                                         \
     float p_sum[16] = {}, d_sum[16] = {}, d[kMost];                                               \
-    for (int64_t i = 0; i < n; ++i) d[i] = trusted<kRule>(p[i], g[i], h, m[i], v[i]);              \
+    for (int64_t i = 0; i < n; ++i) {                                                             \
+      const float each = trusted<kRule>(p[i], g[i], h, m[i], v[i]);                               \
+      d[i] = finite_only && !is_finite(g[i]) ? 0.f : each;                                        \
+    }                                                                                             \
     const int64_t whole = n / 16 * 16;                                                            \
     for (int64_t i = 0; i < whole; i += 16)                                                       \
       for (int64_t c = 0; c < 16; ++c)                                                            \
-        p_sum[c] += p[i + c] * p[i + c], d_sum[c] += d[i + c] * d[i + c];                          \
-    for (int64_t i = whole; i < n; ++i) p_sum[0] += p[i] * p[i], d_sum[0] += d[i] * d[i];          \
-    for (int64_t c = 0; c < 16; ++c) sums[0] += p_sum[c], sums[1] += d_sum[c];                     \
+        p_sum[c] += p[i + c] * p[i + c], d_sum[c] += d[i + c] * d[i + c];                         \
+    for (int64_t i = whole; i < n; ++i) p_sum[0] += p[i] * p[i], d_sum[0] += d[i] * d[i];         \
+    for (int64_t c = 0; c < 16; ++c) sums[0] += p_sum[c], sums[1] += d_sum[c];                    \
   }
 RULE(adam, kAdam)
 RULE(adamw, kAdamW)
@@ -226,10 +231,10 @@ struct Buffers {
 Tensor flat(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t block_size, bool is_signed) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && block_size >= 1 && block_size <= kMost,
+                  "quantize_blockwise: x must be float32 and block_size 1 to ", kMost);
   x = flat(x);
   const int64_t n = x.numel(), blocks = (n + block_size - 1) / block_size;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && block_size >= 1 && block_size <= kMost,
-                  "quantize_blockwise: x must be float32 and block_size at most ", kMost);
   Tensor codes = torch::stable::new_empty(x, {n}, ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(x, {blocks}, ScalarType::Float);
   const float* from = static_cast<const float*>(x.const_data_ptr());
@@ -248,6 +253,8 @@ std::tuple<Tensor, Tensor> quantize_blockwise(Tensor x, int64_t block_size, bool
 }
 
 Tensor dequantize_blockwise(Tensor codes, Tensor absmax, int64_t block_size, bool is_signed) {
+  STD_TORCH_CHECK(block_size >= 1 && block_size <= kMost,
+                  "dequantize_blockwise: block_size must be 1 to ", kMost, ", got ", block_size);
   codes = flat(codes), absmax = flat(absmax);
   const int64_t n = codes.numel(), blocks = (n + block_size - 1) / block_size;
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && absmax.numel() == blocks &&
@@ -283,6 +290,9 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                       hyper.is_contiguous() && counters.numel() == 2 * T &&
                       counters.scalar_type() == ScalarType::Long && counters.is_contiguous(),
                   "blockwise_step_: hyper must be float32 (T, ", kHyper, "), counters int64 (T, 2)");
+  for (const auto* list : {&grads, &first, &first_scale, &second, &second_scale})
+    STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == T, "blockwise_step_: needs gradients and "
+                    "states for each of ", T, " parameters, got ", list->size());
   const Loops loops = kLoops[rule];
   const bool adapts = rule == kLARS || rule == kLAMB, two = rule == kAdEMAMix;
   std::vector<Item> items;
@@ -328,7 +338,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
       Buffers& w = *own;
       each_block(task, w, [&](Item& item, int64_t, int64_t, int64_t n, const float* p,
                                  const float* g) {
-        loops.norm(n, g, item.h, p, w.m, w.v, &sums[2 * task]);
+        loops.norm(n, g, item.h, finite_only, p, w.m, w.v, &sums[2 * task]);
       });
     });
     for (int64_t task = 0; task < count; ++task)

@@ -252,6 +252,11 @@ def slow_of(row, kind, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def is_finite(x):
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+
+
+@triton.jit
 def step_tile(
     row, kind, block, h, trust, counters_ptr, books_ptr, seed,
     RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ROOT: tl.constexpr,
@@ -275,7 +280,7 @@ def step_tile(
                           books_ptr, True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
     p, next_m, next_slow, next_v = stepped(old, g, h, trust, m, slow, v, RULE)
     if FINITE_ONLY:
-        finite = (g.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
+        finite = is_finite(g)
         p, next_m = tl.where(finite, p, old), tl.where(finite, next_m, m)
         next_slow, next_v = tl.where(finite, next_slow, slow), tl.where(finite, next_v, v)
     store_parameter(p, row.p, kind % 4, start, offs, mask, counters_ptr, seed,
@@ -322,7 +327,7 @@ def blockwise_step_kernel(
 @triton.jit
 def norm_tile(
     row, kind, block, h, books_ptr, RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    ROOT: tl.constexpr, WHOLE: tl.constexpr,
+    ROOT: tl.constexpr, FINITE_ONLY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(ROWS, BLOCK) squares of p, and of what its norm is compared with."""
     start, rows = block * BLOCK, tl.arange(0, ROWS)
@@ -331,7 +336,8 @@ def norm_tile(
     mask = None if WHOLE else offs < left
     mask_rows = None if WHOLE else rows * BLOCK < left
     p = load_values(row.p, kind % 4, start, offs, mask, WHOLE)
-    d = whole_gradient(p, load_values(row.g, kind // 4 % 4, start, offs, mask, WHOLE), h, RULE)
+    g = load_values(row.g, kind // 4 % 4, start, offs, mask, WHOLE)
+    d = whole_gradient(p, g, h, RULE)
     if RULE == LAMB:
         m = load_state(row.m, row.m_scale, kind // 16 % 4, block, offs, mask, mask_rows, books_ptr,
                        True, False, BLOCK, ROWS, WHOLE)  # fmt: skip
@@ -340,6 +346,8 @@ def norm_tile(
         d, _, _, _ = direction(p, d, h, m, m, v, RULE)
         if not WHOLE:
             d = tl.where(mask, d, 0.0)  # 0 / (0 + eps), and eps may be 0
+    if FINITE_ONLY:
+        d = tl.where(is_finite(g), d, 0.0)
     return p * p, d * d
 
 
@@ -347,7 +355,7 @@ def norm_tile(
 def blockwise_norms_kernel(
     table_ptr, hyper_ptr, books_ptr, part_ptr, T,
     RULE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    COMMON: tl.constexpr, ROOT: tl.constexpr,
+    COMMON: tl.constexpr, ROOT: tl.constexpr, FINITE_ONLY: tl.constexpr,
 ):  # fmt: skip
     """part = sums of squares over a program's CHUNK elements of one tensor, of p and of what LARS
     (the whole gradient) or LAMB (the direction, which needs the states) compares it with.
@@ -360,9 +368,11 @@ def blockwise_norms_kernel(
     p_sum, d_sum = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for block in range(first, last, ROWS):
         if (row.kind == COMMON) & ((block + ROWS) * BLOCK <= row.n):
-            p, d = norm_tile(row, COMMON, block, h, books_ptr, RULE, BLOCK, ROWS, ROOT, True)
+            p, d = norm_tile(row, COMMON, block, h, books_ptr, RULE, BLOCK, ROWS, ROOT,
+                             FINITE_ONLY, True)  # fmt: skip
         else:
-            p, d = norm_tile(row, row.kind, block, h, books_ptr, RULE, BLOCK, ROWS, ROOT, False)
+            p, d = norm_tile(row, row.kind, block, h, books_ptr, RULE, BLOCK, ROWS, ROOT,
+                             FINITE_ONLY, False)  # fmt: skip
         p_sum += p
         d_sum += d
     part_ptr += 2 * tl.program_id(0)
@@ -454,6 +464,7 @@ def blockwise_step_(
         books, trust, grid = books_of(hyper.device), None, (plan.programs,)
         known = constants(block_size, stochastic)
         known |= {"RULE": rule, "CHUNK": CHUNK, "COMMON": plan.common, "ROOT": root}
+        known["FINITE_ONLY"] = finite_only
         if RULES[rule] in ("lars", "lamb"):
             part = hyper.new_empty(plan.programs, 2, dtype=torch.float64)
             trust = hyper.new_empty(T)
@@ -463,7 +474,7 @@ def blockwise_step_(
             )
         blockwise_step_kernel[grid](
             plan.table, hyper, counters, found_inf, trust, books, T, seed,
-            FINITE_ONLY=finite_only, STOCHASTIC=stochastic, **known,
+            STOCHASTIC=stochastic, **known,
         )  # fmt: skip
 
 

@@ -205,15 +205,15 @@ def plan_for(
         block_size,
         count,
         *[x.data_ptr() for each in tensors for x in each],
-        *[x.numel() for x in tensors[0]],
-        *[x.dtype for i in (0, 1, 2, 4) for x in tensors[i]],
+        *[x.numel() for each in tensors for x in each],
+        *[x.dtype for each in tensors for x in each],
     )
     plan = plans.get(key)
     if plan is None or (plan.stream != stream and not capturing):
         plan = plan_of(tensors, block_size, device, count, stream)
         if not capturing:  # else its copy runs with the graph alone
             if len(plans) == PLANS:
-                plans.pop(next(iter(plans)))
+                plans.pop(next(iter(plans)), None)
             plans[key] = plan
     if capturing:
         captured.append(plan)

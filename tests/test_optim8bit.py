@@ -334,6 +334,19 @@ def test_grad_scaler():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", CLASSES)
+def test_elements_that_are_skipped_alone(name, bad):
+    p = torch.nn.Parameter(torch.randn(64, 128) + 3)
+    start, p.grad = p.detach().clone(), torch.randn(64, 128)
+    p.grad[3, 5] = bad
+    optimizer = getattr(optim, name)([p], lr=0.1, nonfinite="skip_element")
+    for _ in range(2):
+        optimizer.step()
+    assert p.isfinite().all() and p[3, 5] == start[3, 5]
+    assert (p != start).sum() == p.numel() - 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradients_that_are_not_finite(bad):
     for policy in ("propagate", "skip_element", "skip_step"):
         p, q = tensors((100, 50), (10,))
@@ -480,7 +493,7 @@ def test_nothing_is_read_back_from_the_device(name, monkeypatch):
         ({"eps": -1e-8}, "needs eps >= 0"),
         ({"weight_decay": -1}, "needs weight_decay >= 0"),
         ({"optim_bits": 4}, "needs optim_bits 8 or 32, got 4"),
-        ({"block_size": 100}, "needs block_size a multiple of 8 from 64 to 2048, got 100"),
+        ({"block_size": 100}, "needs block_size a power of two from 64 to 2048, got 100"),
         ({"state_format": "bf16"}, "needs state_format 'bnb' or 'sqrt', got 'bf16'"),
         ({"nonfinite": "skip"}, "nonfinite must be .*got 'skip'"),
         ({"max_grad_norm": 0.0}, "needs max_grad_norm > 0 or None, got 0.0"),

@@ -129,7 +129,7 @@ def first_moments(rule: str) -> int:
     return 2 if rule == "ademamix" else 1
 
 
-def _direction(rule: str, p, g, m, v, h):
+def _direction(rule: str, p, g, m, v, h, finite):
     """What lr times is taken from p (decay before aside), and the new states m and v."""
     if rule in ("adam", "adamw", "lamb"):
         if rule == "adam":
@@ -158,32 +158,41 @@ def _direction(rule: str, p, g, m, v, h):
         v = v + g * g
         return g / (v.sqrt() + h[EPS]), m, v
     if rule == "lars":
-        g = g * _trust(p, g, h, h[EXTRA])
+        g = g * _trust(p, g, h, h[EXTRA], finite)
         m = h[MOMENTUM] * m + g
         return m, m, v
     m = h[MOMENTUM] * m + h[COMPLEMENT1] * g
     return (g + h[MOMENTUM] * m if rule == "nesterov" else m), m, v
 
 
-def _trust(p, d, h, factor):
-    """factor |p| / |d|, at most MOST; 1 where a norm is 0 or the tensor is not adapted."""
+def _trust(p, d, h, factor, finite):
+    """factor |p| / |d|, at most MOST; 1 where a norm is 0 or the tensor is not adapted. `finite`:
+    the elements of d that count, None for all."""
+    d = d if finite is None else torch.where(finite, d, 0)
     p_norm, d_norm = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (p, d))
     ratio = (factor * p_norm / d_norm).to(d.dtype).clamp(max=h[MOST])
     alike = (p_norm == 0) | (d_norm == 0) | (h[ADAPT] == 0)
     return torch.where(alike, 1, ratio)
 
 
-def step_ref(p, g, m, v, h, rule: str):
+def step_ref(p, g, m, v, h, rule: str, finite_only: bool = False):
     """p (n,), m and v after a step of one tensor, in the dtype of h; m or v None where there is
     none, m (2, n) of AdEMAMix."""
+    finite = g.isfinite() if finite_only else None
+    old = p, m, v
     m, v = (torch.zeros_like(p) if x is None else x for x in (m, v))
     g = g * h[SCALE]
     if rule in ("adamw", "lion"):
         p = p - h[LR] * h[DECAY] * p
-    u, m, v = _direction(rule, p, g, m, v, h)
+    u, m, v = _direction(rule, p, g, m, v, h, finite)
     if rule == "lamb":
-        u = u * _trust(p, u, h, 1.0)
-    return p - h[LR] * u, m, v
+        u = u * _trust(p, u, h, 1.0, finite)
+    new = p - h[LR] * u, m, v
+    if not finite_only:
+        return new
+    return tuple(
+        torch.where(finite, x, 0 if y is None else y) for x, y in zip(new, old, strict=True)
+    )
 
 
 def _random16(n: int, step: int, tensor: int, seed: int, device) -> Tensor:
@@ -241,13 +250,7 @@ def blockwise_step_ref(
         if v is not None and root and second[t].dtype == torch.uint8:
             v = v * v
         old = flat_p.float()
-        new = step_ref(old, flat_g.float(), m, v, hyper[t], RULES[rule])
-        if finite_only:
-            finite = flat_g.isfinite()
-            new = [
-                torch.where(finite, x, 0 if y is None else y)
-                for x, y in zip(new, (old, m, v), strict=True)
-            ]
+        new = step_ref(old, flat_g.float(), m, v, hyper[t], RULES[rule], finite_only)
         random = None
         if stochastic and p.dtype == torch.bfloat16:
             random = _random16(len(old), *counters[t].tolist(), seed, p.device)

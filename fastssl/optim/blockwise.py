@@ -14,6 +14,7 @@ from fastssl.ops import blockwise as op
 from . import interchange, overrides, shards, states
 from .states import local
 
+BLOCKS = (64, 128, 256, 512, 1024, 2048)
 # What each setting must be.
 RANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lr": (">= 0", lambda x: x >= 0),
@@ -28,7 +29,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "initial_accumulator_value": (">= 0", lambda x: x >= 0),
     "optim_bits": ("8 or 32", lambda x: x in (8, 32)),
     "min_8bit_size": (">= 0", lambda x: x >= 0),
-    "block_size": ("a multiple of 8 from 64 to 2048", lambda x: 64 <= x <= 2048 and x % 8 == 0),
+    "block_size": ("a power of two from 64 to 2048", lambda x: x in BLOCKS),
     "state_format": ("'bnb' or 'sqrt'", lambda x: x in ("bnb", "sqrt")),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +105,7 @@ class Blockwise(Optimizer):
             any setting up to state_format. Single parameters have theirs by `StableEmbedding` or
             bitsandbytes' GlobalOptimManager.
         min_8bit_size: tensors of fewer elements keep fp32 states.
-        block_size: elements that share a scale, a multiple of 8 from 64 to 2048.
+        block_size: elements that share a scale, a power of two from 64 to 2048.
         state_format: "bnb", as bitsandbytes stores them, or "sqrt", which stores the square root of
             second moments: a third of the error where gradients inside a block span three decades.
         maximize: ascend instead of descend.

@@ -438,8 +438,9 @@ class LARS(Blockwise):
 
     Memory: 4 bytes a parameter (`LARS8bit`: 1.02); no temporary of a parameter's size.
 
-    Notes: no host synchronisation; norms are summed in fp64. The learning rate is outside the
-    momentum buffer, which differs from SimCLR's release only while the rate changes.
+    Notes: no host synchronisation; squares for norms are fp32, their sums over blocks fp64. The
+    learning rate is outside the momentum buffer, which differs from SimCLR's release only while the
+    rate changes.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(128, 64))
@@ -499,8 +500,8 @@ class LAMB(Blockwise):
 
     Memory: 8 bytes a parameter (`LAMB8bit`: 2.03); no temporary of a parameter's size.
 
-    Notes: norms are summed in fp64. Gradients are not normalised before: set max_grad_norm=1.0 for
-    the release's behaviour.
+    Notes: squares for norms are fp32, their sums over blocks fp64. Gradients are not normalised
+    before: set max_grad_norm=1.0 for the release's behaviour.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(128, 64))
