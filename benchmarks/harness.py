@@ -255,6 +255,9 @@ def environment() -> dict:
         "open_clip_torch",
         "lightly",
         "pytorch-metric-learning",
+        "bitsandbytes",
+        "torchvision",
+        "kornia",
         "numpy",
     ):
         try:

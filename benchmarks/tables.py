@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PARTS = "contrastive prototypes linear_prototypes gram sigreg optim augment".split()
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NAMES = {
     "clip": "ClipLoss",
@@ -20,6 +21,9 @@ NAMES = {
     "sigreg": "sigreg",
     "adamw8bit": "AdamW8bit",
     "adamw8bit_vit_b": "AdamW8bit, ViT-B/16",
+    "ema_vit_b": "EMA, ViT-B/16",
+    "ema_1000_tensors": "EMA, 1000 tensors",
+    "simclr": "augment, SimCLR's view",
     "vicreg": "VICRegLoss",
     "barlow_twins": "BarlowTwinsLoss",
     "koleo": "KoLeoLoss",
@@ -28,13 +32,14 @@ NAMES = {
 SIZES = {
     "queue": "NMD", "topk": "NMD", "sinkhorn_bias": "NM", "sinkhorn": "NM", "dino": "NM",
     "linear_prototypes": "NMD", "linear_prototypes_autocast": "NMD", "sigreg": "VNMD",
-    "adamw8bit": "N", "adamw8bit_vit_b": "N",
+    "adamw8bit": "N", "adamw8bit_vit_b": "N", "ema_vit_b": "N", "ema_1000_tensors": "N",
+    "simclr": "NHM",
 }  # fmt: skip
 LIMIT = """Sizes are N x D; N x M x D with a queue or bank of M; N x M over M prototypes, for the
 cross-entropy with 2 teacher and 10 student crops; V x N x M x D for V views and M slices; N
-parameters of an optimizer. Of the limit: the time of fastssl over that of the algorithm's own
-products and exponentials, for optimizers of a copy of as many bytes, timed bare in the same run
-(float32)."""
+parameters of an optimizer; N x H x M for N images of H x H pixels and views of M x M. Of the limit:
+the time of fastssl over that of the algorithm's own products and exponentials, for optimizers and
+views of a copy of as many bytes, timed bare in the same run (float32)."""
 SHARDED = """One batch over several processes under gloo on the same CPU, one thread each; N rows
 (of each view) in all. A step takes the slowest rank's time; extra memory is rank 0's. fastssl by
 its two exchanges, open_clip with `local_loss` and `gather_with_grad`, lightly with
@@ -116,7 +121,7 @@ def main() -> None:
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     parts = [LIMIT]
-    for name in ("contrastive", "prototypes", "linear_prototypes", "gram", "sigreg", "optim"):
+    for name in PARTS:
         parts += map(table, results(name))
     if sharded := results("sharded"):
         parts += [SHARDED, *map(sharded_table, sharded)]
