@@ -1,4 +1,5 @@
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -268,6 +269,45 @@ def test_checkpoints_with_and_without(name):
     for s, m in ((sam, model), (resumed, other)):
         s.step(closure_of(s, m, x))
     assert same(model.parameters(), other.parameters())
+
+
+class Pair(nn.Module):
+    """Model and SAM as one object, to be copied together."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.model = two_layers()
+        self.sam = SAM(OPTIMIZERS[name](self.model.parameters()), self.model, rho=0.3)
+
+    def step(self, x):
+        self.sam.step(closure_of(self.sam, self.model, x))
+        return list(self.model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles(name, copied):
+    """Of SAM and model; what was made before goes on, and so does what is made after."""
+    pair, x = Pair(name), torch.randn(5, 6)
+    pair.step(x)
+    other = copied(pair)
+    assert other.sam.modules == (other.model,) and other.model is not pair.model
+    torch.optim.lr_scheduler.StepLR(other.sam, 1)
+    assert same(pair.step(x), other.step(x))
+    Pair(name).step(x)
+
+
+def test_hooks():
+    model, x, seen = two_layers(), torch.randn(5, 6), []
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    sam.register_step_pre_hook(lambda *_: seen.append("pre"))
+    sam.register_step_post_hook(lambda *_: seen.append("post"))
+    sam.step(closure_of(sam, model, x))
+    for kind in ("state_dict", "load_state_dict"):
+        for when in ("pre", "post"):
+            getattr(sam, f"register_{kind}_{when}_hook")(lambda *_, k=kind: seen.append(k))
+    sam.load_state_dict(sam.state_dict())
+    assert seen == ["pre", "post", *["state_dict"] * 2, *["load_state_dict"] * 2]
 
 
 def test_schedules_move_the_optimizer():

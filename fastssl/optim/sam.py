@@ -173,6 +173,11 @@ class SAM(Optimizer):
         self.base_optimizer, self.modules = optimizer, modules
         self.rho, self.adaptive, self.eta = rho, adaptive, eta
         self._saved: list[tuple[Tensor, Tensor]] | None = None
+        super().__setstate__({})  # what is a SAM's own of an Optimizer: the hooks of its step
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, for Optimizer.__setstate__
+        names = "base_optimizer", "modules", "silent", "rho", "adaptive", "eta", "_saved"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -194,6 +199,18 @@ class SAM(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base_optimizer.load_state_dict(state_dict)
+
+    def register_state_dict_pre_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
