@@ -232,6 +232,19 @@ def test_is_a_module_apart_from_the_model():
     assert both["teacher"].model is both["student"] is not model
 
 
+@pytest.mark.parametrize("buffers", ["copy", "average", "keep"])
+def test_expanded_buffers(buffers):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.mask = nn.Buffer(torch.ones(1, 1).expand(4, 4))
+    model[1].mask = model[0].mask  # twice the same
+    ema = EMA(model, 0.75, buffers=buffers)
+    model[0].mask = model[1].mask = torch.full((), 2.0).expand(4, 4)
+    ema.update()
+    expected = {"copy": 2.0, "average": 1.25, "keep": 1.0}[buffers]
+    assert ema.module[0].mask.eq(expected).all() and ema.module[1].mask is ema.module[0].mask
+
+
 def test_replaced_and_tied_tensors():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

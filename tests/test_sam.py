@@ -222,6 +222,19 @@ def test_replay_by_hand():
     assert same(model.buffers(), left) and model.queue.features is queue
 
 
+def test_buffers_that_are_expanded_or_sparse():
+    """The first are never written, only replaced."""
+    model = nn.Linear(4, 4)
+    model.register_buffer("mask", torch.ones(1, 1).expand(4, 4))
+    model.register_buffer("few", torch.eye(4).to_sparse())
+    again = replay(model)
+    model.mask = model.mask * 2
+    model.few.mul_(2)
+    with again:
+        assert model.mask.eq(1).all() and model.few.to_dense().sum() == 4
+    assert model.mask.eq(2).all() and model.few.to_dense().sum() == 8
+
+
 def test_a_closure_that_fails():
     model = Loss()
     start, sam = bits(model), SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)

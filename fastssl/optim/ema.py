@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastssl.ops.ema  # noqa: F401  (defines the op)
 
-from .states import local
+from .states import expanded, local
 
 AVERAGED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -127,6 +127,9 @@ class EMA(nn.Module):
         self.momentum, self.buffers_are = momentum, buffers
         self.__dict__["model"] = model  # not registered: it is no part of this module
         self.module = copy.deepcopy(model).requires_grad_(False).to(dtype)
+        for buffer in self.module.buffers():
+            if expanded(buffer):  # to be written
+                buffer.data = buffer.clone()
         self._pairs()
 
     def extra_repr(self) -> str:

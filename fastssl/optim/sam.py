@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .states import local, sharded
+from .states import expanded, local, sharded
 
 
 class replay:
@@ -67,7 +67,7 @@ class replay:
     @torch.no_grad()
     def _put_back(self, then: tuple[list, list[Tensor]]) -> None:
         buffers, (cpu, *others) = then
-        values = [(buffer, value) for _, _, buffer, value in buffers if buffer is not None]
+        values = [(b, value) for _, _, b, value in buffers if not (b is None or expanded(b))]
         if values:
             torch._foreach_copy_(*map(list, zip(*values, strict=True)))
         for owner, name, buffer, _ in buffers:  # which a forward may have replaced by another

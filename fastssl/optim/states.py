@@ -45,6 +45,12 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def expanded(x: Tensor) -> bool:
+    """Whether several elements lie at one address: torch refuses to write them."""
+    strided = x.layout is torch.strided
+    return strided and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
+
+
 def same_layout(x: Tensor, y: Tensor) -> bool:
     """Of tensors of one shape; strides of dimensions of one element do not count."""
     return x.stride() == y.stride() or (x.is_contiguous() and y.is_contiguous())
