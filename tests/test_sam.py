@@ -220,6 +220,8 @@ def test_replay_by_hand():
         assert model(x) == first
         raise KeyError
     assert same(model.buffers(), left) and model.queue.features is queue
+    with pytest.raises(RuntimeError, match="is used up. Make one before"), again:
+        pass
 
 
 def test_buffers_that_are_expanded_or_sparse():
@@ -341,10 +343,12 @@ def test_schedules_move_the_optimizer():
 
 
 def test_grad_scaler():
-    """Scaled losses perturb alike; a step that is skipped leaves the weights as they were."""
+    """Scaled losses perturb alike; a step that is skipped leaves the weights as they were, and a
+    schedule on the SAM does not take it for a missing one."""
     model, x = two_layers(), torch.randn(5, 6)
     other = copy.deepcopy(model)
     sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    schedule = torch.optim.lr_scheduler.StepLR(sam, 1, 1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def scaled_step(x):
@@ -358,6 +362,9 @@ def test_grad_scaler():
         sam.zero_grad()
 
     scaled_step(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()
     plain = SAM(torch.optim.SGD(other.parameters(), lr=0.1))
     plain.step(closure_of(plain, other, x))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -375,6 +382,10 @@ def test_messages():
         (lambda: SAM(model.parameters()), TypeError, r"got generator. Write SAM\(AdamW"),
         (lambda: SAM(optimizer, rho=-1), ValueError, "SAM: rho must be at least 0, got -1"),
         (lambda: SAM(optimizer, eta=-1), ValueError, "SAM: eta must be at least 0, got -1"),
+        (lambda: SAM(optimizer, rho=torch.tensor(-1.0)), ValueError, "at least 0, got -1"),
+        (lambda: SAM(optimizer, rho="a"), TypeError, "SAM: rho must be a number .* got 'a'"),
+        (lambda: SAM(optimizer, rho=torch.ones(2)), TypeError, r"\(\), got tensor\(\[1., 1."),
+        (lambda: SAM(optimizer, 0.05), TypeError, "modules must be .* got 0.05. rho goes by key"),
         (lambda: SAM(optimizer, model, rank_local=True), ValueError, "DistributedDataParallel"),
         (lambda: sam.step(), TypeError, "needs a closure .* first_step"),
         (lambda: sam.second_step(), RuntimeError, "not perturbed. Call first_step"),
