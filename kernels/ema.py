@@ -18,7 +18,7 @@ from fastssl.kernels.tables import (
 )
 from torch import Tensor
 
-from fastssl.ops.ema import ema_ref
+from fastssl.ops.ema import ema_ref, is_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 256
@@ -56,11 +56,6 @@ def ema_kernel(
         else:
             for each in range(block, tl.minimum(block + ROWS, last)):
                 ema_tile(row, row.kind, each, w, BLOCK, 1, False)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether x fills its stretch of memory, in any order: new memory keeps the strides of such."""
-    return x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride()
 
 
 def ema_(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:

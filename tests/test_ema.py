@@ -230,6 +230,26 @@ def test_is_a_module_apart_from_the_model():
     assert torch.equal(other.module[3].weight, ema.module[3].weight)
     both = copy.deepcopy(nn.ModuleDict({"student": model, "teacher": ema}))
     assert both["teacher"].model is both["student"] is not model
+    snapshot = copy.deepcopy(ema)  # with a model of its own, until told otherwise
+    snapshot.model = model
+    assert set(snapshot.state_dict()) == names and snapshot.model is model
+    nn.init.constant_(model[3].weight, 7.0)
+    snapshot.momentum = 0.0
+    snapshot.update()
+    assert snapshot.module[3].weight.eq(7).all()
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "keep"])
+def test_expanded_buffers(buffers):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.mask = nn.Buffer(torch.ones(1, 1).expand(4, 4))
+    model[1].mask = model[0].mask  # twice the same
+    ema = EMA(model, 0.75, buffers=buffers)
+    model[0].mask = model[1].mask = torch.full((), 2.0).expand(4, 4)
+    ema.update()
+    expected = {"copy": 2.0, "average": 1.25, "keep": 1.0}[buffers]
+    assert ema.module[0].mask.eq(expected).all() and ema.module[1].mask is ema.module[0].mask
 
 
 def test_replaced_and_tied_tensors():
@@ -243,9 +263,10 @@ def test_replaced_and_tied_tensors():
     torch.testing.assert_close(ema.module[1].weight, start + 0.5)
 
 
-def test_a_momentum_in_a_tensor():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_momentum_in_a_tensor(dtype):
     model = nn.Linear(4, 4)
-    momentum = torch.tensor([0.5])
+    momentum = torch.tensor([0.5], dtype=dtype)
     ema = EMA(model, momentum)
     start = model.bias.detach().clone()
     nn.init.constant_(model.bias, 1.0)
@@ -287,6 +308,14 @@ def test_messages():
         EMA(nn.Linear(4, 4).double())
     with pytest.raises(TypeError, match="dtype must be .* got torch.int8"):
         EMA(model, dtype=torch.int8)
+    for make, message in (
+        (lambda: EMA(model, "0.9"), "EMA: momentum must be one number, got '0.9'"),
+        (lambda: EMA(model, torch.ones(2)), r"must be one number, got a tensor \(2,\)"),
+        (lambda: EMA(model, lambda t: None).update(1), "EMA.update: momentum .* got None"),
+        (lambda: EMA([1]), "model must be an nn.Module, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()
     ema = EMA(model)
     model.extra = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="the copy has 2 tensors and the model 3"):

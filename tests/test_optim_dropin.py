@@ -332,7 +332,11 @@ def test_layers_of_torchvision():
     assert found["fc.weight"] == (1.0, 0.1)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto"])
+TIMM = ["vit_tiny_patch16_224", "resnet18", "convnext_atto"]
+TIMM += ["swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"]  # by their no_weight_decay()
+
+
+@pytest.mark.parametrize("name", TIMM)
 def test_layers_are_timms(name):
     timm = pytest.importorskip("timm.optim")
     model = pytest.importorskip("timm").create_model(name, num_classes=10)
@@ -355,6 +359,20 @@ def test_tokens_and_positions_do_not_decay():
     for p in (model.cls_token, model.reg_token, model.pos_embed, model.norm.weight):
         assert id(p) in held
     assert id(model.patch_embed.proj.weight) in {id(p) for p in decay["params"]}
+
+
+def test_positions_in_modules_and_names_given_by_a_part():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    inner = model[1]
+    inner.pos_embed, inner.words = nn.Embedding(5, 4), nn.Embedding(5, 4)
+    inner.table, inner.mlp = nn.Parameter(torch.ones(3, 2)), nn.Linear(2, 2)
+    inner.block = nn.Module()
+    inner.block.pos_embed = nn.Conv2d(4, 4, 3, groups=4)  # a layer, not a table
+    inner.no_weight_decay = lambda: {"table", "mlp.*"}
+    decay, rest = optim.param_groups(model, 0.1)
+    expected = {"0.weight", "1.words.weight", "1.block.pos_embed.weight"}
+    held = {id(p) for p in decay["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in held} == expected
 
 
 def test_layer_decay_says_what_it_needs():

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -219,6 +220,21 @@ def test_replay_by_hand():
         assert model(x) == first
         raise KeyError
     assert same(model.buffers(), left) and model.queue.features is queue
+    with pytest.raises(RuntimeError, match="is used up. Make one before"), again:
+        pass
+
+
+def test_buffers_that_are_expanded_or_sparse():
+    """The first are never written, only replaced."""
+    model = nn.Linear(4, 4)
+    model.register_buffer("mask", torch.ones(1, 1).expand(4, 4))
+    model.register_buffer("few", torch.eye(4).to_sparse())
+    again = replay(model)
+    model.mask = model.mask * 2
+    model.few.mul_(2)
+    with again:
+        assert model.mask.eq(1).all() and model.few.to_dense().sum() == 4
+    assert model.mask.eq(2).all() and model.few.to_dense().sum() == 8
 
 
 def test_a_closure_that_fails():
@@ -270,6 +286,45 @@ def test_checkpoints_with_and_without(name):
     assert same(model.parameters(), other.parameters())
 
 
+class Pair(nn.Module):
+    """Model and SAM as one object, to be copied together."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.model = two_layers()
+        self.sam = SAM(OPTIMIZERS[name](self.model.parameters()), self.model, rho=0.3)
+
+    def step(self, x):
+        self.sam.step(closure_of(self.sam, self.model, x))
+        return list(self.model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles(name, copied):
+    """Of SAM and model; what was made before goes on, and so does what is made after."""
+    pair, x = Pair(name), torch.randn(5, 6)
+    pair.step(x)
+    other = copied(pair)
+    assert other.sam.modules == (other.model,) and other.model is not pair.model
+    torch.optim.lr_scheduler.StepLR(other.sam, 1)
+    assert same(pair.step(x), other.step(x))
+    Pair(name).step(x)
+
+
+def test_hooks():
+    model, x, seen = two_layers(), torch.randn(5, 6), []
+    sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    sam.register_step_pre_hook(lambda *_: seen.append("pre"))
+    sam.register_step_post_hook(lambda *_: seen.append("post"))
+    sam.step(closure_of(sam, model, x))
+    for kind in ("state_dict", "load_state_dict"):
+        for when in ("pre", "post"):
+            getattr(sam, f"register_{kind}_{when}_hook")(lambda *_, k=kind: seen.append(k))
+    sam.load_state_dict(sam.state_dict())
+    assert seen == ["pre", "post", *["state_dict"] * 2, *["load_state_dict"] * 2]
+
+
 def test_schedules_move_the_optimizer():
     model, x = two_layers(), torch.randn(5, 6)
     sam = SAM(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -288,10 +343,12 @@ def test_schedules_move_the_optimizer():
 
 
 def test_grad_scaler():
-    """Scaled losses perturb alike; a step that is skipped leaves the weights as they were."""
+    """Scaled losses perturb alike; a step that is skipped leaves the weights as they were, and a
+    schedule on the SAM does not take it for a missing one."""
     model, x = two_layers(), torch.randn(5, 6)
     other = copy.deepcopy(model)
     sam = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    schedule = torch.optim.lr_scheduler.StepLR(sam, 1, 1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def scaled_step(x):
@@ -305,6 +362,9 @@ def test_grad_scaler():
         sam.zero_grad()
 
     scaled_step(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()
     plain = SAM(torch.optim.SGD(other.parameters(), lr=0.1))
     plain.step(closure_of(plain, other, x))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -322,6 +382,10 @@ def test_messages():
         (lambda: SAM(model.parameters()), TypeError, r"got generator. Write SAM\(AdamW"),
         (lambda: SAM(optimizer, rho=-1), ValueError, "SAM: rho must be at least 0, got -1"),
         (lambda: SAM(optimizer, eta=-1), ValueError, "SAM: eta must be at least 0, got -1"),
+        (lambda: SAM(optimizer, rho=torch.tensor(-1.0)), ValueError, "at least 0, got -1"),
+        (lambda: SAM(optimizer, rho="a"), TypeError, "SAM: rho must be a number .* got 'a'"),
+        (lambda: SAM(optimizer, rho=torch.ones(2)), TypeError, r"\(\), got tensor\(\[1., 1."),
+        (lambda: SAM(optimizer, 0.05), TypeError, "modules must be .* got 0.05. rho goes by key"),
         (lambda: SAM(optimizer, model, rank_local=True), ValueError, "DistributedDataParallel"),
         (lambda: sam.step(), TypeError, "needs a closure .* first_step"),
         (lambda: sam.second_step(), RuntimeError, "not perturbed. Call first_step"),

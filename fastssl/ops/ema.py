@@ -6,6 +6,16 @@ from torch import Tensor
 from fastssl.ops.contrastive import lib, on_cuda
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def ema_ref(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
     """Pair by pair in at least fp32, rounded once into the averages' dtype."""
     for a, v in zip(averages, values, strict=True):

@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from fastssl.ops import blockwise as op
+from fastssl.ops.ema import is_dense
 
 from . import interchange, overrides, shards, states
 from .states import local
@@ -383,7 +384,7 @@ class Blockwise(Optimizer):
                     f"{name}: parameters must be float32, bfloat16 or float16, got {part.dtype} of "
                     f"shape {tuple(p.shape)}. Give others to an optimizer of torch.optim."
                 )
-            if not states.is_dense(part):
+            if not is_dense(part):
                 raise ValueError(
                     f"{name}: parameters must fill their memory, got shape {tuple(part.shape)} "
                     f"with strides {part.stride()}. Make the parameter from a .clone()."

@@ -3,18 +3,25 @@
 import copy
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 import fastssl.ops.ema  # noqa: F401  (defines the op)
 
-from .states import local
+from .states import expanded, local
 
 AVERAGED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_momentum(name: str, label: str, m: float) -> None:
+def _check_momentum(name: str, label: str, m: float | Tensor) -> None:
+    """What is in a tensor is not looked at: it may be on a device."""
+    if isinstance(m, Tensor) and m.numel() == 1:
+        return
+    if not isinstance(m, Real):
+        got = f"a tensor {tuple(m.shape)}" if isinstance(m, Tensor) else repr(m)
+        raise TypeError(f"{name}: {label} must be one number, got {got}.")
     if not 0 <= m <= 1:
         raise ValueError(f"{name}: {label} must be in [0, 1], got {m}.")
 
@@ -85,19 +92,23 @@ class EMA(nn.Module):
             place.
 
     Attributes:
+        model: the one that is followed; another may be set.
         module: the copy, to be called, evaluated or saved. Calling the EMA calls it without
             gradients; `train()` and `eval()` are its own, as in any module.
 
     Raises:
         ValueError: a momentum out of range; `update` of a model of other tensors than were copied.
-        TypeError: weights that are neither float32, bfloat16 nor float16 nor integers.
+        TypeError: not a model or a momentum; weights that are neither float32, bfloat16 nor
+            float16 nor integers.
 
     Memory: the copy; no temporary.
 
     Notes: one op call for all averages of a device, arithmetic in float32, one rounding. Weights of
     integers are copied. Nothing is exchanged between ranks: averages of equal weights are equal.
     FSDP2: make the EMA first, then shard both modules alike; each rank averages its own shards.
-    `state_dict()` is the copy's with "module." before each name; a schedule has no state.
+    `state_dict()` is the copy's with "module." before each name; a schedule has no state. A copy
+    or pickle of an EMA takes its model along, so that copies of both together belong together; for
+    one alone take `module`, or set the copy's `model`.
 
     Example:
         >>> model = torch.nn.Linear(4, 4)
@@ -116,18 +127,29 @@ class EMA(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"EMA: model must be an nn.Module, got {type(model).__name__}.")
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise TypeError("EMA: model must not be wrapped for several ranks. Give its .module.")
         if buffers not in ("copy", "average", "keep"):
             raise ValueError(f"EMA: buffers must be 'copy', 'average' or 'keep', got {buffers!r}.")
         if dtype is not None and dtype not in AVERAGED:
             raise TypeError(f"EMA: dtype must be float32, bfloat16 or float16, got {dtype}.")
-        if isinstance(momentum, (int, float)):
+        if not callable(momentum):
             _check_momentum("EMA", "momentum", momentum)
         self.momentum, self.buffers_are = momentum, buffers
-        self.__dict__["model"] = model  # not registered: it is no part of this module
+        self.model = model
         self.module = copy.deepcopy(model).requires_grad_(False).to(dtype)
+        for buffer in self.module.buffers():
+            if expanded(buffer):  # to be written
+                buffer.data = buffer.clone()
         self._pairs()
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "model":  # not registered: it is no part of this module
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, buffers={self.buffers_are!r}"
@@ -148,12 +170,13 @@ class EMA(nn.Module):
             if step is None:
                 raise ValueError("EMA.update: momentum is a schedule. Give the step.")
             momentum = momentum(step)
+        _check_momentum("EMA.update", "momentum", momentum)
         if not isinstance(momentum, Tensor):
-            _check_momentum("EMA.update", "momentum", momentum)
             momentum = torch.tensor(momentum, dtype=torch.float64, device="cpu")
+        momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32)).reshape(())
         averaged, copied = self._pairs()
         for averages, values in averaged.values():
-            torch.ops.fastssl.ema_(averages, values, 1 - momentum.reshape(()))
+            torch.ops.fastssl.ema_(averages, values, 1 - momentum)
         if copied:
             torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
 

@@ -2,8 +2,9 @@
 
 import re
 from collections import defaultdict
+from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl.extras import require
 
@@ -17,12 +18,13 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: matrices and kernels with `weight_decay`, the rest without.
 
     The rest is everything with fewer than two dimensions (biases, scales of normalisations,
-    temperatures), class tokens and positions. Parameters that do not require gradients are left
-    out.
+    temperatures), class tokens, positions, and what the `no_weight_decay()` of a module names, as
+    those of timm do. Parameters that do not require gradients are left out.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = [p for name, p in trained if _decays(name, p)]
-    rest = [p for name, p in trained if not _decays(name, p)]
+    decaying = _decaying(model)
+    decay = [p for name, p in trained if name in decaying]
+    rest = [p for name, p in trained if name not in decaying]
     groups = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},
@@ -42,13 +44,13 @@ def param_groups_layer_decay(
 
     Args:
         model: one backbone, with or without a head: a vision transformer or ResNet of this package
-            or torchvision, or a model of timm. Those are grouped as timm does it: the last
-            normalisation of a transformer belongs to its last block, ResNets go by blocks and not
-            by stages, and without a head the last block has the full rate. Inside another module
-            they are grouped by the names of their parameters, as the others.
+            or torchvision, or a model of timm. Those with a `group_matcher` are grouped as timm
+            does it: the last normalisation of a transformer belongs to its last block, ResNets go
+            by blocks and not by stages, and without a head the last block has the full rate.
+            Inside another module they are grouped by the names of their parameters, as the others.
         lr: learning rate of the last layers, >= 0.
-        weight_decay: as for `param_groups`: not of what has fewer than two dimensions, of tokens
-            or positions.
+        weight_decay: as for `param_groups`: not of what has fewer than two dimensions, of tokens,
+            positions or what `no_weight_decay()` names.
         layer_decay: in (0, 1]; 0.65 to 0.75 for fine-tuning of large transformers.
 
     Returns:
@@ -73,10 +75,10 @@ def param_groups_layer_decay(
             f"param_groups_layer_decay: needs layer_decay in (0, 1], got {layer_decay}. 1 is none."
         )
     layers, last = _layers(model)
-    groups = defaultdict(list)
+    decaying, groups = _decaying(model), defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[layers[name], _decays(name, p)].append(p)
+            groups[layers[name], name in decaying].append(p)
     return [
         {
             "params": groups[layer, decays],
@@ -87,8 +89,20 @@ def param_groups_layer_decay(
     ]
 
 
-def _decays(name: str, p: Tensor) -> bool:
-    return p.ndim >= 2 and not _INPUTS.search(name)
+def _decaying(model: nn.Module) -> set[str]:
+    """Names of the parameters that decay."""
+    spared, asked = [], ()  # names with wildcards; of modules, as timm only the outermost
+    for path, module in model.named_modules():
+        prefix = path + "." if path else ""
+        if hasattr(module, "no_weight_decay") and not path.startswith(asked):
+            spared += [prefix + name for name in module.no_weight_decay()]
+            asked += (prefix,)
+        if isinstance(module, nn.Embedding) and _INPUTS.search(path):
+            spared.append(prefix + "weight")
+    wide = [
+        name for name, p in model.named_parameters() if p.ndim >= 2 and not _INPUTS.search(name)
+    ]
+    return {name for name in wide if not any(fnmatchcase(name, s) for s in spared)}
 
 
 def _layers(model: nn.Module) -> tuple[dict[str, int], int]:

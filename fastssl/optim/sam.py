@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .states import local, sharded
+from .states import expanded, local, sharded
 
 
 class replay:
@@ -45,13 +46,16 @@ class replay:
         self.before = self._now()
 
     def __enter__(self) -> "replay":
+        if self.before is None:
+            raise RuntimeError("replay: is used up. Make one before each first forward.")
         self.after = self._now()
         self._put_back(self.before)
         return self
 
     def __exit__(self, *error) -> None:
         self._put_back(self.after)
-        del self.before, self.after
+        del self.after
+        self.before = None
 
     @torch.no_grad()
     def _now(self) -> tuple[list, list[Tensor]]:
@@ -67,7 +71,7 @@ class replay:
     @torch.no_grad()
     def _put_back(self, then: tuple[list, list[Tensor]]) -> None:
         buffers, (cpu, *others) = then
-        values = [(buffer, value) for _, _, buffer, value in buffers if buffer is not None]
+        values = [(b, value) for _, _, b, value in buffers if not (b is None or expanded(b))]
         if values:
             torch._foreach_copy_(*map(list, zip(*values, strict=True)))
         for owner, name, buffer, _ in buffers:  # which a forward may have replaced by another
@@ -106,8 +110,8 @@ class SAM(Optimizer):
             closure. Groups and states are its own: schedules may be given either, and a
             `state_dict()` is the optimizer's, to be loaded with SAM or without.
         modules: of `replay`, for `step(closure)`: the model, and losses that hold a queue.
-        rho: >= 0, the length of e, also as a tensor. 0.05 for ResNets, 0.1 to 0.2 for ViTs; 0.5 to
-            2 if adaptive.
+        rho: >= 0, the length of e, also as a tensor (). 0.05 for ResNets, 0.1 to 0.2 for ViTs;
+            0.5 to 2 if adaptive.
         adaptive: measure e relative to the weights (ASAM).
         eta: >= 0, for weights near 0; ASAM's own runs took 0.01.
         rank_local: under DistributedDataParallel each rank perturbs by the gradient of its own
@@ -118,7 +122,7 @@ class SAM(Optimizer):
     Raises:
         ValueError: a number out of range; rank_local without a module that has no_sync.
         RuntimeError: phases out of order; sparse gradients.
-        TypeError: not an optimizer; `step` without a closure.
+        TypeError: not an optimizer, modules or a number; `step` without a closure.
 
     Memory: between the phases a copy of the parameters that have a gradient; for a moment in the
         first as much again, adaptive twice that.
@@ -162,9 +166,18 @@ class SAM(Optimizer):
                 f"SAM: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
                 "Write SAM(AdamW(model.parameters(), ...), model)."
             )
+        for m in modules:
+            if not isinstance(m, nn.Module):
+                raise TypeError(
+                    f"SAM: modules must be nn.Module, got {m!r}. rho goes by keyword: rho=0.05."
+                )
         for label, value in (("rho", rho), ("eta", eta)):
-            if not isinstance(value, Tensor) and not value >= 0:
-                raise ValueError(f"SAM: {label} must be at least 0, got {value}.")
+            scalar = isinstance(value, Tensor) and value.dim() == 0
+            number = value.item() if scalar else value
+            if not isinstance(number, Real):
+                raise TypeError(f"SAM: {label} must be a number or a tensor (), got {value!r}.")
+            if not number >= 0:
+                raise ValueError(f"SAM: {label} must be at least 0, got {number}.")
         self.silent = [m.no_sync for m in modules if rank_local and hasattr(m, "no_sync")]
         if rank_local and not self.silent:
             raise ValueError(
@@ -173,6 +186,11 @@ class SAM(Optimizer):
         self.base_optimizer, self.modules = optimizer, modules
         self.rho, self.adaptive, self.eta = rho, adaptive, eta
         self._saved: list[tuple[Tensor, Tensor]] | None = None
+        super().__setstate__({})  # what is a SAM's own of an Optimizer: the hooks of its step
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, for Optimizer.__setstate__
+        names = "base_optimizer", "modules", "silent", "rho", "adaptive", "eta", "_saved"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -194,6 +212,18 @@ class SAM(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base_optimizer.load_state_dict(state_dict)
+
+    def register_state_dict_pre_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args, **kwargs):
+        return self.base_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
@@ -256,13 +286,13 @@ class SAM(Optimizer):
         if self._saved:
             torch._foreach_copy_(*map(list, zip(*self._saved, strict=True)))
         self._saved = None
+        self._opt_called = True  # what schedulers look at
         torch.clear_autocast_cache()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Puts the weights back and takes the optimizer's step with the gradients there are now."""
         self.restore()
         self.base_optimizer.step()
-        self._opt_called = True  # what schedulers look at
         if zero_grad:
             self.zero_grad()
 

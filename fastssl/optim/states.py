@@ -35,14 +35,10 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def expanded(x: Tensor) -> bool:
+    """Whether several elements lie at one address: torch refuses to write them."""
+    strided = x.layout is torch.strided
+    return strided and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
 def same_layout(x: Tensor, y: Tensor) -> bool:
