@@ -27,7 +27,7 @@ class PretrainConfig:
 
     method: str = "simclr"
     data: str = "digits"
-    """A folder of images (subfolders are labels), or the built-in `digits` or `patches`."""
+    """A folder of images (subfolders are labels), or built-in `digits`, `patches` or `shapes`."""
     out: str | None = None
     """The run's folder; none: runs/METHOD."""
     method_args: dict[str, Any] = field(default_factory=dict)

@@ -4,11 +4,13 @@ from .builtin import digits, patches
 from .decode import decode
 from .folder import FolderSource
 from .loader import Batch, batches, epoch_order, resident
+from .shapes import ShapesSource
 from .source import TensorSource
 
 __all__ = [
     "Batch",
     "FolderSource",
+    "ShapesSource",
     "TensorSource",
     "batches",
     "decode",
@@ -29,7 +31,8 @@ def load(
     """Open a data source.
 
     Args:
-        name_or_path: `digits`, `patches`, or a folder of images.
+        name_or_path: `digits`, `patches`, `shapes` or a variant (see `ShapesSource`), or a folder
+            of images.
         split: "train" or "test".
         image_size: side in pixels the images will be trained or evaluated at.
         max_side: longest side in pixels of a folder's images, larger ones are reduced; default 3
@@ -50,4 +53,6 @@ def load(
         raise ValueError(f'load: split must be "train" or "test", got {split!r}.')
     if str(name_or_path) in _BUILTIN:
         return _BUILTIN[str(name_or_path)](split)
+    if str(name_or_path).partition(":")[0] == "shapes":
+        return ShapesSource(str(name_or_path), split)
     return FolderSource(name_or_path, split, image_size, max_side)

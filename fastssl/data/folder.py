@@ -53,8 +53,8 @@ class FolderSource:
         root = Path(path).expanduser().resolve()
         if not root.is_dir():
             raise FileNotFoundError(
-                f"load: data must be 'digits', 'patches' or a folder of images, got {str(path)!r}"
-                f"{', which is a file' if root.is_file() else ': no such folder'}. "
+                "load: data must be 'digits', 'patches', 'shapes' or a folder of images, got "
+                f"{str(path)!r}{', which is a file' if root.is_file() else ': no such folder'}. "
                 "Check the path (subfolders are taken as labels)."
             )
         if max_side is not None and max_side < 1:

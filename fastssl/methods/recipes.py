@@ -29,15 +29,17 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "lejepa": {
         "digits": {**_LEJEPA_SMALL, "epochs": 20},
         "patches": {**_LEJEPA_SMALL, "epochs": 20},
+        "shapes": {**_LEJEPA_SMALL, "epochs": 10},
         "folder": {**_LEJEPA_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
     "simclr": {
         "digits": {**_SIMCLR_SMALL, "epochs": 20},
         "patches": {**_SIMCLR_SMALL, "epochs": 20},
+        "shapes": {**_SIMCLR_SMALL, "epochs": 10},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
 }
-"""Method, then `digits`, `patches` or `folder` (anything else), then fields of `PretrainConfig`."""
+"""Method; `digits`, `patches`, `shapes` or `folder` (anything else); fields of `PretrainConfig`."""
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -47,7 +49,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     on data or machine stays unset where the recipe has none: `image_size`, `log_every`, `workers`.
     """
     recipes = RECIPES[config.method]
-    recipe = recipes.get(config.data, recipes["folder"])
+    recipe = recipes.get(config.data.partition(":")[0], recipes["folder"])  # as shapes:multi
     values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     values["method_args"] = {**recipe["method_args"], **config.method_args}
     return dataclasses.replace(config, **values)
