@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..augment.random import SHAPES, uniform
 from ..extras import nearest
+from ..random import SHAPES, uniform
 from .source import TensorSource
 
 SHAPE_NAMES = ("disc", "ring", "square", "triangle", "plus", "stripes", "checker", "star")
