@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data import load
 from ..extras import nearest as nearest_name
+from .clusters import clusters
 from .diagnostics import (
     alignment,
     class_alignment,
@@ -35,6 +36,7 @@ __all__ = [
     "average_precision",
     "calibration_error",
     "class_alignment",
+    "clusters",
     "copy_detection",
     "diagnostics",
     "evaluate",
