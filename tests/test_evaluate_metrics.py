@@ -101,6 +101,18 @@ def test_classes_of_one_value_are_skipped_and_listed():
     assert average_precision(scores, targets)[3] == 1 and roc_auc(scores, targets)[3].isnan()
 
 
+def test_one_sample():
+    one, y = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
+    assert average_precision(one, one) == 1 and average_precision(one, 0 * one).isnan()
+    assert roc_auc(one, one).isnan()
+    assert knn(one, y, one, y)["top1_percent"] == {"knn-1": 100}
+    assert set(retrieval(one, y, one, y)["percent"].values()) == {100}
+    assert copy_detection(one, y, one, y) == 1
+    matrix = ConfusionMatrix(3)
+    matrix.update(y + 1, y + 1)
+    assert matrix.scores()["miou"] == 1 and matrix.scores()["absent"] == ["0", "2"]
+
+
 def test_multilabel_errors():
     scores, targets = torch.randn(6, 2), torch.tensor([[0, 1], [1, 0]] * 3)
     for s, t, message in [
