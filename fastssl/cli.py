@@ -202,7 +202,7 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="`digits`, `patches` or a folder with one"
+        help="`digits`, `patches`, `shapes` or a folder with one"
         " subfolder per class. Default: the images of the run.",
     )
     parser.add_argument(
@@ -210,7 +210,8 @@ def _evaluate(argv: list[str]) -> int:
         metavar="LIST",
         type=_names,
         default="knn,linear,kshot",
-        help="any of knn, linear, kshot, diagnostics; commas between. Default: knn,linear,kshot.",
+        help="any of knn, linear, kshot, knn-loo, retrieval, diagnostics; commas between."
+        " Default: knn,linear,kshot.",
     )
     parser.add_argument(
         "--shots",

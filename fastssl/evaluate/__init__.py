@@ -1,4 +1,4 @@
-"""What a frozen backbone's features are worth: kNN, linear probe, few labels, diagnostics."""
+"""What a frozen backbone's features are worth: probes, retrieval, diagnostics, and metrics."""
 
 import json
 import os
@@ -11,29 +11,62 @@ from torch import nn
 
 from ..data import load
 from ..extras import nearest as nearest_name
-from .diagnostics import diagnostics, feature_std, rankme
+from .clusters import clusters
+from .diagnostics import (
+    alignment,
+    class_alignment,
+    diagnostics,
+    feature_std,
+    rankme,
+    uniformity,
+)
 from .features import extract, frozen
-from .knn import knn
+from .groups import calibration_error, group_report
+from .knn import knn, knn_leave_one_out
 from .kshot import kshot
 from .linear import fit_logistic, linear
+from .multilabel import average_precision, multilabel, roc_auc
+from .retrieval import copy_detection, retrieval
+from .segmentation import ConfusionMatrix
 from .table import table
 
 __all__ = [
+    "ConfusionMatrix",
+    "alignment",
+    "average_precision",
+    "calibration_error",
+    "class_alignment",
+    "clusters",
+    "copy_detection",
     "diagnostics",
     "evaluate",
     "extract",
     "feature_std",
     "fit_logistic",
     "frozen",
+    "group_report",
     "knn",
+    "knn_leave_one_out",
     "kshot",
     "linear",
+    "multilabel",
     "rankme",
     "read_results",
+    "retrieval",
+    "roc_auc",
     "table",
+    "uniformity",
 ]
 
-_PROBES = {"knn": knn, "linear": linear, "kshot": kshot}
+# (train_h, train_y, test_h, test_y) -> result
+_PROBES = {
+    "knn": knn,
+    "linear": linear,
+    "kshot": kshot,
+    "knn-loo": lambda train_h, train_y, *_: knn_leave_one_out(train_h, train_y),
+    "retrieval": retrieval,
+    "diagnostics": lambda train_h, train_y, *_: diagnostics(train_h, train_y),
+}
 
 
 def evaluate(
@@ -54,9 +87,10 @@ def evaluate(
 
     Args:
         run_or_backbone: a run's folder, or a module from (B, C, S, S) float32 to (B, D).
-        data: `digits`, `patches` or a folder; or a pair of sources (train, test). Default for a
+        data: `digits`, `patches`, `shapes` or a folder; or a pair of sources (train, test). Default for a
             run: the images it was trained on.
-        protocols: any of knn, linear, kshot, diagnostics.
+        protocols: any of knn, linear, kshot, knn-loo (each training image by the others), retrieval
+            (test images search the training split), diagnostics.
         weights: of a run: "pretrained", or "random" for the same network as it was at the start,
             the baseline to compare with.
         image_size: S in pixels; default: the run's, or the data's.
@@ -65,7 +99,8 @@ def evaluate(
         shots: labels per class for kshot.
 
     Returns:
-        For each protocol its numbers (`top1_percent`) and, as `protocol`, all that they depend on.
+        For each protocol its numbers (`top1_percent`; for retrieval `percent`) and, as `protocol`,
+        all that they depend on.
         For a run they are also merged into `results.json` in its folder, by data and weights.
 
     Raises:
@@ -80,8 +115,8 @@ def evaluate(
         True
     """
     for name in protocols:
-        if name not in (*_PROBES, "diagnostics"):
-            known = nearest_name(name, [*_PROBES, "diagnostics"])
+        if name not in _PROBES:
+            known = nearest_name(name, _PROBES)
             raise ValueError(f"evaluate: protocols must be known ones, got {name!r}. {known}")
     if not protocols:
         raise ValueError("evaluate: protocols must name at least one, got none.")
@@ -124,11 +159,8 @@ def evaluate(
     }
     results = {}
     for name in protocols:
-        if name == "diagnostics":
-            result = diagnostics(train_h)
-        else:
-            settings = {"shots": shots} if name == "kshot" else {}
-            result = _PROBES[name](train_h, train_y, test_h, test_y, **settings)
+        settings = {"shots": shots} if name == "kshot" else {}
+        result = _PROBES[name](train_h, train_y, test_h, test_y, **settings)
         result["protocol"] = common | result["protocol"]
         results[name] = result
         if run:  # at once, so that an error in one protocol does not cost the others

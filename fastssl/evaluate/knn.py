@@ -1,12 +1,15 @@
 """Weighted nearest-neighbour classification on frozen features: no training, few settings."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import check_splits, top1_percent
+from .features import check_split, check_splits, top1_percent
+
+Votes = Literal["softmax", "distance", "uniform"]
 
 
 def knn(
@@ -16,23 +19,26 @@ def knn(
     test_y: Tensor,
     ks: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
+    votes: Votes = "softmax",
 ) -> dict:
     """Top-1 accuracy of the k nearest training images, for every k.
 
-        score(class) = sum of exp(cosine / temperature) over those of the k neighbours in the class
+        score(class) = sum of votes of those of the k neighbours that are in the class
+        vote = exp(cosine / temperature)  "softmax",  1 / (1 - cosine)  "distance",  1  "uniform"
 
     Args:
         train_h, test_h: (N, D) and (M, D) features, floating point.
         train_y, test_y: (N,) and (M,) integer labels >= 0.
         ks: numbers of neighbours; those above N become N.
-        temperature: of the votes, > 0. Small: the nearest neighbour decides.
+        temperature: of "softmax" votes, > 0. Small: the nearest neighbour decides.
+        votes: how neighbours are weighted. Among equal scores the lowest class wins.
 
     Returns:
         `top1_percent` by k and the `protocol` that gave it.
 
     Raises:
         ValueError: for wrong shapes, labels, an empty split, values that are not finite, a class
-            that the training split lacks, k < 1 or temperature <= 0.
+            that the training split lacks, k < 1, temperature <= 0 or unknown votes.
 
     Memory: one block of at most 1024 x 16384 similarities, so N is not bounded by N * M.
 
@@ -45,22 +51,101 @@ def knn(
     arXiv 1805.01978; settings as in DINO, arXiv 2104.14294.
     """
     num_classes = check_splits("knn", train_h, train_y, test_h, test_y)
-    if not ks or min(ks) < 1:
-        raise ValueError(f"knn: ks must be numbers >= 1, got {tuple(ks)}.")
-    if not temperature > 0:
-        raise ValueError(f"knn: temperature must be > 0, got {temperature}.")
+    _check_votes("knn", ks, temperature, votes)
     ks = sorted({min(k, len(train_h)) for k in ks})
     similarity, index = nearest(test_h, train_h, ks[-1])
-    votes = (similarity / temperature).exp()
-    neighbour_y = train_y[index]
+    weights = _weights(similarity, temperature, votes)
+    top1 = _top1(weights, train_y[index], test_y, ks, num_classes)
+    top1 = {f"knn-{k}": value for k, value in top1.items()}
+    return {"top1_percent": top1, "protocol": _protocol(ks, temperature, votes)}
+
+
+def knn_leave_one_out(
+    h: Tensor,
+    y: Tensor,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    votes: Votes = "softmax",
+) -> dict:
+    """Top-1 accuracy of the k nearest other images of one split, for every k; votes as in `knn`.
+
+    For data without a test split, and for choosing settings on the training split alone.
+
+    Args:
+        h: (N, D) features, floating point, N >= 2. y: (N,) integer labels >= 0.
+        ks: numbers of neighbours; those above N - 1 become N - 1.
+        temperature, votes: as in `knn`.
+
+    Returns:
+        `top1_percent` by k and the `protocol`, with the number of images that are alone in their
+        class; none of these can be right.
+
+    Raises:
+        ValueError: for wrong shapes, labels, fewer than two images, values that are not finite,
+            k < 1, temperature <= 0 or unknown votes.
+
+    Memory: as `knn`.
+
+    Example:
+        >>> h, y = torch.eye(4).repeat(9, 1), torch.arange(4).repeat(9)
+        >>> knn_leave_one_out(h, y, ks=(5,))["top1_percent"]
+        {'knn-loo-5': 100.0}
+    """
+    check_split("knn_leave_one_out", "train", h, y)
+    _check_votes("knn_leave_one_out", ks, temperature, votes)
+    if len(h) < 2:
+        raise ValueError("knn_leave_one_out: h must have at least two rows, got 1.")
+    ks = sorted({min(k, len(h) - 1) for k in ks})
+    similarity, index = nearest(h, h, ks[-1] + 1)
+    own = index == torch.arange(len(h), device=h.device)[:, None]
+    own[:, -1] |= ~own.any(1)  # pushed out by its copies: then one neighbour too many was found
+    similarity, index = (found[~own].view(len(h), ks[-1]) for found in (similarity, index))
+    weights = _weights(similarity, temperature, votes)
+    top1 = _top1(weights, y[index], y, ks, int(y.max()) + 1)
+    protocol = _protocol(ks, temperature, votes)
+    protocol |= {"leave_one_out": True, "alone_in_class": int((y.bincount() == 1).sum())}
+    return {
+        "top1_percent": {f"knn-loo-{k}": value for k, value in top1.items()},
+        "protocol": protocol,
+    }
+
+
+def _check_votes(caller: str, ks: Sequence[int], temperature: float, votes: str) -> None:
+    if not ks or min(ks) < 1:
+        raise ValueError(f"{caller}: ks must be numbers >= 1, got {tuple(ks)}.")
+    if not temperature > 0:
+        raise ValueError(f"{caller}: temperature must be > 0, got {temperature}.")
+    if votes not in get_args(Votes):
+        known = ", ".join(map(repr, get_args(Votes)))
+        raise ValueError(f"{caller}: votes must be one of {known}, got {votes!r}.")
+
+
+def _weights(similarity: Tensor, temperature: float, votes: str) -> Tensor:
+    """Vote of each neighbour, like similarity (M, k), whose first column is the largest."""
+    if votes == "uniform":
+        return torch.ones_like(similarity)
+    if votes == "distance":  # an equal feature has a distance of rounding alone
+        return 1 / (1 - similarity).clamp_min(torch.finfo(similarity.dtype).eps)
+    # Over the largest, which changes no winner: exp(1 / temperature) alone may overflow.
+    return ((similarity - similarity[:, :1]) / temperature).exp()
+
+
+def _top1(
+    weights: Tensor, neighbour_y: Tensor, y: Tensor, ks: Sequence[int], num_classes: int
+) -> dict[int, float]:
     top1 = {}
     for k in ks:
-        score = votes.new_zeros(len(test_h), num_classes)
-        score.scatter_add_(1, neighbour_y[:, :k], votes[:, :k])
-        top1[f"knn-{k}"] = top1_percent(score.argmax(1), test_y)
-    protocol = {"k": ks, "temperature": temperature, "similarity": "cosine"}
-    protocol["votes"] = "exp(similarity / temperature)"
-    return {"top1_percent": top1, "protocol": protocol}
+        score = weights.new_zeros(len(y), num_classes)
+        score.scatter_add_(1, neighbour_y[:, :k], weights[:, :k])
+        top1[k] = top1_percent(score.argmax(1), y)
+    return top1
+
+
+def _protocol(ks: Sequence[int], temperature: float, votes: str) -> dict:
+    protocol = {"k": ks, "similarity": "cosine"}
+    if votes == "softmax":
+        return protocol | {"temperature": temperature, "votes": "exp(similarity / temperature)"}
+    return protocol | {"votes": "1 / (1 - similarity)" if votes == "distance" else "1"}
 
 
 def nearest(

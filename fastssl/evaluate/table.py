@@ -22,10 +22,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             ]
             gap = [f"{values[1] - values[0]:+.1f}"] if len(columns) == 2 else []
             rows.append([metric, *cells, *gap])
-    for metric in ("rankme", "feature_std"):
-        if "diagnostics" in first:
+    no_gap = [""] if len(columns) == 2 else []
+    for metric in first.get("retrieval", {}).get("percent", ()):
+        cells = [f"{results[column]['retrieval']['percent'][metric]:.1f}" for column in columns]
+        rows.append([f"{metric}, %", *cells, *no_gap])
+    for metric in first.get("diagnostics", ()):
+        if metric != "protocol":
             cells = [f"{results[column]['diagnostics'][metric]:.2f}" for column in columns]
-            rows.append([metric, *cells, *([""] if len(columns) == 2 else [])])
+            rows.append([metric, *cells, *no_gap])
     return align(rows)
 
 
