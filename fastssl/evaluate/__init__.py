@@ -87,8 +87,8 @@ def evaluate(
 
     Args:
         run_or_backbone: a run's folder, or a module from (B, C, S, S) float32 to (B, D).
-        data: `digits`, `patches`, `shapes` or a folder; or a pair of sources (train, test). Default for a
-            run: the images it was trained on.
+        data: `digits`, `patches`, `shapes` or a folder; or a pair of sources (train, test). Default
+            for a run: the images it was trained on.
         protocols: any of knn, linear, kshot, knn-loo (each training image by the others), retrieval
             (test images search the training split), diagnostics.
         weights: of a run: "pretrained", or "random" for the same network as it was at the start,
