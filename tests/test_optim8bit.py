@@ -310,6 +310,18 @@ def test_max_grad_norm_is_clip_grad_norm():
         torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_gradients_in_16_bits(dtype):
+    """Of 2^16 gradients of 300, and one of 1 in fp32, is 76800, which float16 does not have."""
+    p, q = Parameter(torch.zeros(1 << 16, dtype=dtype)), Parameter(torch.zeros(1))
+    options = {"lr": 1.0, "max_grad_norm": 768.0, "nonfinite": "skip_step"}
+    optimizer = optim.SGD8bit([p, q], **options)
+    p.grad, q.grad = torch.full_like(p, 300), torch.ones(1)
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, -3)) and optimizer.state[p]["step"] == 1
+    assert q.item() == pytest.approx(-0.01, rel=1e-4)
+
+
 def test_grad_scaler():
     params, plain = tensors(*SHAPES), tensors(*SHAPES)
     optimizer = build("AdamW8bit", params, max_grad_norm=1.0)

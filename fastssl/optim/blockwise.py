@@ -348,7 +348,10 @@ class Blockwise(Optimizer):
         limit, skip = self.settings["max_grad_norm"], self.settings["nonfinite"] == "skip_step"
         if limit is None and not skip:
             return scale, found_inf
-        norm = get_total_norm(gradients)
+        wide = torch.float32  # the norm of fp16 gradients may be none in fp16
+        norm = get_total_norm(
+            [g if g.dtype == wide else torch.linalg.vector_norm(g, dtype=wide) for g in gradients]
+        )
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double()
         if skip:
             bad = ~norm.isfinite()
