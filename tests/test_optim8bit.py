@@ -407,6 +407,37 @@ def test_groups_and_parameters_without_gradient():
     assert [int(optimizer.state[p]["step"]) for p in params[:3]] == [2, 2, 2]
 
 
+def test_parameters_may_change_their_group_and_groups_their_adaptation():
+    params = tensors((70, 80), (70, 80))
+    groups = [{"params": params[:], "lr": 1.0}, {"params": tensors((3,)), "lr": 0.0}]
+    optimizer = build("LARS8bit", groups)
+    run(optimizer, params, 1)
+    a, b = (p.detach().clone() for p in params)
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    run(optimizer, params, 1)
+    assert torch.equal(params[1], b) and not torch.equal(params[0], a)
+    a = params[0].detach().clone()
+    optimizer.param_groups[0]["adapt"] = False
+    run(optimizer, params, 1)
+    assert (params[0] - a).norm() > 0.5 * params[0].grad.norm()
+
+
+def test_states_replaced_in_place_are_used():
+    params, others = tensors(*SHAPES), tensors(*SHAPES)
+    optimizer, other = build("AdamW8bit", params), build("AdamW8bit", others)
+    for _ in range(3):
+        run(optimizer, params, 1)
+        run(other, others, 1)
+        for _ in range(2):  # there and back
+            for state in optimizer.state.values():
+                for key in state:
+                    state[key] = state[key].clone()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        for key, x in other.state[q].items():
+            assert torch.equal(optimizer.state[p][key], x), key
+
+
 def test_the_learning_rate_may_change_and_be_a_tensor():
     params, others = tensors((70, 80)), tensors((70, 80))
     one = build("AdamW8bit", params, lr=torch.tensor(1e-2))

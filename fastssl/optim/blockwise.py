@@ -59,6 +59,7 @@ class _Call:
         self.group = _there([i for _, i, _ in members], torch.int64, self.device)
         adapt = [optimizer.adapts(optimizer.param_groups[i], p) for p, i, _ in members]
         self.adapt = _there(adapt, torch.float64, self.device)
+        self.held = [list(s.values()) for s in of_each]  # so that no others have their ids
         self.rows = None
 
     def table(self, rows: list[list[float]]) -> Tensor:
@@ -127,7 +128,8 @@ class Blockwise(Optimizer):
         RuntimeError: sparse gradients; a parameter that moved away from its state.
 
     Notes: GradScaler's scale and its verdict are read on the device; a skipped step does not count.
-    Shards (DTensor) are stepped where they lie. Replace states by `load_state_dict` only.
+    Shards (DTensor) are stepped where they lie. The memory of states that were replaced in place is
+    held until the next step.
     """
 
     rule: str
@@ -291,8 +293,7 @@ class Blockwise(Optimizer):
 
     def _prepare(self, active: list[tuple[Tensor, int, int]], kinds: list[tuple]) -> None:
         """Makes the calls anew where parameters, their groups' rules or their states are others."""
-        made_for = [id(p) for p, _, _ in active], kinds, id(self.state)
-        if (made_for, len(self.state)) == self._made_for:
+        if self._made_of(active, kinds) == self._made_for:
             return
         members = {}
         for p, i, number in active:
@@ -316,7 +317,11 @@ class Blockwise(Optimizer):
             rule, block_size, root, _ = kinds[i]
             members.setdefault((device, rule, block_size, root), []).append((p, i, number))
         self._calls = [_Call(self, kind, some) for kind, some in members.items()]
-        self._made_for = made_for, len(self.state)
+        self._made_for = self._made_of(active, kinds)
+
+    def _made_of(self, active: list[tuple[Tensor, int, int]], kinds: list[tuple]) -> tuple:
+        each = [(id(p), i, n, *map(id, self.state.get(p, {}).values())) for p, i, n in active]
+        return each, kinds, [group.get("adapt") for group in self.param_groups]
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         like, root = local(p), group["state_format"] == "sqrt"
