@@ -465,6 +465,17 @@ def test_momentum_may_begin_later():
     torch.testing.assert_close(params[0], others[0], rtol=0, atol=1e-3)
 
 
+def test_the_first_momentum_is_not_dampened_whenever_it_begins():
+    params, others = tensors((70, 80)), tensors((70, 80))
+    ours = build("SGD8bit", params, momentum=0.0, dampening=0.5, optim_bits=32)
+    theirs = torch.optim.SGD(others, lr=1e-2, dampening=0.5)
+    for momentum in (0.0, 0.0, 0.9, 0.9):
+        for optimizer, own in ((ours, params), (theirs, others)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            run(optimizer, own, 1)
+        torch.testing.assert_close(params[0], others[0], rtol=0, atol=1e-6)
+
+
 def test_closure_and_one_call_for_all_tensors(monkeypatch):
     params = tensors(*SHAPES, (100, 100))
     optimizer = build("AdamW8bit", params)

@@ -101,6 +101,33 @@ def test_the_state_says_what_it_is():
     }
 
 
+def test_what_others_keep_in_groups_is_loaded():
+    params = tensors()
+    optimizer = build("AdamW8bit", [{"params": params, "name": "all", "lr_scale": 0.5}])
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    run(optimizer, params, 1)
+    for saved, kept in (
+        (optimizer.state_dict(), {"initial_lr": 1e-2, "name": "all", "lr_scale": 0.5}),
+        (optimizer.full_precision_state_dict(), {"initial_lr": 1e-2}),
+    ):
+        again = build("AdamW8bit", copies(params), lr=1.0)
+        again.load_state_dict(through_a_file(saved))
+        torch.optim.lr_scheduler.StepLR(again, 5, last_epoch=1)
+        assert kept.items() <= again.param_groups[0].items()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "setting"),
+    [("Adam8bit", "Adam", "amsgrad"), ("RMSprop8bit", "RMSprop", "centered")],
+)
+def test_a_third_state_is_refused(name, theirs, setting):
+    params = tensors()
+    source = getattr(torch.optim, theirs)(params, **{setting: True})
+    run(source, params, 1)
+    with pytest.raises(ValueError, match=f"{name}.load_state_dict: {setting}=True is not"):
+        build(name, copies(params)).load_state_dict(source.state_dict())
+
+
 def test_states_that_do_not_fit_are_refused():
     params = tensors()
     optimizer = build("AdamW8bit", params)

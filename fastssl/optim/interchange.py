@@ -56,6 +56,12 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
 
 
 def _check_form(name: str, group: dict[str, Any], saved: dict[str, Any]) -> None:
+    for setting in ("amsgrad", "centered"):
+        if saved.get(setting):
+            raise ValueError(
+                f"{name}: {setting}=True is not supported, got states saved with it. Use "
+                "torch.optim: it needs a third state."
+            )
     if "version" not in saved:  # of another library
         return
     form = {"block_size": group["block_size"], "state_format": group["state_format"]}
@@ -68,8 +74,9 @@ def _check_form(name: str, group: dict[str, Any], saved: dict[str, Any]) -> None
 
 
 def _settings(optimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """Those of the file that the group has."""
-    settings = {k: v for k, v in saved.items() if k in group and k not in OURS}
+    """Those of the file that the group has, and what others keep in a group of ours."""
+    more = saved.keys() if "version" in saved else {"initial_lr", "param_names"}
+    settings = {k: v for k, v in saved.items() if (k in group or k in more) and k not in OURS}
     if "betas" in saved and "betas" not in group:  # bitsandbytes' name for all such numbers
         settings |= zip(optimizer.bnb_betas, saved["betas"], strict=False)
     return settings
@@ -82,6 +89,7 @@ def _load_state(
     like, bits, rounded = states.local(p), optimizer.bits_of(group, p), 0
     step = torch.as_tensor(saved.get("step", 1))  # torch.optim.SGD does not count
     out = {"step": step.detach().to(like.device, torch.int64, copy=True).reshape(())}
+    out["layout"] = torch.empty(0, device=like.device)
     present = optimizer.has_states(group)
     of_bnb = "state1" in saved and not ours
     layout = saved.get("layout") if ours else None
@@ -146,7 +154,7 @@ def _load_state(
                 f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
             )
         out |= states.stack([moment(k, place, *y) for y in each])
-    return out | shards.layout(p, out), rounded
+    return out, rounded
 
 
 def _values(optimizer, group: dict[str, Any], state: dict[str, Tensor]) -> list[list[Tensor]]:
@@ -189,6 +197,11 @@ def bitsandbytes(optimizer) -> dict[str, Any]:
     of_key = parameters(optimizer)
     for key, state in out["state"].items():
         p, group = of_key[key]
+        if shards.split(p):
+            raise ValueError(
+                f"{type(optimizer).__name__}.bnb_state_dict: needs whole parameters, got a shard "
+                f"of one of shape {tuple(p.shape)}. Use full_precision_state_dict()."
+            )
         present = optimizer.has_states(group)
         if optimizer.rule == "rmsprop" and all(present):
             raise ValueError(
