@@ -1,6 +1,7 @@
 """The base of the optimizers: states in 8 or 32 bits, one op call for the step of all tensors."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -426,10 +427,15 @@ class Blockwise(Optimizer):
         Raises:
             ValueError: 8-bit states of shards that are not of whole rows.
         """
-        out = super().state_dict()
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        out = interchange.numbered(self)
         for key, (p, group) in enumerate(interchange.parameters(self)):
             if key in out["state"]:
                 out["state"][key] = shards.portable(self, p, out["state"][key], group["block_size"])
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, out)
+            out = out if changed is None else changed
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -446,9 +452,14 @@ class Blockwise(Optimizer):
         Raises:
             ValueError: other states than the parameters', or in another form.
         """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         groups, loaded = interchange.load(self, state_dict)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state.update(loaded)
+        self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def full_precision_state_dict(self) -> dict[str, Any]:
         """A state_dict() with fp32 states by torch.optim's names, which the class there loads.
