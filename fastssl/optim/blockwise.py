@@ -29,8 +29,13 @@ RANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "initial_accumulator_value": (">= 0", lambda x: x >= 0),
     "optim_bits": ("8 or 32", lambda x: x in (8, 32)),
     "min_8bit_size": (">= 0", lambda x: x >= 0),
-    "block_size": ("a multiple of 8 from 64 to 2048", lambda x: 64 <= x <= 2048 and x % 8 == 0),
+    "block_size": (
+        "a multiple of 8 from 64 to 2048",
+        lambda x: isinstance(x, int) and 64 <= x <= 2048 and x % 8 == 0,
+    ),
     "state_format": ("'bnb' or 'sqrt'", lambda x: x in ("bnb", "sqrt")),
+    "max_grad_norm": ("> 0 or None", lambda x: x is None or x > 0),
+    "seed": ("an integer of 64 bits", lambda x: isinstance(x, int) and -(2**63) <= x < 2**63),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -181,8 +186,6 @@ class Blockwise(Optimizer):
         ):
             if refused:
                 raise ValueError(f"{name}: {setting} is not supported. {remedy}.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"{name}: needs max_grad_norm > 0 or None, got {max_grad_norm}.")
         if nonfinite not in ("propagate", "skip_element", "skip_step"):
             raise ValueError(
                 f"{name}: nonfinite must be 'propagate', 'skip_element' or 'skip_step', "
@@ -199,6 +202,7 @@ class Blockwise(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
+        self._check_ranges(self.settings)
         defaults |= {
             "optim_bits": self.bits if optim_bits is None else optim_bits,
             "min_8bit_size": min_8bit_size,
@@ -384,11 +388,22 @@ class Blockwise(Optimizer):
             self.param_groups.pop()
             raise
 
+    def _check_ranges(self, settings: dict[str, Any]) -> None:
+        for key, (rule, holds) in self.ranges.items():
+            if key not in settings:
+                continue
+            try:
+                fits = bool(holds(settings[key]))
+            except (TypeError, RuntimeError):  # of no number, of a tensor of several
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__}: needs {key} {rule}, got {settings[key]!r}."
+                )
+
     def _check(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
-        for key, (rule, holds) in self.ranges.items():
-            if key in group and not holds(group[key]):
-                raise ValueError(f"{name}: needs {key} {rule}, got {group[key]!r}.")
+        self._check_ranges(group)
         for p in group["params"]:
             part = local(p)
             if part.dtype not in DTYPES:
