@@ -310,6 +310,18 @@ def test_max_grad_norm_is_clip_grad_norm():
         torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_gradients_in_16_bits(dtype):
+    """Of 2^16 gradients of 300, and one of 1 in fp32, is 76800, which float16 does not have."""
+    p, q = Parameter(torch.zeros(1 << 16, dtype=dtype)), Parameter(torch.zeros(1))
+    options = {"lr": 1.0, "max_grad_norm": 768.0, "nonfinite": "skip_step"}
+    optimizer = optim.SGD8bit([p, q], **options)
+    p.grad, q.grad = torch.full_like(p, 300), torch.ones(1)
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, -3)) and optimizer.state[p]["step"] == 1
+    assert q.item() == pytest.approx(-0.01, rel=1e-4)
+
+
 def test_grad_scaler():
     params, plain = tensors(*SHAPES), tensors(*SHAPES)
     optimizer = build("AdamW8bit", params, max_grad_norm=1.0)
@@ -408,6 +420,37 @@ def test_groups_and_parameters_without_gradient():
     assert [int(optimizer.state[p]["step"]) for p in params[:3]] == [2, 2, 2]
 
 
+def test_parameters_may_change_their_group_and_groups_their_adaptation():
+    params = tensors((70, 80), (70, 80))
+    groups = [{"params": params[:], "lr": 1.0}, {"params": tensors((3,)), "lr": 0.0}]
+    optimizer = build("LARS8bit", groups)
+    run(optimizer, params, 1)
+    a, b = (p.detach().clone() for p in params)
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    run(optimizer, params, 1)
+    assert torch.equal(params[1], b) and not torch.equal(params[0], a)
+    a = params[0].detach().clone()
+    optimizer.param_groups[0]["adapt"] = False
+    run(optimizer, params, 1)
+    assert (params[0] - a).norm() > 0.5 * params[0].grad.norm()
+
+
+def test_states_replaced_in_place_are_used():
+    params, others = tensors(*SHAPES), tensors(*SHAPES)
+    optimizer, other = build("AdamW8bit", params), build("AdamW8bit", others)
+    for _ in range(3):
+        run(optimizer, params, 1)
+        run(other, others, 1)
+        for _ in range(2):  # there and back
+            for state in optimizer.state.values():
+                for key in state:
+                    state[key] = state[key].clone()
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        for key, x in other.state[q].items():
+            assert torch.equal(optimizer.state[p][key], x), key
+
+
 def test_the_learning_rate_may_change_and_be_a_tensor():
     params, others = tensors((70, 80)), tensors((70, 80))
     one = build("AdamW8bit", params, lr=torch.tensor(1e-2))
@@ -433,6 +476,17 @@ def test_momentum_may_begin_later():
         one.step()
         other.step()
     torch.testing.assert_close(params[0], others[0], rtol=0, atol=1e-3)
+
+
+def test_the_first_momentum_is_not_dampened_whenever_it_begins():
+    params, others = tensors((70, 80)), tensors((70, 80))
+    ours = build("SGD8bit", params, momentum=0.0, dampening=0.5, optim_bits=32)
+    theirs = torch.optim.SGD(others, lr=1e-2, dampening=0.5)
+    for momentum in (0.0, 0.0, 0.9, 0.9):
+        for optimizer, own in ((ours, params), (theirs, others)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            run(optimizer, own, 1)
+        torch.testing.assert_close(params[0], others[0], rtol=0, atol=1e-6)
 
 
 def test_closure_and_one_call_for_all_tensors(monkeypatch):
@@ -497,6 +551,14 @@ def test_nothing_is_read_back_from_the_device(name, monkeypatch):
         ({"state_format": "bf16"}, "needs state_format 'bnb' or 'sqrt', got 'bf16'"),
         ({"nonfinite": "skip"}, "nonfinite must be .*got 'skip'"),
         ({"max_grad_norm": 0.0}, "needs max_grad_norm > 0 or None, got 0.0"),
+        ({"max_grad_norm": "1"}, "needs max_grad_norm > 0 or None, got '1'"),
+        ({"lr": "1"}, "needs lr >= 0, got '1'"),
+        ({"lr": torch.ones(2)}, r"needs lr >= 0, got tensor\(\[1., 1.\]\)"),
+        ({"betas": 0.9}, r"needs betas both in \[0, 1\), got 0.9"),
+        ({"weight_decay": None}, "needs weight_decay >= 0, got None"),
+        ({"block_size": 256.0}, "needs block_size a multiple of 8 .*got 256.0"),
+        ({"seed": 1.5}, "needs seed an integer of 64 bits, got 1.5"),
+        ({"seed": 2**63}, "needs seed an integer of 64 bits, got 9223372036854775808"),
         ({"max_grad_norm": 1.0, "nonfinite": "skip_element"}, "use nonfinite='skip_step'"),
         ({"amsgrad": True}, "amsgrad=True is not supported. Use torch.optim"),
         ({"is_paged": True}, "is_paged=True is not supported"),

@@ -298,6 +298,10 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
 
 
 def by_columns(group):
+    return list(refusals(group))
+
+
+def refusals(group):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = mesh_of(group, "fsdp")
@@ -308,15 +312,17 @@ def by_columns(group):
     full = optimizer.full_precision_state_dict()
     assert full["state"][0]["exp_avg"].full_tensor().shape == (64, 128)
     optimizer.load_state_dict(full)
-    try:
-        optimizer.state_dict()
-    except ValueError as error:
-        return str(error)
+    for save in (optimizer.state_dict, optimizer.bnb_state_dict):
+        try:
+            save()
+        except ValueError as error:
+            yield str(error)
 
 
 def test_columns_are_refused(ranks):
-    for told in ranks.run(by_columns, 2):
-        assert "AdamW8bit.state_dict: 8-bit states need shards of whole rows" in told
+    for whole_rows, whole_tensor in ranks.run(by_columns, 2):
+        assert "AdamW8bit.state_dict: 8-bit states need shards of whole rows" in whole_rows
+        assert "AdamW8bit.bnb_state_dict: needs whole parameters, got a shard" in whole_tensor
 
 
 def by_rows_transposed(group):

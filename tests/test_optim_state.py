@@ -101,6 +101,64 @@ def test_the_state_says_what_it_is():
     }
 
 
+def test_what_others_keep_in_groups_is_loaded():
+    params = tensors()
+    optimizer = build("AdamW8bit", [{"params": params, "name": "all", "lr_scale": 0.5}])
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    run(optimizer, params, 1)
+    for saved, kept in (
+        (optimizer.state_dict(), {"initial_lr": 1e-2, "name": "all", "lr_scale": 0.5}),
+        (optimizer.full_precision_state_dict(), {"initial_lr": 1e-2}),
+    ):
+        again = build("AdamW8bit", copies(params), lr=1.0)
+        again.load_state_dict(through_a_file(saved))
+        torch.optim.lr_scheduler.StepLR(again, 5, last_epoch=1)
+        assert kept.items() <= again.param_groups[0].items()
+
+
+def test_hooks_see_states_as_they_are_saved_and_loaded():
+    params = tensors()
+    optimizer = build("AdamW8bit", [(str(p.shape), p) for p in params])
+    run(optimizer, params, 1)
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("before"))
+    optimizer.register_state_dict_post_hook(
+        lambda o, saved: seen.append(tuple(saved["state"][0]["absmax1"].shape))
+    )
+    saved = optimizer.state_dict()
+    assert seen == ["before", (90, 1)]
+
+    def by_name(optimizer, saved):
+        names = saved["param_groups"][0]["param_names"]
+        order = [names.index(name) for name in optimizer.param_groups[0]["param_names"]]
+        group = saved["param_groups"][0] | {"param_names": [names[i] for i in order]}
+        state = {new: saved["state"][old] for new, old in enumerate(order)}
+        return {"state": state, "param_groups": [group]}
+
+    others = copies(params)[::-1]
+    again = build("AdamW8bit", [(str(p.shape), p) for p in others])
+    again.register_load_state_dict_pre_hook(by_name)
+    again.register_load_state_dict_post_hook(
+        lambda o: seen.append(len(o.state[others[0]]["absmax1"]))
+    )
+    again.load_state_dict(saved)
+    assert seen[2:] == [17] and list(saved["state"][0]["state1"].shape) == [90, 70]
+    for p, q in zip(params[::-1], others, strict=True):
+        assert torch.equal(optimizer.state[p]["state1"], again.state[q]["state1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "setting"),
+    [("Adam8bit", "Adam", "amsgrad"), ("RMSprop8bit", "RMSprop", "centered")],
+)
+def test_a_third_state_is_refused(name, theirs, setting):
+    params = tensors()
+    source = getattr(torch.optim, theirs)(params, **{setting: True})
+    run(source, params, 1)
+    with pytest.raises(ValueError, match=f"{name}.load_state_dict: {setting}=True is not"):
+        build(name, copies(params)).load_state_dict(source.state_dict())
+
+
 def test_states_that_do_not_fit_are_refused():
     params = tensors()
     optimizer = build("AdamW8bit", params)
@@ -124,6 +182,12 @@ def test_states_that_do_not_fit_are_refused():
         ValueError, match=r"parameter 0 of shape \(70, 90\): needs .*got \(90, 70\)"
     ):
         build("AdamW8bit", tensors(shapes=[(70, 90), *SHAPES[1:]])).load_state_dict(saved)
+    other = copy.deepcopy(saved)
+    del other["state"][0]["step"]
+    with pytest.raises(ValueError, match=r"parameter 0 .*needs step, got \['absmax1'"):
+        optimizer.load_state_dict(other)
+    with pytest.raises(ValueError, match=r"needs 'state' and 'param_groups', got \[\]"):
+        optimizer.load_state_dict({})
     with pytest.raises(ValueError, match=r"must have \[3\] parameters, got \[4\]"):
         build("AdamW8bit", params[:3]).load_state_dict(saved)
     with pytest.raises(ValueError, match="needs a state for exp_avg_sq .*got none among"):

@@ -1,6 +1,7 @@
 """The base of the optimizers: states in 8 or 32 bits, one op call for the step of all tensors."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ from fastssl.ops.ema import is_dense
 from . import interchange, overrides, shards, states
 from .states import local
 
-BLOCKS = (64, 128, 256, 512, 1024, 2048)
 # What each setting must be.
 RANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lr": (">= 0", lambda x: x >= 0),
@@ -30,8 +30,13 @@ RANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "initial_accumulator_value": (">= 0", lambda x: x >= 0),
     "optim_bits": ("8 or 32", lambda x: x in (8, 32)),
     "min_8bit_size": (">= 0", lambda x: x >= 0),
-    "block_size": ("a power of two from 64 to 2048", lambda x: x in BLOCKS),
+    "block_size": (
+        "a power of two from 64 to 2048",
+        lambda x: isinstance(x, int) and x in (64, 128, 256, 512, 1024, 2048),
+    ),
     "state_format": ("'bnb' or 'sqrt'", lambda x: x in ("bnb", "sqrt")),
+    "max_grad_norm": ("> 0 or None", lambda x: x is None or x > 0),
+    "seed": ("an integer of 64 bits", lambda x: isinstance(x, int) and -(2**63) <= x < 2**63),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +66,7 @@ class _Call:
         self.group = _there([i for _, i, _ in members], torch.int64, self.device)
         adapt = [optimizer.adapts(optimizer.param_groups[i], p) for p, i, _ in members]
         self.adapt = _there(adapt, torch.float64, self.device)
+        self.held = [list(s.values()) for s in of_each]  # so that no others have their ids
         self.rows = None
 
     def table(self, rows: list[list[float]]) -> Tensor:
@@ -129,7 +135,8 @@ class Blockwise(Optimizer):
         RuntimeError: sparse gradients; a parameter that moved away from its state.
 
     Notes: GradScaler's scale and its verdict are read on the device; a skipped step does not count.
-    Shards (DTensor) are stepped where they lie. Replace states by `load_state_dict` only.
+    Shards (DTensor) are stepped where they lie. The memory of states that were replaced in place is
+    held until the next step.
     """
 
     rule: str
@@ -180,8 +187,6 @@ class Blockwise(Optimizer):
         ):
             if refused:
                 raise ValueError(f"{name}: {setting} is not supported. {remedy}.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"{name}: needs max_grad_norm > 0 or None, got {max_grad_norm}.")
         if nonfinite not in ("propagate", "skip_element", "skip_step"):
             raise ValueError(
                 f"{name}: nonfinite must be 'propagate', 'skip_element' or 'skip_step', "
@@ -198,6 +203,7 @@ class Blockwise(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
+        self._check_ranges(self.settings)
         defaults |= {
             "optim_bits": self.bits if optim_bits is None else optim_bits,
             "min_8bit_size": min_8bit_size,
@@ -293,8 +299,7 @@ class Blockwise(Optimizer):
 
     def _prepare(self, active: list[tuple[Tensor, int, int]], kinds: list[tuple]) -> None:
         """Makes the calls anew where parameters, their groups' rules or their states are others."""
-        made_for = [id(p) for p, _, _ in active], kinds, id(self.state)
-        if (made_for, len(self.state)) == self._made_for:
+        if self._made_of(active, kinds) == self._made_for:
             return
         members = {}
         for p, i, number in active:
@@ -306,6 +311,8 @@ class Blockwise(Optimizer):
                 )
                 or "step" not in state
             ):
+                if self.rule == "sgd":  # whose first momentum is the gradient, whenever it begins
+                    state.pop("step", None)
                 state |= self.new_state(group, p) | state
             device = local(p).device
             for name, x in self.state[p].items():
@@ -318,11 +325,18 @@ class Blockwise(Optimizer):
             rule, block_size, root, _ = kinds[i]
             members.setdefault((device, rule, block_size, root), []).append((p, i, number))
         self._calls = [_Call(self, kind, some) for kind, some in members.items()]
-        self._made_for = made_for, len(self.state)
+        self._made_for = self._made_of(active, kinds)
+
+    def _made_of(self, active: list[tuple[Tensor, int, int]], kinds: list[tuple]) -> tuple:
+        each = [(id(p), i, n, *map(id, self.state.get(p, {}).values())) for p, i, n in active]
+        return each, kinds, [group.get("adapt") for group in self.param_groups]
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         like, root = local(p), group["state_format"] == "sqrt"
         state = {"step": torch.zeros((), dtype=torch.int64, device=like.device)}
+        # state_dict() has its contents; its name must be here, as torch.distributed.checkpoint
+        # unflattens no others.
+        state["layout"] = torch.empty(0, device=like.device)
         start = group.get("initial_accumulator_value", 0.0)
         for k, present in enumerate(self.has_states(group)):
             if present:
@@ -330,7 +344,7 @@ class Blockwise(Optimizer):
                 bits, each = self.bits_of(group, p), self.moments_of(k)
                 moment = states.pack(k, x, bits, group["block_size"], root and k == 1)
                 state |= states.stack([moment] * len(each))
-        return state | shards.layout(p, state)
+        return state
 
     def bits_of(self, group: dict[str, Any], p: Tensor) -> int:
         settings = group | overrides.of(p)
@@ -350,7 +364,10 @@ class Blockwise(Optimizer):
         limit, skip = self.settings["max_grad_norm"], self.settings["nonfinite"] == "skip_step"
         if limit is None and not skip:
             return scale, found_inf
-        norm = get_total_norm(gradients)
+        wide = torch.float32  # the norm of fp16 gradients may be none in fp16
+        norm = get_total_norm(
+            [g if g.dtype == wide else torch.linalg.vector_norm(g, dtype=wide) for g in gradients]
+        )
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double()
         if skip:
             bad = ~norm.isfinite()
@@ -372,11 +389,22 @@ class Blockwise(Optimizer):
             self.param_groups.pop()
             raise
 
+    def _check_ranges(self, settings: dict[str, Any]) -> None:
+        for key, (rule, holds) in self.ranges.items():
+            if key not in settings:
+                continue
+            try:
+                fits = bool(holds(settings[key]))
+            except (TypeError, RuntimeError):  # of no number, of a tensor of several
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__}: needs {key} {rule}, got {settings[key]!r}."
+                )
+
     def _check(self, group: dict[str, Any]) -> None:
         name = type(self).__name__
-        for key, (rule, holds) in self.ranges.items():
-            if key in group and not holds(group[key]):
-                raise ValueError(f"{name}: needs {key} {rule}, got {group[key]!r}.")
+        self._check_ranges(group)
         for p in group["params"]:
             part = local(p)
             if part.dtype not in DTYPES:
@@ -415,10 +443,15 @@ class Blockwise(Optimizer):
         Raises:
             ValueError: 8-bit states of shards that are not of whole rows.
         """
-        out = super().state_dict()
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        out = interchange.numbered(self)
         for key, (p, group) in enumerate(interchange.parameters(self)):
             if key in out["state"]:
                 out["state"][key] = shards.portable(self, p, out["state"][key], group["block_size"])
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, out)
+            out = out if changed is None else changed
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -435,9 +468,14 @@ class Blockwise(Optimizer):
         Raises:
             ValueError: other states than the parameters', or in another form.
         """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         groups, loaded = interchange.load(self, state_dict)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state.update(loaded)
+        self.__setstate__({"state": defaultdict(dict, loaded), "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def full_precision_state_dict(self) -> dict[str, Any]:
         """A state_dict() with fp32 states by torch.optim's names, which the class there loads.

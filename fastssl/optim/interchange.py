@@ -5,12 +5,12 @@ parameter, flat or under one key; second moments in the signed table where they 
 elements in the order of a contiguous tensor; AdEMAMix's two momenta stacked in state1, absmax1.
 """
 
+import copy
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fastssl.ops.blockwise import SHA256, code_book
 
@@ -24,8 +24,10 @@ OURS = ("version", "tables", "optim_bits", "min_8bit_size", "block_size", "state
 
 
 def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor, dict]]:
-    """The groups for torch's own load_state_dict, and the states by parameter."""
+    """The new groups, and the states by parameter."""
     name = f"{type(optimizer).__name__}.load_state_dict"
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"{name}: needs 'state' and 'param_groups', got {list(state_dict)}.")
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     sizes, saved_sizes = ([len(g["params"]) for g in each] for each in (groups, saved_groups))
     if sizes != saved_sizes:
@@ -37,8 +39,8 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
     for group, saved in zip(groups, saved_groups, strict=True):
         _check_form(name, group, saved)
         new = group | _settings(optimizer, group, saved)
-        optimizer._check(new | {"params": group["params"]})
-        new_groups.append(new | {"params": saved["params"]})
+        optimizer._check(new)
+        new_groups.append(new)
         for p, key in zip(group["params"], saved["params"], strict=True):
             state = dict(state_dict["state"].get(key, {}))
             state |= state.pop(NESTED, {})
@@ -56,6 +58,12 @@ def load(optimizer, state_dict: dict[str, Any]) -> tuple[list[dict], dict[Tensor
 
 
 def _check_form(name: str, group: dict[str, Any], saved: dict[str, Any]) -> None:
+    for setting in ("amsgrad", "centered"):
+        if saved.get(setting):
+            raise ValueError(
+                f"{name}: {setting}=True is not supported, got states saved with it. Use "
+                "torch.optim: it needs a third state."
+            )
     if "version" not in saved:  # of another library
         return
     form = {"block_size": group["block_size"], "state_format": group["state_format"]}
@@ -68,20 +76,25 @@ def _check_form(name: str, group: dict[str, Any], saved: dict[str, Any]) -> None
 
 
 def _settings(optimizer, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """Those of the file that the group has."""
-    settings = {k: v for k, v in saved.items() if k in group and k not in OURS}
+    """Those of the file that the group has, and what others keep in a group of ours."""
+    more = saved.keys() if "version" in saved else {"initial_lr", "param_names"}
+    own = (*OURS, "params")
+    settings = {k: v for k, v in saved.items() if (k in group or k in more) and k not in own}
     if "betas" in saved and "betas" not in group:  # bitsandbytes' name for all such numbers
         settings |= zip(optimizer.bnb_betas, saved["betas"], strict=False)
-    return settings
+    return copy.deepcopy(settings)
 
 
 def _load_state(
     where: str, optimizer, group: dict, p: Tensor, saved: dict, ours: bool
 ) -> tuple[dict[str, Tensor], int]:
     """A parameter's state, and how many blocks were rounded as shards are others."""
+    if ours and "step" not in saved:
+        raise ValueError(f"{where}: needs step, got {sorted(saved)}.")
     like, bits, rounded = states.local(p), optimizer.bits_of(group, p), 0
     step = torch.as_tensor(saved.get("step", 1))  # torch.optim.SGD does not count
     out = {"step": step.detach().to(like.device, torch.int64, copy=True).reshape(())}
+    out["layout"] = torch.empty(0, device=like.device)
     present = optimizer.has_states(group)
     of_bnb = "state1" in saved and not ours
     layout = saved.get("layout") if ours else None
@@ -146,7 +159,7 @@ def _load_state(
                 f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
             )
         out |= states.stack([moment(k, place, *y) for y in each])
-    return out | shards.layout(p, out), rounded
+    return out, rounded
 
 
 def _values(optimizer, group: dict[str, Any], state: dict[str, Tensor]) -> list[list[Tensor]]:
@@ -169,8 +182,18 @@ def parameters(optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
     return [(p, group) for group in optimizer.param_groups for p in group["params"]]
 
 
+def numbered(optimizer) -> dict[str, Any]:
+    """The state_dict() of torch.optim's base class, before hooks."""
+    place = {}
+    for i, (p, _) in enumerate(parameters(optimizer)):
+        place.setdefault(p, i)
+    groups = [g | {"params": [place[p] for p in g["params"]]} for g in optimizer.param_groups]
+    state = {place[p]: state for p, state in optimizer.state.items() if p in place}
+    return {"state": state, "param_groups": groups}
+
+
 def full_precision(optimizer) -> dict[str, Any]:
-    out = Optimizer.state_dict(optimizer)
+    out = numbered(optimizer)
     for key, (p, group) in enumerate(parameters(optimizer)):
         state = optimizer.state.get(p) or optimizer.new_state(group, p)
         new = {}
@@ -185,10 +208,15 @@ def full_precision(optimizer) -> dict[str, Any]:
 
 
 def bitsandbytes(optimizer) -> dict[str, Any]:
-    out = Optimizer.state_dict(optimizer)
+    out = numbered(optimizer)
     of_key = parameters(optimizer)
     for key, state in out["state"].items():
         p, group = of_key[key]
+        if shards.split(p):
+            raise ValueError(
+                f"{type(optimizer).__name__}.bnb_state_dict: needs whole parameters, got a shard "
+                f"of one of shape {tuple(p.shape)}. Use full_precision_state_dict()."
+            )
         present = optimizer.has_states(group)
         if optimizer.rule == "rmsprop" and all(present):
             raise ValueError(

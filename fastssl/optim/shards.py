@@ -29,19 +29,23 @@ class _Rows(NamedTuple):
     start: int  # before this rank's
 
 
-def _rows(p: Tensor) -> _Rows:
-    rows, placements = p.shape[:1].numel(), getattr(p, "placements", ())
-    split = [
+def split(p: Tensor) -> list[int]:
+    """The dimensions of the mesh whose ranks have other parts of p."""
+    return [
         i
-        for i, placement in enumerate(placements)
+        for i, placement in enumerate(getattr(p, "placements", ()))
         if p.device_mesh.size(i) > 1 and not placement.is_replicate()
     ]
-    if not split:
+
+
+def _rows(p: Tensor) -> _Rows:
+    rows, along = p.shape[:1].numel(), split(p)
+    if not along:
         return _Rows(rows, 0)
-    if len(split) > 1 or not placements[split[0]].is_shard(0):
+    if len(along) > 1 or not p.placements[along[0]].is_shard(0):
         return _Rows(0, 0)
-    each = blocks(rows, p.device_mesh.size(split[0]))
-    return _Rows(each, min(rows, each * p.device_mesh.get_local_rank(split[0])))
+    each = blocks(rows, p.device_mesh.size(along[0]))
+    return _Rows(each, min(rows, each * p.device_mesh.get_local_rank(along[0])))
 
 
 def _whole_rows(where: str, p: Tensor) -> _Rows:
@@ -60,7 +64,7 @@ def _layout(p: Tensor) -> list[int]:
 
 
 def layout(p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entry of a parameter's state, which tells of 8 bits or, by zeros, of fp32."""
+    """The entry of a parameter's saved state, which tells of 8 bits or, by zeros, of fp32."""
     small = any(x.dtype == torch.uint8 for x in state.values())
     numbers = _layout(p) if small else [0] * (1 + p.dim())
     return {"layout": torch.tensor(numbers, device=local(p).device)}
