@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -384,6 +385,15 @@ def test_folder_with_broken_images(images, tmp_path, tiny, monkeypatch):
     with pytest.warns(UserWarning):
         run = pretrain(tiny(tmp_path / "two", resume=True, **config))
     assert run.metrics["corrupt_paths"] == [*broken, "0.png"]
+
+
+def test_a_checkpoint_without_the_reasons_of_unreadable_files(whole, tmp_path, tiny):
+    shutil.copytree(whole.path, tmp_path / "old")
+    path, state = tmp_path / "old" / "checkpoints" / "last.pt", last(whole.path)
+    torch.save(state | {"step": 5, "corrupt": ["a.png"]}, path)
+    run = pretrain(tiny(tmp_path / "old", resume=True))
+    assert run.metrics["corrupt_paths"] == ["a.png"]
+    assert last(run.path)["corrupt"] == {"a.png": ""}
 
 
 def gathered(group):
