@@ -353,12 +353,14 @@ def test_large_and_thin_images(tmp_path, monkeypatch):
         assert view.shape == (1, 3, 32, 32) and view.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "pixels", [np.full((2, 2), 1 << 20, np.int32), np.ones((2, 2), np.float32)]
-)
-def test_pixels_of_32_bits_are_refused(tmp_path, pixels):
-    with pytest.raises(ValueError, match="32 bits have no known range"):
-        decode(saved(tmp_path / "a.tif", pixels), 100)
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    for pixels in (np.full((2, 2), 1 << 20, np.int32), RAMP.astype(np.int32), np.float32(RAMP)):
+        with pytest.raises(ValueError, match="32 bits have no known range"):
+            decode(saved(tmp_path / "a.tif", pixels), 100)
+    x = decode(saved(tmp_path / "a.tif", RAMP.astype(np.int32) * 257), 100)
+    assert torch.equal(x[0], torch.from_numpy(RAMP))
+    for kind in ("ppm", "png", "tif"):  # 16 bits, dark
+        assert not decode(saved(tmp_path / f"b.{kind}", RAMP.astype(np.uint16)), 100).any()
 
 
 def test_broken_files_never_become_pixels(tmp_path):
