@@ -103,7 +103,7 @@ def test_flat_folder_is_unlabelled(tmp_path):
 def test_missing_empty_and_wrong_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match="'digit': no such folder"):
         load("digit")
-    with pytest.raises(FileNotFoundError, match="no images in .*Expected files ending in .bmp"):
+    with pytest.raises(FileNotFoundError, match="no images in .*Expected files ending in .avif"):
         load(tmp_path)
     (tmp_path / "file.png").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="which is a file"):
@@ -308,6 +308,20 @@ def test_modes(tmp_path, kind, mode):
     x = decode(saved(tmp_path / f"a.{kind}", pixels, mode), 100)
     assert x.dtype == torch.uint8 and x.is_contiguous()
     assert torch.equal(x, torch.from_numpy(expected).expand(3, -1, -1))
+
+
+def test_every_suffix_is_read(tmp_path):
+    features = pytest.importorskip("PIL.features")
+    kinds = sorted(folder_module.EXTENSIONS)
+    for suffix, needs in ((".avif", "avif"), (".jp2", "jpg_2000"), (".webp", "webp")):
+        if not features.check(needs):
+            kinds.remove(suffix)
+    for kind in kinds:
+        saved(tmp_path / f"a{kind}", RAMP > 9 if kind == ".pbm" else np.stack([RAMP] * 3, -1))
+    source = load(tmp_path)
+    images = unpack(source.batch(torch.arange(len(source)))[0])
+    assert [path.suffix for path in source.paths] == kinds and not source.corrupt
+    assert all(image.shape == (3, 4, 6) for image in images)
 
 
 def test_transparency_is_white(tmp_path):

@@ -12,7 +12,10 @@ from ..augment import Packed, pack
 from ..extras import require
 from .decode import decode
 
-EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff "
+    ".webp".split()
+)
 KEPT_BYTES = 1 << 30
 """Decoded images are kept in memory up to this many bytes: small folders are read once."""
 
@@ -32,7 +35,7 @@ class FolderSource:
         split: "train" or "test".
         image_size: side in pixels of the views to be made; default 64.
         max_side: longer sides are reduced to this many pixels; default 3 `image_size`, so that a
-            crop of 8 % of a photograph is enlarged one and a half times at most.
+            crop of 8 % of a photograph is enlarged about one and a half times.
 
     Raises:
         FileNotFoundError: no such folder, no image in it, or no test split in a flat folder.
