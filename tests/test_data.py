@@ -1,3 +1,4 @@
+import errno
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -134,6 +135,23 @@ def test_corrupt_images_are_replaced_by_the_next(classes, monkeypatch, kept_byte
     source = load(classes, "train", 16)
     with pytest.warns(UserWarning):  # read in another order, the replacement is the same
         assert torch.equal(unpack(source.batch(torch.tensor([2]))[0])[0], images[4])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_machine_fails_at_makes_no_file_corrupt(classes, monkeypatch, workers):
+    source, order = load(classes, "train", 16), torch.arange(16).view(2, 8)
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(folder_module, "decode", fails)
+        with pytest.raises(OSError, match="Too many open files: .*PNG"):
+            next(batches(source, order, workers=workers))
+    assert not source.corrupt
+    got, expected = (next(batches(x, order)) for x in (source, load(classes, "train", 16)))
+    assert same(got, expected)
 
 
 def test_a_small_folder_is_read_once(classes, monkeypatch):
