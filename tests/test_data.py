@@ -206,6 +206,14 @@ def test_threads_for_any_source_and_none_for_a_tensor(monkeypatch):
     assert all(same(a, b) for a, b in zip(got, batches(source, order, workers=4), strict=True))
 
 
+def test_batches_without_threads_or_room():
+    for setting in ({"workers": -1}, {"workers": 2, "ahead": 0}, {"ahead": -1}):
+        with pytest.raises(
+            ValueError, match=r"batches: (workers|ahead) must be at least [01], got"
+        ):
+            next(batches(Stacked(), torch.zeros(1, 1, dtype=torch.int64), **setting))
+
+
 def test_an_abandoned_loader_stops(classes):
     loader = batches(load(classes, "train", 16), epoch_order(16, 2, seed=0, epoch=0), workers=2)
     next(loader)

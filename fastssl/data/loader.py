@@ -80,7 +80,13 @@ def batches(
 
     Yields:
         images (B, C, H, W) or `Packed`, labels (B,) int64, index (B,) int64.
+
+    Raises:
+        ValueError: workers is negative or ahead below 1, when the first batch is asked for.
     """
+    for name, value, least in (("workers", workers, 0), ("ahead", ahead, 1)):
+        if value < least:
+            raise ValueError(f"batches: {name} must be at least {least}, got {value}.")
     transfer = Transfer(device)
     if isinstance(source, TensorSource):
         home = source.images.device
