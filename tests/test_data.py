@@ -260,7 +260,7 @@ def test_transfer_on_a_cpu_gives_back_what_it_gets(classes):
 
 
 def test_what_stays_on_the_gpu(classes, monkeypatch):
-    source = TensorSource("x", torch.zeros(2, 3, 4, 4), torch.zeros(2), [])
+    source = TensorSource("x", torch.zeros(2, 3, 4, 4), torch.full((2,), -1), [])
     monkeypatch.setattr(TensorSource, "to", lambda self, device: (self, device))
     free = 8 * source.images.nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
@@ -424,10 +424,13 @@ def test_broken_files_never_become_pixels(tmp_path):
 
 def test_tensor_source_says_what_it_takes():
     labels = torch.zeros(4, dtype=torch.int64)
-    for images in (torch.zeros(4, 3, 4, 4, dtype=torch.float64), torch.zeros(4, 3, 4)):
-        with pytest.raises(TypeError, match="uint8 or float32 in .0, 1., got torch.float"):
-            TensorSource("x", images, labels, [])
     images = torch.rand(4, 3, 4, 4)
+    for wrong, got in ((images.double(), "torch.float64"), (images[0], ""), (images.numpy(), "nd")):
+        with pytest.raises(TypeError, match=f"tensor .N, C, H, W., uint8 or .*, got {got}"):
+            TensorSource("x", wrong, labels, [])
+    for wrong, got in ((labels[:3], r".*\(3,\)"), (labels.int(), "torch.int32"), (None, "None")):
+        with pytest.raises(TypeError, match=rf"labels must be a tensor \(4,\) int64.* got {got}"):
+            TensorSource("x", images, wrong, [])
     assert TensorSource("x", images, labels, ["a"]).batch(torch.tensor([2]))[0].equal(images[2:3])
     images[1, 0, 2, 2], images[3, 1, 0, 0] = torch.nan, 1.5
     with pytest.raises(ValueError, match="without NaN, got other values in 2 of 4 samples: 1, 3."):
