@@ -36,7 +36,7 @@ from fastssl.train import (
 )
 from fastssl.train.metrics import read_metrics
 from fastssl.train.ranks import Ranks
-from fastssl.train.setup import learning_rate
+from fastssl.train.setup import learning_rate, settle
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -440,6 +440,16 @@ def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, optimizer, monkeypatch)
     states = last(run.path)["optimizer"]["state"].values()
     assert torch.uint8 in {x.dtype for state in states for x in state.values()}
     assert_equal_states(last(run.path), last(whole.path))
+
+
+def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3, 9)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for ranks, workers in ((1, 6), (2, 3), (8, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert settle(tiny(tmp_path), 1)[0].workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert settle(tiny(tmp_path), 1)[0].workers == 8
 
 
 def testlearning_rate():
