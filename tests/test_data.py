@@ -287,6 +287,12 @@ def test_transfer_waits_for_the_copy_and_keeps_memory_from_its_stream(classes, m
     assert done[6:] == ["wait for event"] + ["used by current"] * 5
 
 
+def test_transfer_from_one_gpu_to_another(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    there = SimpleNamespace(is_cuda=True, to=lambda device, **_: device)
+    assert Transfer("cuda:0")._send(there) == torch.device("cuda:0")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 3])
 def test_batches_on_a_gpu(classes, workers):
