@@ -1,3 +1,4 @@
+import errno
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -103,7 +104,7 @@ def test_flat_folder_is_unlabelled(tmp_path):
 def test_missing_empty_and_wrong_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match="'digit': no such folder"):
         load("digit")
-    with pytest.raises(FileNotFoundError, match="no images in .*Expected files ending in .bmp"):
+    with pytest.raises(FileNotFoundError, match="no images in .*Expected files ending in .avif"):
         load(tmp_path)
     (tmp_path / "file.png").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="which is a file"):
@@ -134,6 +135,23 @@ def test_corrupt_images_are_replaced_by_the_next(classes, monkeypatch, kept_byte
     source = load(classes, "train", 16)
     with pytest.warns(UserWarning):  # read in another order, the replacement is the same
         assert torch.equal(unpack(source.batch(torch.tensor([2]))[0])[0], images[4])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_machine_fails_at_makes_no_file_corrupt(classes, monkeypatch, workers):
+    source, order = load(classes, "train", 16), torch.arange(16).view(2, 8)
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(folder_module, "decode", fails)
+        with pytest.raises(OSError, match="Too many open files: .*PNG"):
+            next(batches(source, order, workers=workers))
+    assert not source.corrupt
+    got, expected = (next(batches(x, order)) for x in (source, load(classes, "train", 16)))
+    assert same(got, expected)
 
 
 def test_a_small_folder_is_read_once(classes, monkeypatch):
@@ -188,6 +206,14 @@ def test_threads_for_any_source_and_none_for_a_tensor(monkeypatch):
     assert all(same(a, b) for a, b in zip(got, batches(source, order, workers=4), strict=True))
 
 
+def test_batches_without_threads_or_room():
+    for setting in ({"workers": -1}, {"workers": 2, "ahead": 0}, {"ahead": -1}):
+        with pytest.raises(
+            ValueError, match=r"batches: (workers|ahead) must be at least [01], got"
+        ):
+            next(batches(Stacked(), torch.zeros(1, 1, dtype=torch.int64), **setting))
+
+
 def test_an_abandoned_loader_stops(classes):
     loader = batches(load(classes, "train", 16), epoch_order(16, 2, seed=0, epoch=0), workers=2)
     next(loader)
@@ -234,7 +260,7 @@ def test_transfer_on_a_cpu_gives_back_what_it_gets(classes):
 
 
 def test_what_stays_on_the_gpu(classes, monkeypatch):
-    source = TensorSource("x", torch.zeros(2, 3, 4, 4), torch.zeros(2), [])
+    source = TensorSource("x", torch.zeros(2, 3, 4, 4), torch.full((2,), -1), [])
     monkeypatch.setattr(TensorSource, "to", lambda self, device: (self, device))
     free = 8 * source.images.nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
@@ -259,6 +285,12 @@ def test_transfer_waits_for_the_copy_and_keeps_memory_from_its_stream(classes, m
     assert done == ["pin"] * 5 + ["copied"]
     assert same(transfer.finish(started), batch)
     assert done[6:] == ["wait for event"] + ["used by current"] * 5
+
+
+def test_transfer_from_one_gpu_to_another(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    there = SimpleNamespace(is_cuda=True, to=lambda device, **_: device)
+    assert Transfer("cuda:0")._send(there) == torch.device("cuda:0")
 
 
 @pytest.mark.gpu
@@ -310,6 +342,20 @@ def test_modes(tmp_path, kind, mode):
     assert torch.equal(x, torch.from_numpy(expected).expand(3, -1, -1))
 
 
+def test_every_suffix_is_read(tmp_path):
+    features = pytest.importorskip("PIL.features")
+    kinds = sorted(folder_module.EXTENSIONS)
+    for suffix, needs in ((".avif", "avif"), (".jp2", "jpg_2000"), (".webp", "webp")):
+        if not features.check(needs):
+            kinds.remove(suffix)
+    for kind in kinds:
+        saved(tmp_path / f"a{kind}", RAMP > 9 if kind == ".pbm" else np.stack([RAMP] * 3, -1))
+    source = load(tmp_path)
+    images = unpack(source.batch(torch.arange(len(source)))[0])
+    assert [path.suffix for path in source.paths] == kinds and not source.corrupt
+    assert all(image.shape == (3, 4, 6) for image in images)
+
+
 def test_transparency_is_white(tmp_path):
     pixels = np.zeros((4, 6, 4), np.uint8)
     pixels[:, 3:, 3] = 255
@@ -353,12 +399,14 @@ def test_large_and_thin_images(tmp_path, monkeypatch):
         assert view.shape == (1, 3, 32, 32) and view.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "pixels", [np.full((2, 2), 1 << 20, np.int32), np.ones((2, 2), np.float32)]
-)
-def test_pixels_of_32_bits_are_refused(tmp_path, pixels):
-    with pytest.raises(ValueError, match="32 bits have no known range"):
-        decode(saved(tmp_path / "a.tif", pixels), 100)
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    for pixels in (np.full((2, 2), 1 << 20, np.int32), RAMP.astype(np.int32), np.float32(RAMP)):
+        with pytest.raises(ValueError, match="32 bits have no known range"):
+            decode(saved(tmp_path / "a.tif", pixels), 100)
+    x = decode(saved(tmp_path / "a.tif", RAMP.astype(np.int32) * 257), 100)
+    assert torch.equal(x[0], torch.from_numpy(RAMP))
+    for kind in ("ppm", "png", "tif"):  # 16 bits, dark
+        assert not decode(saved(tmp_path / f"b.{kind}", RAMP.astype(np.uint16)), 100).any()
 
 
 def test_broken_files_never_become_pixels(tmp_path):
@@ -382,10 +430,13 @@ def test_broken_files_never_become_pixels(tmp_path):
 
 def test_tensor_source_says_what_it_takes():
     labels = torch.zeros(4, dtype=torch.int64)
-    for images in (torch.zeros(4, 3, 4, 4, dtype=torch.float64), torch.zeros(4, 3, 4)):
-        with pytest.raises(TypeError, match="uint8 or float32 in .0, 1., got torch.float"):
-            TensorSource("x", images, labels, [])
     images = torch.rand(4, 3, 4, 4)
+    for wrong, got in ((images.double(), "torch.float64"), (images[0], ""), (images.numpy(), "nd")):
+        with pytest.raises(TypeError, match=f"tensor .N, C, H, W., uint8 or .*, got {got}"):
+            TensorSource("x", wrong, labels, [])
+    for wrong, got in ((labels[:3], r".*\(3,\)"), (labels.int(), "torch.int32"), (None, "None")):
+        with pytest.raises(TypeError, match=rf"labels must be a tensor \(4,\) int64.* got {got}"):
+            TensorSource("x", images, wrong, [])
     assert TensorSource("x", images, labels, ["a"]).batch(torch.tensor([2]))[0].equal(images[2:3])
     images[1, 0, 2, 2], images[3, 1, 0, 0] = torch.nan, 1.5
     with pytest.raises(ValueError, match="without NaN, got other values in 2 of 4 samples: 1, 3."):

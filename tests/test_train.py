@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from fastssl.train import (
 )
 from fastssl.train.metrics import read_metrics
 from fastssl.train.ranks import Ranks
-from fastssl.train.setup import learning_rate
+from fastssl.train.setup import learning_rate, settle
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -386,6 +387,15 @@ def test_folder_with_broken_images(images, tmp_path, tiny, monkeypatch):
     assert run.metrics["corrupt_paths"] == [*broken, "0.png"]
 
 
+def test_a_checkpoint_without_the_reasons_of_unreadable_files(whole, tmp_path, tiny):
+    shutil.copytree(whole.path, tmp_path / "old")
+    path, state = tmp_path / "old" / "checkpoints" / "last.pt", last(whole.path)
+    torch.save(state | {"step": 5, "corrupt": ["a.png"]}, path)
+    run = pretrain(tiny(tmp_path / "old", resume=True))
+    assert run.metrics["corrupt_paths"] == ["a.png"]
+    assert last(run.path)["corrupt"] == {"a.png": ""}
+
+
 def gathered(group):
     rank = dist.get_rank()
     return Ranks(rank, dist.get_world_size(), torch.device("cpu"), False).gather({str(rank): "why"})
@@ -430,6 +440,16 @@ def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, optimizer, monkeypatch)
     states = last(run.path)["optimizer"]["state"].values()
     assert torch.uint8 in {x.dtype for state in states for x in state.values()}
     assert_equal_states(last(run.path), last(whole.path))
+
+
+def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3, 9)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for ranks, workers in ((1, 6), (2, 3), (8, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert settle(tiny(tmp_path), 1)[0].workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert settle(tiny(tmp_path), 1)[0].workers == 8
 
 
 def testlearning_rate():

@@ -53,7 +53,9 @@ def _within(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 def _as_rgb(picture, image_module):
     if picture.mode[0] in "IF":
         pixels = np.asarray(picture)
-        if picture.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
+        # A TIFF of 32 bits may hold values of 8; where other formats give "I" it is of 16.
+        least = 1 << 8 if (picture.mode, picture.format) == ("I", "TIFF") else 0
+        if picture.mode == "F" or pixels.min() < 0 or not least <= pixels.max() < 1 << 16:
             raise ValueError("pixels of 32 bits have no known range; save it with 8 or 16 bits")
         picture = image_module.fromarray((pixels >> 8).astype(np.uint8))
     if picture.has_transparency_data:

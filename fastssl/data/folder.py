@@ -1,5 +1,6 @@
 """A folder of images as a data set."""
 
+import errno
 import os
 import threading
 import warnings
@@ -12,7 +13,12 @@ from ..augment import Packed, pack
 from ..extras import require
 from .decode import decode
 
-EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff "
+    ".webp".split()
+)
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+"""What the machine fails at, not the file: it may be read the next time."""
 KEPT_BYTES = 1 << 30
 """Decoded images are kept in memory up to this many bytes: small folders are read once."""
 
@@ -25,14 +31,16 @@ class FolderSource:
     subfolders is unlabelled and all of it is for training. Subfolders are classes.
 
     How files are read is told at `fastssl.data.decode`. A file that cannot be read is reported
-    once, listed with the reason in `corrupt`, and replaced, always, by the next readable one.
+    once, listed with the reason in `corrupt`, and replaced, always, by the next readable one. What
+    the machine fails at (too many open files, no memory, no answer of a disk or network: an OSError
+    with one of the numbers in `PASSING`) is raised instead, since the file may be whole.
 
     Args:
         path: the folder.
         split: "train" or "test".
         image_size: side in pixels of the views to be made; default 64.
         max_side: longer sides are reduced to this many pixels; default 3 `image_size`, so that a
-            crop of 8 % of a photograph is enlarged one and a half times at most.
+            crop of 8 % of a photograph is enlarged about one and a half times.
 
     Raises:
         FileNotFoundError: no such folder, no image in it, or no test split in a flat folder.
@@ -99,7 +107,11 @@ class FolderSource:
             return self._kept[i]
         try:
             image = decode(self.paths[i], self.max_side)
-        except Exception as error:  # Pillow's decoders raise many types on broken files
+        except Exception as error:
+            # Pillow's decoders raise many types on broken files, MemoryError too (sizes in a PNG).
+            if isinstance(error, OSError) and error.errno in PASSING:
+                error.filename = str(self.paths[i])  # a failed read does not say of what
+                raise
             # One line, in a message and in a list.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             with self._lock:

@@ -80,7 +80,13 @@ def batches(
 
     Yields:
         images (B, C, H, W) or `Packed`, labels (B,) int64, index (B,) int64.
+
+    Raises:
+        ValueError: workers is negative or ahead below 1, when the first batch is asked for.
     """
+    for name, value, least in (("workers", workers, 0), ("ahead", ahead, 1)):
+        if value < least:
+            raise ValueError(f"batches: {name} must be at least {least}, got {value}.")
     transfer = Transfer(device)
     if isinstance(source, TensorSource):
         home = source.images.device
@@ -121,8 +127,8 @@ def batches(
 class Transfer:
     """Copies batches to a device: `start` where they are made, `finish` where they are used.
 
-    Between the two a GPU copies on a stream of its own, beside whatever computes; what lies on a
-    GPU already stays. On a CPU both give back what they get.
+    Between the two a GPU copies on a stream of its own, beside whatever computes; what lies on
+    it already stays. On a CPU both give back what they get.
     """
 
     def __init__(self, device: torch.device | str):
@@ -140,10 +146,9 @@ class Transfer:
         if isinstance(x, Packed):
             pixels, offsets, sizes = map(self._send, _tensors(x))
             return Packed(pixels, offsets, sizes, x.channels)
-        if x.is_cuda:
-            return x
         # The pinned memory may be given up here: torch reuses it only after the copy.
-        return x.pin_memory().to(self.device, non_blocking=True)
+        x = x if x.is_cuda else x.pin_memory()
+        return x.to(self.device, non_blocking=True)
 
     def finish(self, started: tuple) -> tuple:
         """The batch, for the current stream to use."""

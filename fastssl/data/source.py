@@ -18,8 +18,8 @@ class TensorSource:
         mirror: whether a mirror image still shows the same thing (not so for digits and text).
 
     Raises:
-        TypeError: images of another dtype or shape. ValueError: float images with NaN or values
-            outside [0, 1]; the message names samples.
+        TypeError: images or labels of another dtype or shape. ValueError: float images with NaN or
+            values outside [0, 1]; the message names samples.
     """
 
     corrupt: Mapping[str, str] = {}
@@ -33,10 +33,17 @@ class TensorSource:
         *,
         mirror: bool = True,
     ):
-        if images.dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
+        dtype = getattr(images, "dtype", None)
+        if dtype not in (torch.uint8, torch.float32) or images.ndim != 4:
             raise TypeError(
-                "TensorSource: images must be (N, C, H, W) uint8 or float32 in [0, 1], got "
-                f"{images.dtype} {tuple(images.shape)}."
+                "TensorSource: images must be a tensor (N, C, H, W), uint8 or float32 in [0, 1], "
+                f"got {_kind(images)}."
+            )
+        N = len(images)
+        if getattr(labels, "dtype", None) != torch.int64 or labels.shape != (N,):
+            raise TypeError(
+                f"TensorSource: labels must be a tensor ({N},) int64, one an image, got "
+                f"{_kind(labels)}. Without labels give torch.full(({N},), -1)."
             )
         if images.is_floating_point() and images.numel():
             _refuse_strange_values(images)
@@ -64,6 +71,10 @@ class TensorSource:
         moved = copy.copy(self)
         moved.images, moved.labels = self.images.to(device), self.labels.to(device)
         return moved
+
+
+def _kind(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _refuse_strange_values(images: Tensor) -> None:

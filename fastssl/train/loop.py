@@ -245,7 +245,8 @@ class _Training:
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.corrupt_before = state["corrupt"]
+        met = state["corrupt"]  # a list of paths where the run began before reasons were kept
+        self.corrupt_before = met if isinstance(met, dict) else dict.fromkeys(met, "")
 
     def _corrupt(self) -> dict[str, str]:
         """Unreadable files met so far by any rank, also before a resume, and why."""

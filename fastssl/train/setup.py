@@ -36,7 +36,9 @@ def settle(config: PretrainConfig, world: int):
         )
     epoch_order(len(source), batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
     total_steps = config.epochs * (len(source) // batch_size)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Those it may use: a scheduler or container binds it to some; not known but on Linux.
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    cores = len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = min(8, max(1, cores)) if config.workers is None else config.workers
     config = dataclasses.replace(
         config,
