@@ -556,7 +556,7 @@ def test_nothing_is_read_back_from_the_device(name, monkeypatch):
         ({"lr": torch.ones(2)}, r"needs lr >= 0, got tensor\(\[1., 1.\]\)"),
         ({"betas": 0.9}, r"needs betas both in \[0, 1\), got 0.9"),
         ({"weight_decay": None}, "needs weight_decay >= 0, got None"),
-        ({"block_size": 256.0}, "needs block_size a multiple of 8 .*got 256.0"),
+        ({"block_size": 256.0}, "needs block_size a power of two .*got 256.0"),
         ({"seed": 1.5}, "needs seed an integer of 64 bits, got 1.5"),
         ({"seed": 2**63}, "needs seed an integer of 64 bits, got 9223372036854775808"),
         ({"max_grad_norm": 1.0, "nonfinite": "skip_element"}, "use nonfinite='skip_step'"),
