@@ -195,9 +195,9 @@ def two_momenta(group, path, kind):
     optimizer = optim.AdEMAMix8bit(model.parameters(), lr=1e-2)
     if kind == "fsdp":
         steps(model, optimizer, range(3))
-        save(group, model, optimizer, path)
+        save(group, model, optimizer, path, flatten_optimizer_state_dict=True)
     else:
-        load(group, model, optimizer, path)
+        load(group, model, optimizer, path, flatten_optimizer_state_dict=True)
     moments = optimizer.full_precision_state_dict()["state"][0]
     return [whole(moments[key]) for key in ("exp_avg", "exp_avg_slow", "exp_avg_sq")]
 

@@ -334,9 +334,6 @@ class Blockwise(Optimizer):
     def new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         like, root = local(p), group["state_format"] == "sqrt"
         state = {"step": torch.zeros((), dtype=torch.int64, device=like.device)}
-        # state_dict() has its contents; its name must be here, as torch.distributed.checkpoint
-        # unflattens no others.
-        state["layout"] = torch.empty(0, device=like.device)
         start = group.get("initial_accumulator_value", 0.0)
         for k, present in enumerate(self.has_states(group)):
             if present:
@@ -344,7 +341,7 @@ class Blockwise(Optimizer):
                 bits, each = self.bits_of(group, p), self.moments_of(k)
                 moment = states.pack(k, x, bits, group["block_size"], root and k == 1)
                 state |= states.stack([moment] * len(each))
-        return state
+        return state | shards.names(self, p, state)
 
     def bits_of(self, group: dict[str, Any], p: Tensor) -> int:
         settings = group | overrides.of(p)

@@ -94,7 +94,6 @@ def _load_state(
     like, bits, rounded = states.local(p), optimizer.bits_of(group, p), 0
     step = torch.as_tensor(saved.get("step", 1))  # torch.optim.SGD does not count
     out = {"step": step.detach().to(like.device, torch.int64, copy=True).reshape(())}
-    out["layout"] = torch.empty(0, device=like.device)
     present = optimizer.has_states(group)
     of_bnb = "state1" in saved and not ours
     layout = saved.get("layout") if ours else None
@@ -159,7 +158,7 @@ def _load_state(
                 f"{'none' if x is None else tuple(x.shape)} among {sorted(saved)}."
             )
         out |= states.stack([moment(k, place, *y) for y in each])
-    return out, rounded
+    return out | shards.names(optimizer, p, out), rounded
 
 
 def _values(optimizer, group: dict[str, Any], state: dict[str, Tensor]) -> list[list[Tensor]]:

@@ -86,6 +86,14 @@ def keys(k: int, count: int) -> list[tuple[str, str]]:
     return [(f"state{k + 1}{end}", f"absmax{k + 1}{end}") for end in ("", "_slow")[:count]]
 
 
+def names(optimizer, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Entries without contents for the names that `portable` adds to a state:
+    torch.distributed.checkpoint finds in flat files only names that the state has."""
+    slow = [pair for k in (0, 1) for pair in keys(k, len(optimizer.moments_of(k)))[1:]]
+    more = [x for pair in slow for x in pair if x.removesuffix("_slow") in state]
+    return {name: torch.empty(0, device=local(p).device) for name in ("layout", *more)}
+
+
 def portable(optimizer, p: Tensor, state: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     """The state of a parameter on this rank as state_dict() has it."""
     out = {"step": state["step"]} | layout(p, state)
