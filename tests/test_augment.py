@@ -188,6 +188,24 @@ def test_the_number_of_a_view_counts_and_not_its_neighbours():
     assert torch.equal(augment(images, index, [mae(8), *VIEWS[1:]], seed=0, epoch=0)[3], x[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_narrow_integers_are_numbers_of_samples_too(dtype):
+    images, index = pictures(4), torch.arange(4)
+    x = augment(images, index, VIEWS, seed=0, epoch=0)
+    assert same(x, augment(images, index.to(dtype), VIEWS, seed=0, epoch=0))
+
+
+def test_compiles_to_one_graph():
+    images, index = pictures(4), torch.arange(4)
+
+    def both(images, index):
+        views = augment(images, index, VIEWS, seed=1, epoch=3, channels_last=True)
+        return [*views, prepare(images, 8)]
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert same(compiled(images, index), both(images, index))
+
+
 # ------------------------------------------------------------------------- images and results
 
 
@@ -365,8 +383,11 @@ IMAGES, INDEX = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
         ({"index": torch.zeros(2)}, "integers, .*got torch.float32"),
         ({"index": [0, 1]}, r"integers, .*got \[0, 1\]"),
         ({"index": torch.tensor([-1, 0])}, r"index must be in \[0, 2\^56\), got -1 to 0"),
-        ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
-        ({"epoch": 2**32}, r"epoch must be in \[0, 2\^32\), got 4294967296"),
+        ({"seed": -1}, r"seed must be an int in \[0, 2\^63\), got -1"),
+        ({"seed": torch.tensor(3)}, r"seed must be an int .*got tensor\(3\)"),
+        ({"seed": 1.5}, "seed must be an int .*got 1.5"),
+        ({"seed": "1"}, "seed must be an int .*got '1'"),
+        ({"epoch": 2**32}, r"epoch must be an int in \[0, 2\^32\), got 4294967296"),
         ({"views": mae(8)}, "views must be a list of View, got View"),
         ({"views": []}, "views must be 1 to 256 views, got 0"),
         ({"views": [mae(8)] * 257}, "views must be 1 to 256 views, got 257"),

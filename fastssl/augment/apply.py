@@ -71,8 +71,8 @@ def augment(
     B, device = len(packed) // frames, packed.pixels.device
     index = _checked_index(index, B).to(device, non_blocking=True)
     for label, value, bits in (("seed", seed, 63), ("epoch", epoch, 32)):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"augment: {label} must be in [0, 2^{bits}), got {value}.")
+        if not isinstance(value, int) or not 0 <= value < 1 << bits:
+            raise ValueError(f"augment: {label} must be an int in [0, 2^{bits}), got {value!r}.")
     if params is None:
         spec = _spec(views, device)
         params = torch.ops.fastssl.view_parameters(
@@ -212,9 +212,10 @@ def _checked_index(index: Tensor, B: int) -> Tensor:
             f"augment: index must be ({B},) integers, the number of each sample in its data set, "
             f"got {got}."
         )
+    index = index.long()
     # On the CPU only, since looking at it would stall a GPU.
-    if index.device.type == "cpu" and B and not 0 <= index.min() <= index.max() < 1 << 56:
-        raise ValueError(
-            f"augment: index must be in [0, 2^56), got {int(index.min())} to {int(index.max())}."
-        )
-    return index.long()
+    if index.device.type == "cpu" and B and not torch.compiler.is_compiling():
+        low, high = (int(i) for i in index.aminmax())
+        if low < 0 or high >= 1 << 56:
+            raise ValueError(f"augment: index must be in [0, 2^56), got {low} to {high}.")
+    return index
