@@ -41,7 +41,8 @@ def augment(
         channels_last: the result's layout in memory.
         return_params: give the parameters too.
         params: (V, B, PARAMS) float32, parameters to be used instead of random ones, for instance
-            returned ones after a change; the columns are named in `fastssl.ops.augment`.
+            returned ones after a change; the columns are named in `fastssl.ops.augment`. Not for a
+            `Custom`, which draws for itself.
 
     Returns:
         A list, for each view (B, C, size, size), of clips (B, T, C, size, size), on the device of
@@ -69,6 +70,10 @@ def augment(
     clips = isinstance(images, Tensor) and images.dim() == 5
     packed, frames = _packed(images)
     B, device = len(packed) // frames, packed.pixels.device
+    if packed.pixels.requires_grad:
+        raise ValueError("augment: images take no gradient. Use .detach().")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"augment: dtype must be float32, bfloat16 or float16, got {dtype}.")
     index = _checked_index(index, B).to(device, non_blocking=True)
     for label, value, bits in (("seed", seed, 63), ("epoch", epoch, 32)):
         if not isinstance(value, int) or not 0 <= value < 1 << bits:
@@ -78,11 +83,13 @@ def augment(
         params = torch.ops.fastssl.view_parameters(
             index, packed.sizes[::frames].contiguous(), spec, seed, epoch
         )
-    elif params.shape != (len(views), B, PARAMS) or params.dtype != torch.float32:
-        raise ValueError(
-            f"augment: params must be float32 (V, B, PARAMS) = {(len(views), B, PARAMS)}, "
-            f"got {params.dtype} {tuple(params.shape)}."
-        )
+    else:
+        _check_params(params, (len(views), B, PARAMS))
+        if any(isinstance(view, Custom) for view in views):
+            raise ValueError(
+                "augment: params must be None with a Custom among the views, which draws for "
+                "itself. Render the others in a call of their own."
+            )
     params = params.to(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     results = [None] * len(views)
@@ -202,6 +209,13 @@ def _checked_views(views: Sequence[View | Custom]) -> tuple[View | Custom, ...]:
     if not 0 < len(views) <= 256:
         raise ValueError(f"augment: views must be 1 to 256 views, got {len(views)}.")
     return tuple(views)
+
+
+def _check_params(params: Tensor, shape: tuple[int, ...]) -> None:
+    tensor = isinstance(params, Tensor)
+    if not tensor or params.shape != shape or params.dtype != torch.float32:
+        got = f"{params.dtype} {tuple(params.shape)}" if tensor else repr(params)
+        raise ValueError(f"augment: params must be float32 (V, B, PARAMS) = {shape}, got {got}.")
 
 
 def _checked_index(index: Tensor, B: int) -> Tensor:
