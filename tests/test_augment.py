@@ -209,7 +209,7 @@ def test_compiles_to_one_graph():
 # ------------------------------------------------------------------------- images and results
 
 
-def test_prepare_is_the_whole_image():
+def test_prepare_is_all_of_a_square():
     images = pictures(4, height=16, width=16)
     x = images.float() / 255
     torch.testing.assert_close(prepare(images, 16), (x - MEAN) / STD, atol=1e-6, rtol=1e-6)
@@ -237,6 +237,7 @@ def test_prepare_is_the_centre_square():
         assert torch.equal(prepare(pack(images), size), prepare(pack(squares), size))
     clips = pictures(6).view(2, 3, 3, 20, 24)
     assert torch.equal(prepare(clips, 9), prepare(clips[..., 2:22], 9))
+    assert torch.equal(prepare(clips, 9)[1, 2], prepare(clips[1], 9)[2])
 
 
 def test_frames_of_a_clip_share_their_parameters():
@@ -343,6 +344,8 @@ def test_views_compare_and_say_what_they_are():
         (lambda: Resize(8.5), "Resize: size must be a whole number"),
         (lambda: Resize(8, "nearest"), 'interpolation must be "bilinear" or "bicubic", got'),
         (lambda: RandomResizedCrop(8, scale=(0.5, 1.5)), "scale must be two numbers .*<= 1, got"),
+        (lambda: RandomResizedCrop(True), "RandomResizedCrop: size must be a whole number"),
+        (lambda: RandomResizedCrop(8, scale=("a", "b")), "scale must be two numbers"),
         (lambda: RandomResizedCrop(8, scale=0.5), "scale must be two numbers"),
         (lambda: RandomResizedCrop(8, ratio=(2, 1)), "ratio must be two numbers"),
         (lambda: RandomResizedCrop(8, ratio=(1, float("inf"))), "ratio must be two numbers"),
@@ -356,6 +359,7 @@ def test_views_compare_and_say_what_they_are():
         (lambda: Rotate(200), r"Rotate: degrees must be a number in \[0, 180\]"),
         (lambda: Noise(-1), "Noise: std must be a number at least 0"),
         (lambda: Normalize((0.5,)), "give both mean and std"),
+        (lambda: Normalize(0.5, 0.5), "one number a channel each, .*got 0.5 and 0.5"),
         (lambda: Normalize((0.5,), (0.0,)), "std above 0"),
     ],
 )  # fmt: skip
@@ -389,6 +393,8 @@ IMAGES, INDEX = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
         ({"seed": "1"}, "seed must be an int .*got '1'"),
         ({"epoch": 2**32}, r"epoch must be an int in \[0, 2\^32\), got 4294967296"),
         ({"views": mae(8)}, "views must be a list of View, got View"),
+        ({"views": (mae(8) for _ in range(2))}, "views must be a list of View, got <generator"),
+        ({"params": [1]}, r"params must be float32 .*got \[1\]"),
         ({"views": []}, "views must be 1 to 256 views, got 0"),
         ({"views": [mae(8)] * 257}, "views must be 1 to 256 views, got 257"),
         ({"params": torch.zeros(1, 3, 20)}, r"\(V, B, PARAMS\) = \(1, 2, 20\), got .*\(1, 3, 20\)"),

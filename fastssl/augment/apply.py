@@ -79,7 +79,7 @@ def augment(
         if not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise ValueError(f"augment: {label} must be an int in [0, 2^{bits}), got {value!r}.")
     if params is None:
-        spec = _spec(views, device)
+        spec = _spec(tuple(tuple(view.numbers()) for view in views), device)
         params = torch.ops.fastssl.view_parameters(
             index, packed.sizes[::frames].contiguous(), spec, seed, epoch
         )
@@ -135,19 +135,22 @@ def prepare(images: Tensor | Packed, size: int) -> Tensor:
     """
     view = View(Resize(size), Normalize())
     packed, frames = _packed(images)
-    sizes = packed.sizes[::frames].contiguous()  # (B, 2)
+    sizes = packed.sizes  # (N, 2), of all frames
     index = torch.arange(len(sizes), device=sizes.device)
-    params = torch.ops.fastssl.view_parameters(index, sizes, _spec((view,), sizes.device), 0, 0)
+    spec = _spec((tuple(view.numbers()),), sizes.device)
+    params = torch.ops.fastssl.view_parameters(index, sizes, spec, 0, 0)
     side = sizes.amin(1, keepdim=True)
     corner = ((sizes - side) // 2).flip(1)  # x, y
     params[0, :, X0 : Y1 + 1] = torch.cat([corner, corner + side], 1).to(params.dtype)
-    return augment(images, index, [view], seed=0, epoch=0, params=params)[0]
+    (x,) = augment(packed, index, [view], seed=0, epoch=0, params=params)
+    clips = isinstance(images, Tensor) and images.dim() == 5
+    return x.unflatten(0, (len(x) // frames, frames)) if clips else x
 
 
 @functools.lru_cache(maxsize=64)
-def _spec(views: tuple[View, ...], device: torch.device) -> Tensor:
+def _spec(numbers: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """(V, SPEC); kept, since copying it to a GPU in every step would cost more than its use."""
-    return torch.tensor([view.numbers() for view in views], dtype=torch.float64, device=device)
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _groups(views: tuple[View | Custom, ...]) -> list[list[int]]:
@@ -200,8 +203,8 @@ def _packed(images: Tensor | Packed) -> tuple[Packed, int]:
 
 
 def _checked_views(views: Sequence[View | Custom]) -> tuple[View | Custom, ...]:
-    one = isinstance(views, View | Custom) or callable(views)
-    if one or not all(isinstance(view, View | Custom) for view in views):
+    listed = isinstance(views, Sequence)
+    if not listed or not all(isinstance(view, View | Custom) for view in views):
         raise TypeError(
             f"augment: views must be a list of View, got {views!r}. Other functions of an image "
             "stand there as Custom(function, size)."
