@@ -19,11 +19,6 @@
 namespace fastssl {
 namespace {
 
-// Columns of `params`, as in fastssl/ops/augment.py.
-enum Column {
-  kX0, kY0, kX1, kY1, kAngle, kTurns, kFlip, kBrightness, kFirst = 11, kGray = 15, kSigma,
-  kSolarize, kNoise, kParams = 20
-};
 enum Operation { kScale, kContrast, kSaturation, kHue, kGrayscale };
 
 constexpr int64_t kBlock = 1024;  // pixels of a block of rows, at least: its planes stay in cache 1
@@ -517,7 +512,7 @@ void Renderer::blur() {
 // (C, size, size) by Box and Muller, a pair of words for two values: the first half of the words
 // gives lengths, the second half angles.
 void Renderer::draw_noise() {
-  constexpr uint32_t kAugment = 0, kFirstBlock = 16;
+  constexpr uint32_t kFirstBlock = 16;
   const int64_t values = job_.C * plane_, pairs = (values + 1) / 2, blocks = (2 * pairs + 3) / 4;
   const int64_t* key = job_.keys + 4 * view_;  // index, epoch, view, seed
   words_.resize(4 * blocks);
@@ -532,7 +527,8 @@ void Renderer::draw_noise() {
 
 // The end of n pixels' way, from `at` on: planes of x are `ld` apart.
 void Renderer::emit(const float* x, int64_t ld, int64_t at, int64_t n) {
-  End end{p_[kSolarize], job_.mean.data(), job_.factor.data()};
+  // A constant image stays constant: its pixels differ by the rounding of their weights.
+  End end{p_[kSolarize] - 1e-6f, job_.mean.data(), job_.factor.data()};
   for (int64_t c = 0; c < job_.C; ++c) {
     const float* plane = x + std::min(c, planes_ - 1) * ld;
     if (p_[kNoise] > 0.f) {

@@ -9,6 +9,13 @@
 
 namespace fastssl {
 
+// Columns of `params` and the stream of random numbers, as in ops/augment.py and random.py.
+enum Column {
+  kX0, kY0, kX1, kY1, kAngle, kTurns, kFlip, kBrightness, kFirst = 11, kGray = 15, kSigma,
+  kSolarize, kNoise, kParams = 20
+};
+constexpr uint32_t kAugment = 0;
+
 // The filter of a resize at distance t >= 0 in its own units: a triangle, or Keys' cubic.
 inline double filter(double t, bool bicubic, double a) {
   if (!bicubic) return std::max(0.0, 1.0 - t);

@@ -2,27 +2,25 @@
 // spec_v and the image's size; see fastssl/ops/view_parameters.py for the columns and the formulas.
 //
 // A sample takes ten blocks of Philox4x32-10, and of the ten tries for a crop those up to the first
-// that fits. Scalar float64 throughout, rounded to fp32 once: about 1 us a row, and no bit depends on
-// the batch. Philox: SC 2011.
-#include "common.h"
+// that fits. Scalar float64 throughout, rounded to fp32 once, and no bit depends on the batch.
+// Philox: SC 2011.
+#include "augment_math.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace fastssl {
 namespace {
 
-// As in ops/augment.py, ops/view_parameters.py and random.py.
-enum Param { X0, Y0, X1, Y1, ANGLE, TURNS, FLIP, BRIGHTNESS, FIRST = 11, GRAY = 15, SIGMA, SOLARIZE,
-             NOISE, PARAMS = 20 };
+// As in ops/view_parameters.py.
 enum Spec { CROP, AREA, RATIO = 3, PAD = 5, SHIFT, ROTATION, TURNS_P, FLIP_P, JITTER_P, FACTORS,
             GRAY_P = 19, BLUR_P, BLUR, SOLARIZE_P = 23, THRESHOLD, NOISE_STD, SPEC };
 enum Number { U_CROP, U_POSITION = 20, U_ANGLE = 22, U_FLIP, U_JITTER, U_ORDER = 29, U_GRAY, U_BLUR,
               U_SOLARIZE = 33, U_TURNS, U_SHIFT = 36, NUMBERS = 38 };
 constexpr int kTries = 10, kBlocks = (NUMBERS + 3) / 4;
-constexpr uint32_t kAugment = 0;  // the stream
 
 // Numbers in (0, 1) of one sample and view.
 void uniforms(uint64_t seed, uint32_t epoch, uint64_t index, uint32_t view, double* u) {
@@ -80,24 +78,25 @@ void permutation(int number, int* order) {
 }
 
 void draw_row(const double* s, const double* u, double H, double W, float* out) {
-  double p[PARAMS] = {};
-  draw_box(s, u, H, W, p + X0);
-  p[ANGLE] = s[ROTATION] * (2 * u[U_ANGLE] - 1);
-  if (u[U_TURNS] < s[TURNS_P]) p[TURNS] = std::floor(4 * u[U_TURNS + 1]);
-  p[FLIP] = u[U_FLIP] < s[FLIP_P];
+  double p[kParams] = {};
+  draw_box(s, u, H, W, p + kX0);
+  p[kAngle] = s[ROTATION] * (2 * u[U_ANGLE] - 1);
+  if (u[U_TURNS] < s[TURNS_P]) p[kTurns] = std::floor(4 * u[U_TURNS + 1]);
+  p[kFlip] = u[U_FLIP] < s[FLIP_P];
   int order[4];
   permutation(static_cast<int>(24 * u[U_ORDER]), order);
   for (int i = 0; i < 4; ++i) {
-    p[BRIGHTNESS + i] = between(s + FACTORS + 2 * i, u[U_JITTER + 1 + i]);
+    p[kBrightness + i] = between(s + FACTORS + 2 * i, u[U_JITTER + 1 + i]);
     const double neutral = order[i] == 3 ? 0 : 1, *range = s + FACTORS + 2 * order[i];
     const bool used = range[0] != neutral || range[1] != neutral;
-    p[FIRST + i] = used && u[U_JITTER] < s[JITTER_P] ? order[i] : -1;
+    p[kFirst + i] = used && u[U_JITTER] < s[JITTER_P] ? order[i] : -1;
   }
-  p[GRAY] = u[U_GRAY] < s[GRAY_P];
-  if (u[U_BLUR] < s[BLUR_P]) p[SIGMA] = between(s + BLUR, u[U_BLUR + 1]);
-  p[SOLARIZE] = u[U_SOLARIZE] < s[SOLARIZE_P] ? s[THRESHOLD] : 2;
-  p[NOISE] = s[NOISE_STD];
-  for (int i = 0; i < PARAMS; ++i) out[i] = static_cast<float>(p[i]);
+  p[kGray] = u[U_GRAY] < s[GRAY_P];
+  if (u[U_BLUR] < s[BLUR_P]) p[kSigma] = between(s + BLUR, u[U_BLUR + 1]);
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  p[kSolarize] = u[U_SOLARIZE] < s[SOLARIZE_P] ? s[THRESHOLD] : kNever;
+  p[kNoise] = s[NOISE_STD];
+  for (int i = 0; i < kParams; ++i) out[i] = static_cast<float>(p[i]);
 }
 
 // index (B,) int64; sizes (B, 2) int64; spec (V, SPEC) float64; all contiguous.
@@ -109,7 +108,7 @@ Tensor view_parameters(Tensor index, Tensor sizes, Tensor spec, int64_t seed, in
                       spec.is_contiguous() && spec.size(1) == SPEC,
                   "view_parameters: index (B,) and sizes (B, 2) must be contiguous int64, spec (V, ",
                   int64_t(SPEC), ") float64.");
-  Tensor out = torch::stable::new_empty(index, {V, B, PARAMS}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(index, {V, B, kParams}, ScalarType::Float);
   float* data = static_cast<float*>(out.mutable_data_ptr());
   const int64_t* number = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t* size = static_cast<const int64_t*>(sizes.const_data_ptr());
@@ -119,7 +118,7 @@ Tensor view_parameters(Tensor index, Tensor sizes, Tensor spec, int64_t seed, in
     for (int64_t row = begin; row < end; ++row) {
       const int64_t v = row / B, b = row % B;
       uniforms(seed, epoch, number[b], v, u);
-      draw_row(specs + v * SPEC, u, size[2 * b], size[2 * b + 1], data + row * PARAMS);
+      draw_row(specs + v * SPEC, u, size[2 * b], size[2 * b + 1], data + row * kParams);
     }
   });
   return out;

@@ -277,7 +277,8 @@ def random_word(index, epoch, view, seed, i):
 def finish(x, m, c, at, mask, p_ptr, noise_ptr, norm_ptr, out_ptr, C: tl.constexpr,
            SIZE: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # fmt: skip
     """Solarise, noise, clamp, normalise and round pixels `at` of channel c."""
-    x = tl.where(x >= tl.load(p_ptr + SOLARIZE), 1.0 - x, x)
+    # A constant image stays constant: its pixels differ by the rounding of their weights.
+    x = tl.where(x >= tl.load(p_ptr + SOLARIZE) - 1e-6, 1.0 - x, x)
     if tl.load(p_ptr + NOISE) > 0.0:
         if noise_ptr is None:
             x = x * float("nan")

@@ -183,7 +183,7 @@ def view_parameters_kernel(
     sigma = tl.where(blurred, between(s_ptr + BLUR, u[U_BLUR + 1]), 0.0)
     tl.store(out_ptrs + SIGMA, sigma.to(tl.float32), mask=mask_b)
     solarized = u[U_SOLARIZE] < tl.load(s_ptr + SOLARIZE_P)
-    threshold = tl.where(solarized, tl.load(s_ptr + THRESHOLD), 2.0)
+    threshold = tl.where(solarized, tl.load(s_ptr + THRESHOLD), float("inf"))
     tl.store(out_ptrs + SOLARIZE, threshold.to(tl.float32), mask=mask_b)
     none = tl.zeros((BLOCK,), tl.float32)
     tl.store(out_ptrs + NOISE, none + tl.load(s_ptr + NOISE_STD).to(tl.float32), mask=mask_b)

@@ -188,10 +188,28 @@ def test_the_number_of_a_view_counts_and_not_its_neighbours():
     assert torch.equal(augment(images, index, [mae(8), *VIEWS[1:]], seed=0, epoch=0)[3], x[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_narrow_integers_are_numbers_of_samples_too(dtype):
+    images, index = pictures(4), torch.arange(4)
+    x = augment(images, index, VIEWS, seed=0, epoch=0)
+    assert same(x, augment(images, index.to(dtype), VIEWS, seed=0, epoch=0))
+
+
+def test_compiles_to_one_graph():
+    images, index = pictures(4), torch.arange(4)
+
+    def both(images, index):
+        views = augment(images, index, VIEWS, seed=1, epoch=3, channels_last=True)
+        return [*views, prepare(images, 8)]
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert same(compiled(images, index), both(images, index))
+
+
 # ------------------------------------------------------------------------- images and results
 
 
-def test_prepare_is_the_whole_image():
+def test_prepare_is_all_of_a_square():
     images = pictures(4, height=16, width=16)
     x = images.float() / 255
     torch.testing.assert_close(prepare(images, 16), (x - MEAN) / STD, atol=1e-6, rtol=1e-6)
@@ -219,6 +237,7 @@ def test_prepare_is_the_centre_square():
         assert torch.equal(prepare(pack(images), size), prepare(pack(squares), size))
     clips = pictures(6).view(2, 3, 3, 20, 24)
     assert torch.equal(prepare(clips, 9), prepare(clips[..., 2:22], 9))
+    assert torch.equal(prepare(clips, 9)[1, 2], prepare(clips[1], 9)[2])
 
 
 def test_frames_of_a_clip_share_their_parameters():
@@ -325,6 +344,8 @@ def test_views_compare_and_say_what_they_are():
         (lambda: Resize(8.5), "Resize: size must be a whole number"),
         (lambda: Resize(8, "nearest"), 'interpolation must be "bilinear" or "bicubic", got'),
         (lambda: RandomResizedCrop(8, scale=(0.5, 1.5)), "scale must be two numbers .*<= 1, got"),
+        (lambda: RandomResizedCrop(True), "RandomResizedCrop: size must be a whole number"),
+        (lambda: RandomResizedCrop(8, scale=("a", "b")), "scale must be two numbers"),
         (lambda: RandomResizedCrop(8, scale=0.5), "scale must be two numbers"),
         (lambda: RandomResizedCrop(8, ratio=(2, 1)), "ratio must be two numbers"),
         (lambda: RandomResizedCrop(8, ratio=(1, float("inf"))), "ratio must be two numbers"),
@@ -338,6 +359,7 @@ def test_views_compare_and_say_what_they_are():
         (lambda: Rotate(200), r"Rotate: degrees must be a number in \[0, 180\]"),
         (lambda: Noise(-1), "Noise: std must be a number at least 0"),
         (lambda: Normalize((0.5,)), "give both mean and std"),
+        (lambda: Normalize(0.5, 0.5), "one number a channel each, .*got 0.5 and 0.5"),
         (lambda: Normalize((0.5,), (0.0,)), "std above 0"),
     ],
 )  # fmt: skip
@@ -365,9 +387,14 @@ IMAGES, INDEX = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
         ({"index": torch.zeros(2)}, "integers, .*got torch.float32"),
         ({"index": [0, 1]}, r"integers, .*got \[0, 1\]"),
         ({"index": torch.tensor([-1, 0])}, r"index must be in \[0, 2\^56\), got -1 to 0"),
-        ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
-        ({"epoch": 2**32}, r"epoch must be in \[0, 2\^32\), got 4294967296"),
+        ({"seed": -1}, r"seed must be an int in \[0, 2\^63\), got -1"),
+        ({"seed": torch.tensor(3)}, r"seed must be an int .*got tensor\(3\)"),
+        ({"seed": 1.5}, "seed must be an int .*got 1.5"),
+        ({"seed": "1"}, "seed must be an int .*got '1'"),
+        ({"epoch": 2**32}, r"epoch must be an int in \[0, 2\^32\), got 4294967296"),
         ({"views": mae(8)}, "views must be a list of View, got View"),
+        ({"views": (mae(8) for _ in range(2))}, "views must be a list of View, got <generator"),
+        ({"params": [1]}, r"params must be float32 .*got \[1\]"),
         ({"views": []}, "views must be 1 to 256 views, got 0"),
         ({"views": [mae(8)] * 257}, "views must be 1 to 256 views, got 257"),
         ({"params": torch.zeros(1, 3, 20)}, r"\(V, B, PARAMS\) = \(1, 2, 20\), got .*\(1, 3, 20\)"),

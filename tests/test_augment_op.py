@@ -1,11 +1,14 @@
 """`render_views` against torchvision on the same parameters, and its kernels against fp64."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_no_worse
 
 import fastssl
+from fastssl.ops import contrastive
 from fastssl.ops.augment import (
     ANGLE,
     BRIGHTNESS,
@@ -36,7 +39,7 @@ def identity(M, H, W):
     params[:, X1], params[:, Y1] = W, H
     params[:, BRIGHTNESS:HUE] = 1
     params[:, FIRST : FOURTH + 1] = -1
-    params[:, SOLARIZE] = 2
+    params[:, SOLARIZE] = torch.inf
     return params
 
 
@@ -177,6 +180,20 @@ def test_grey_solarise_turns_and_flip_are_torchvision_s():
         x = images[m].rot90((m - 1) % 4, (1, 2))
         x = peer.horizontal_flip(x) if m > 4 else x
         assert (got[m] - peer.solarize(x, 128) / 255).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("box", [(3, 1, 31, 38), (0.3, 2.7, 9.1, 8.8), (-4, 0, 40, 40)])
+def test_solarise_takes_all_of_a_constant_image_at_the_threshold(box, device):
+    levels = torch.arange(1, 256)
+    images = levels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 40, 40)
+    params = identity(255, 40, 40)
+    params[:, :ANGLE], params[:, SOLARIZE] = torch.tensor(box), levels / 255
+    params[::2, SIGMA] = 1.2
+    for at, expected in ((0, 255 - levels), (LEVEL / 2, levels)):
+        params[:, SOLARIZE] += at
+        got = render_views(images.to(device), params.to(device), 24).cpu()
+        assert (got - (expected / 255).view(-1, 1, 1, 1)).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("size", [8, 33, 224])
@@ -354,8 +371,9 @@ def test_no_views():
 
 def test_errors():
     images, params = random_images(4, 3, 8, 10), identity(4, 8, 10)
-    empty, far, noisy = params.clone(), params.clone(), params.clone()
+    empty, far, noisy, twice = (params.clone() for _ in range(4))
     empty[2, X1], far[1, Y1], noisy[:, NOISE] = 0, torch.inf, 0.1
+    twice[3, FIRST], twice[3, FOURTH] = 1, 1
     packed = {
         "offsets": torch.tensor([0]), "sizes": torch.tensor([[8, 10]]), "channels": 3,
         "source": torch.zeros(4, dtype=torch.int64),
@@ -372,10 +390,15 @@ def test_errors():
         (TypeError, "dtype must be float32", (images, params), {"dtype": torch.float64}),
         (ValueError, "interpolation must be", (images, params), {"interpolation": "nearest"}),
         (ValueError, "size and channels must be", (images, params, 0), {}),
+        (ValueError, "size and channels must be whole", (images, params, 32.0), {}),
+        (TypeError, r"params must be a tensor \(M, 20\), got NoneType", (images, None), {}),
         (ValueError, "a number for each of 3 channels", (images, params), {"mean": [0.5]}),
         (ValueError, "std above 0", (images, params), {"std": [1, 0, 1]}),
         (ValueError, "of view 2", (images, empty), {}),
         (ValueError, "of view 1", (images, far), {}),
+        (ValueError, "contrast once at most, got it twice in view 3", (images, twice), {}),
+        (ValueError, r"in \[0, 1\], got 0 to 1.5", (1.5 * (images > 99), params), {}),
+        (ValueError, r"in \[0, 1\], got -2 to -?0\.", (-2.0 * (images > 99), params), {}),
         (ValueError, "noise need noise_key", (images, noisy), {}),
         (ValueError, "source must be in", (images, params), {"source": torch.arange(4) + 1}),
         (ValueError, "image 0 must lie in pixels", (images.flatten(), params),
@@ -385,6 +408,16 @@ def test_errors():
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             render_views(*args, **({"size": 8} if len(args) == 2 else {}), **options)
+
+
+def test_without_triton_a_gpu_says_once_what_it_costs(monkeypatch):
+    registered = {}
+    monkeypatch.setattr(contrastive.lib, "impl", lambda name, f, key: registered.update({name: f}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    contrastive.on_cuda("module", "op", lambda x: x + 1, "goes one by one")
+    with pytest.warns(UserWarning, match="so op on CUDA goes one by one. Install triton"):
+        assert registered["op"](1) == 2
+    assert registered["op"](2) == 3
 
 
 def test_the_kernel_itself_reads_no_memory_that_is_not_the_image_s():

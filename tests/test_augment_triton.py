@@ -171,6 +171,11 @@ def test_solarize_at_the_threshold():
     args = arguments(x, views, 8, mean=[0.0] * 3, std=[1.0] * 3)
     x = torch.where(x >= torch.tensor(100 / 192), 1 - x, x)
     assert torch.equal(kernels.render_views(*on_device(args)).cpu(), x)
+    x = torch.full((1, 3, 8, 8), 200, dtype=torch.uint8)  # weights of a crop round
+    views = rows(8, 8, {X0: 0.3, X1: 7.1, Y0: -2, SOLARIZE: 200 / 255})
+    args = arguments(x, views, 8, mean=[0.0] * 3, std=[1.0] * 3)
+    x = torch.full((1, 3, 8, 8), 55 / 255)
+    torch.testing.assert_close(kernels.render_views(*on_device(args)).cpu(), x, atol=1e-6, rtol=0)
 
 
 def test_noise():

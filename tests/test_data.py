@@ -479,5 +479,23 @@ def test_what_is_no_view():
     with pytest.raises(ValueError, match="size must be a whole number"):
         Custom(abs, 0)
     for function in (lambda x: x, lambda x: x / 255, lambda x: None):
-        with pytest.raises(TypeError, match=r"must return floating point \(C, 4, 4\), got"):
+        with pytest.raises(TypeError, match=r"must return .* \(C, size, size\) = \(3, 4, 4\), got"):
             augment(images, index, [Custom(function, 4)], seed=0, epoch=0)
+
+
+def test_what_a_custom_view_takes_and_gives():
+    images, index = torch.rand(2, 3, 8, 8), torch.arange(2)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    custom = [Custom(lambda x: weight * x, 8)]
+    (x,) = augment(images, index, custom, seed=0, epoch=0)
+    assert torch.equal(x, images) and not x.requires_grad
+    (x,) = augment(images[:0], index[:0], custom, seed=0, epoch=0)
+    assert x.shape == (0, 3, 8, 8) and x.dtype == torch.float32
+    with pytest.raises(ValueError, match="take no gradient"):
+        augment(images.clone().requires_grad_(), index, custom, seed=0, epoch=0)
+    with pytest.raises(TypeError, match="dtype must be float32, bfloat16 or float16"):
+        augment(images, index, custom, seed=0, epoch=0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="params must be None with a Custom"):
+        augment(images, index, custom, seed=0, epoch=0, params=torch.zeros(1, 2, 20))
+    with pytest.raises(TypeError, match=r"= \(3, 8, 8\), got torch.float32 \(2, 8, 8\)"):
+        augment(images, index, [Custom(lambda x: x[:2], 8)], seed=0, epoch=0)

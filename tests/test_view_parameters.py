@@ -86,7 +86,7 @@ def test_the_kernel_gives_the_bits_of_the_reference(seed):
     for epoch in (0, 2**32 - 1):
         got = op(index, sizes, spec_of(*MANY), seed, epoch)
         assert torch.equal(got, view_parameters_ref(index, sizes, spec_of(*MANY), seed, epoch))
-        assert got.isfinite().all()
+        assert not got.isnan().any()
 
 
 def test_boxes_are_torchvisions():
@@ -208,6 +208,9 @@ def test_parameters_are_independent():
     columns = [0, 1, ANGLE, FLIP, *range(BRIGHTNESS, HUE + 1), SIGMA, SOLARIZE]
     first, second = op(index, sizes, spec_of(view, view), 0, 0)[..., columns]
     later = op(index, sizes, spec_of(view), 0, 1)[0][..., columns]
+    never = first[:, -1].isinf()
+    assert abs(never.double().mean() - 0.5) < 0.05
+    first, second, later = (x.nan_to_num(posinf=1) for x in (first, second, later))
     together = torch.cat((first[1:], first[:-1], second[1:], later[1:]), 1)
     correlation = torch.corrcoef(together.double().T).fill_diagonal_(0)
     for block in range(4):  # corners of one box go together, as both need a small box

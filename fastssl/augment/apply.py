@@ -41,7 +41,8 @@ def augment(
         channels_last: the result's layout in memory.
         return_params: give the parameters too.
         params: (V, B, PARAMS) float32, parameters to be used instead of random ones, for instance
-            returned ones after a change; the columns are named in `fastssl.ops.augment`.
+            returned ones after a change; the columns are named in `fastssl.ops.augment`. Not for a
+            `Custom`, which draws for itself.
 
     Returns:
         A list, for each view (B, C, size, size), of clips (B, T, C, size, size), on the device of
@@ -69,20 +70,26 @@ def augment(
     clips = isinstance(images, Tensor) and images.dim() == 5
     packed, frames = _packed(images)
     B, device = len(packed) // frames, packed.pixels.device
+    if packed.pixels.requires_grad:
+        raise ValueError("augment: images take no gradient. Use .detach().")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"augment: dtype must be float32, bfloat16 or float16, got {dtype}.")
     index = _checked_index(index, B).to(device, non_blocking=True)
     for label, value, bits in (("seed", seed, 63), ("epoch", epoch, 32)):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"augment: {label} must be in [0, 2^{bits}), got {value}.")
+        if not isinstance(value, int) or not 0 <= value < 1 << bits:
+            raise ValueError(f"augment: {label} must be an int in [0, 2^{bits}), got {value!r}.")
     if params is None:
-        spec = _spec(views, device)
+        spec = _spec(tuple(tuple(view.numbers()) for view in views), device)
         params = torch.ops.fastssl.view_parameters(
             index, packed.sizes[::frames].contiguous(), spec, seed, epoch
         )
-    elif params.shape != (len(views), B, PARAMS) or params.dtype != torch.float32:
-        raise ValueError(
-            f"augment: params must be float32 (V, B, PARAMS) = {(len(views), B, PARAMS)}, "
-            f"got {params.dtype} {tuple(params.shape)}."
-        )
+    else:
+        _check_params(params, (len(views), B, PARAMS))
+        if any(isinstance(view, Custom) for view in views):
+            raise ValueError(
+                "augment: params must be None with a Custom among the views, which draws for "
+                "itself. Render the others in a call of their own."
+            )
     params = params.to(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     results = [None] * len(views)
@@ -128,19 +135,22 @@ def prepare(images: Tensor | Packed, size: int) -> Tensor:
     """
     view = View(Resize(size), Normalize())
     packed, frames = _packed(images)
-    sizes = packed.sizes[::frames].contiguous()  # (B, 2)
+    sizes = packed.sizes  # (N, 2), of all frames
     index = torch.arange(len(sizes), device=sizes.device)
-    params = torch.ops.fastssl.view_parameters(index, sizes, _spec((view,), sizes.device), 0, 0)
+    spec = _spec((tuple(view.numbers()),), sizes.device)
+    params = torch.ops.fastssl.view_parameters(index, sizes, spec, 0, 0)
     side = sizes.amin(1, keepdim=True)
     corner = ((sizes - side) // 2).flip(1)  # x, y
     params[0, :, X0 : Y1 + 1] = torch.cat([corner, corner + side], 1).to(params.dtype)
-    return augment(images, index, [view], seed=0, epoch=0, params=params)[0]
+    (x,) = augment(packed, index, [view], seed=0, epoch=0, params=params)
+    clips = isinstance(images, Tensor) and images.dim() == 5
+    return x.unflatten(0, (len(x) // frames, frames)) if clips else x
 
 
 @functools.lru_cache(maxsize=64)
-def _spec(views: tuple[View, ...], device: torch.device) -> Tensor:
+def _spec(numbers: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """(V, SPEC); kept, since copying it to a GPU in every step would cost more than its use."""
-    return torch.tensor([view.numbers() for view in views], dtype=torch.float64, device=device)
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _groups(views: tuple[View | Custom, ...]) -> list[list[int]]:
@@ -193,8 +203,8 @@ def _packed(images: Tensor | Packed) -> tuple[Packed, int]:
 
 
 def _checked_views(views: Sequence[View | Custom]) -> tuple[View | Custom, ...]:
-    one = isinstance(views, View | Custom) or callable(views)
-    if one or not all(isinstance(view, View | Custom) for view in views):
+    listed = isinstance(views, Sequence)
+    if not listed or not all(isinstance(view, View | Custom) for view in views):
         raise TypeError(
             f"augment: views must be a list of View, got {views!r}. Other functions of an image "
             "stand there as Custom(function, size)."
@@ -202,6 +212,13 @@ def _checked_views(views: Sequence[View | Custom]) -> tuple[View | Custom, ...]:
     if not 0 < len(views) <= 256:
         raise ValueError(f"augment: views must be 1 to 256 views, got {len(views)}.")
     return tuple(views)
+
+
+def _check_params(params: Tensor, shape: tuple[int, ...]) -> None:
+    tensor = isinstance(params, Tensor)
+    if not tensor or params.shape != shape or params.dtype != torch.float32:
+        got = f"{params.dtype} {tuple(params.shape)}" if tensor else repr(params)
+        raise ValueError(f"augment: params must be float32 (V, B, PARAMS) = {shape}, got {got}.")
 
 
 def _checked_index(index: Tensor, B: int) -> Tensor:
@@ -212,9 +229,10 @@ def _checked_index(index: Tensor, B: int) -> Tensor:
             f"augment: index must be ({B},) integers, the number of each sample in its data set, "
             f"got {got}."
         )
+    index = index.long()
     # On the CPU only, since looking at it would stall a GPU.
-    if index.device.type == "cpu" and B and not 0 <= index.min() <= index.max() < 1 << 56:
-        raise ValueError(
-            f"augment: index must be in [0, 2^56), got {int(index.min())} to {int(index.max())}."
-        )
-    return index.long()
+    if index.device.type == "cpu" and B and not torch.compiler.is_compiling():
+        low, high = (int(i) for i in index.aminmax())
+        if low < 0 or high >= 1 << 56:
+            raise ValueError(f"augment: index must be in [0, 2^56), got {low} to {high}.")
+    return index

@@ -27,7 +27,7 @@ class Custom:
         size: side of its result in pixels.
 
     Raises:
-        TypeError: function is none, or returns something else.
+        TypeError: function is none, or returns something else. ValueError: a size that is none.
 
     Notes: torch's, numpy's and Python's generators are seeded by (seed, epoch, sample, view) before
         every call and put back after the last, so that a function which draws from them gives the
@@ -67,19 +67,22 @@ class Custom:
                 np.random.seed(number & 0xFFFFFFFF)
                 pixels = images.pixels[offset : offset + images.channels * H * W]
                 # A copy, which the function may change.
-                results.append(self._checked(self.function(pixels.view(-1, H, W).clone())))
+                x = self.function(pixels.view(-1, H, W).clone())
+                results.append(self._checked(x, images.channels))
+        if not results:
+            return torch.empty(0, images.channels, self.size, self.size)
         return torch.stack(results)
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _checked(self, x: Tensor, channels: int) -> Tensor:
         tensor = isinstance(x, Tensor)
-        shape = (self.size, self.size)
-        if not tensor or x.dim() != 3 or x.shape[1:] != shape or not x.is_floating_point():
+        shape = (channels, self.size, self.size)
+        if not tensor or x.shape != shape or not x.is_floating_point():
             got = f"{x.dtype} {tuple(x.shape)}" if tensor else type(x).__name__
             raise TypeError(
-                f"Custom: function must return floating point (C, {self.size}, {self.size}), "
+                f"Custom: function must return floating point (C, size, size) = {shape}, "
                 f"got {got}. End torchvision's with ToDtype(torch.float32, scale=True)."
             )
-        return x
+        return x.detach()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a view is: a tuple of small frozen specifications, read like torchvision's Compose."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastssl.ops import view_parameters as op
@@ -13,7 +13,8 @@ def _range(spec, name: str, low: float = -math.inf, high: float = math.inf) -> N
     """Makes a field two numbers low <= a <= b <= high, or says what is wrong with it."""
     value = getattr(spec, name)
     pair = tuple(value) if isinstance(value, Sequence) else ()
-    if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high or not math.isfinite(pair[1]):
+    numbers = len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
+    if not numbers or not low <= pair[0] <= pair[1] <= high or not math.isfinite(pair[1]):
         bounds = f"{low:g} <= low <= high" + (f" <= {high:g}" if high < math.inf else "")
         raise ValueError(
             f"{type(spec).__name__}: {name} must be two numbers {bounds}, got {value!r}."
@@ -30,7 +31,7 @@ def _number(spec, name: str, low: float, high: float = math.inf) -> None:
 
 def _resizing(spec) -> None:
     name = type(spec).__name__
-    if not isinstance(spec.size, int) or not 0 < spec.size < 1 << 15:
+    if type(spec.size) is not int or not 0 < spec.size < 1 << 15:
         raise ValueError(
             f"{name}: size must be a whole number of pixels, at least 1 and below 32768, "
             f"got {spec.size!r}."
@@ -248,13 +249,17 @@ class Normalize:
             raise ValueError("Normalize: give both mean and std, or neither.")
         if self.mean is None:
             return
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
-        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+        mean, std = (
+            tuple(float(v) for v in x) if isinstance(x, Iterable) else ()
+            for x in (self.mean, self.std)
+        )
+        if not mean or len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(
                 "Normalize: mean and std must hold one number a channel each, std above 0, "
                 f"got {self.mean} and {self.std}."
             )
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
 
     def write(self, row: list[float]) -> None:
         """Nothing: it is not random."""

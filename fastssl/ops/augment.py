@@ -24,7 +24,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(7, 11)  # factors; HUE in turns
 FIRST, SECOND, THIRD, FOURTH = range(11, 15)  # operation 0 .. 3 of the line above; -1: none
 GRAY = 15  # 1: luminance in all channels
 SIGMA = 16  # of the blur, in pixels of the view; 0: none
-SOLARIZE = 17  # intensities from here on are inverted; above 1: none
+SOLARIZE = 17  # intensities from here on are inverted; inf: none
 NOISE = 18  # standard deviation; 0: none
 # Column 19 is reserved and 0.
 
@@ -199,7 +199,8 @@ def render_views_ref(
             x = _luminance(x).expand(3, -1, -1)
         if p[SIGMA] > 0:
             x = _blur(x, p[SIGMA])
-        x = torch.where(x >= p[SOLARIZE], 1 - x, x)
+        # A constant image stays constant: its pixels differ by the rounding of their weights.
+        x = torch.where(x >= p[SOLARIZE] - 1e-6, 1 - x, x)
         if p[NOISE] > 0:
             x = x + p[NOISE] * noise_ref(keys[m], channels, size).to(wide)
         views.append(x.clamp(0, 1))
@@ -238,7 +239,7 @@ def _fake(
 
 
 torch.library.register_fake("fastssl::render_views", _fake, lib=lib)
-on_cuda("augment", "render_views", render_views_ref)
+on_cuda("augment", "render_views", render_views_ref, "goes view by view on the CPU")
 
 
 # -------------------------------------------------------------------------- 8. public function
@@ -289,20 +290,25 @@ def render_views(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes or devices; images that require a gradient; on
-            the CPU also crops that are empty, not finite or beyond 2^20 pixels, images not within
-            `pixels`, sources that are no image, noise without a key.
+            the CPU also float images not in [0, 1], crops that are empty, not finite or beyond 2^20
+            pixels, images not within `pixels`, sources that are no image, contrast twice in a view,
+            noise without a key.
 
-    Memory: the result. No image or view is stored between the operations but those in work, one a
-        thread: a view in float32, and the rows of the image that 16 of its rows take.
+    Memory: the result. On the CPU no image or view is stored between the operations but those in
+        work, one a thread: a view in float32, and the rows of the image that 16 of its rows take.
+        On a GPU a buffer of the result's shape, float16 for a result of 16 bits, else float32; and
+        one in float32 for noise.
 
-    Notes: computed in float32, weights in float64, rounded once; a view's bits depend on nothing
-        but its image and its row. A NaN of a float image stays one wherever it reaches. Saturation,
+    Notes: computed in float32 and rounded once; but on a GPU pixels of a result of 16 bits wait for
+        contrast and blur in float16. Weights of the crop are computed in float64 on the CPU, on a
+        GPU in float32 from distances in float64. On one device a view's bits depend on nothing but
+        its image and its row. A NaN of a float image stays one wherever it reaches. Saturation,
         hue and grey are skipped unless C is 3; contrast then is about the mean of all channels. The
         blur covers about a tenth of the view, with reflected edges.
 
     Example:
         >>> images, params = torch.zeros(2, 3, 40, 40, dtype=torch.uint8), torch.zeros(2, PARAMS)
-        >>> params[:, X1], params[:, Y1], params[:, FIRST:GRAY], params[:, SOLARIZE] = 40, 40, -1, 2
+        >>> params[:, X1 : Y1 + 1], params[:, FIRST:GRAY], params[:, SOLARIZE] = 40, -1, torch.inf
         >>> render_views(images, params, 32).shape
         torch.Size([2, 3, 32, 32])
 
@@ -314,6 +320,10 @@ def render_views(
         raise TypeError(
             f"{name}: pixels must be a uint8 tensor, or float32 in [0, 1], got {got}. "
             "Convert it, with 16-bit images divided by 65535."
+        )
+    if not isinstance(params, Tensor):
+        raise TypeError(
+            f"{name}: params must be a tensor (M, {PARAMS}), got {type(params).__name__}."
         )
     if pixels.requires_grad or params.requires_grad:
         raise ValueError(f"{name}: views take no gradient. Use .detach().")
@@ -366,9 +376,9 @@ def render_views(
         raise ValueError(
             f'{name}: interpolation must be "bilinear" or "bicubic", got {interpolation!r}.'
         )
-    if size < 1 or channels < 1:
+    if not isinstance(size, int) or size < 1 or channels < 1:
         raise ValueError(
-            f"{name}: size and channels must be at least 1, got {size} and {channels}."
+            f"{name}: size and channels must be whole and at least 1, got {size} and {channels}."
         )
     mean = [0.0] * channels if mean is None else list(mean)
     std = [1.0] * channels if std is None else list(std)
@@ -380,6 +390,13 @@ def render_views(
     params = params.float().contiguous()
     offsets, sizes, source = (x.long().contiguous() for x in (offsets, sizes, source))
     if device.type == "cpu" and not torch.compiler.is_compiling():
+        if pixels.is_floating_point() and pixels.numel():
+            low, high = (float(x) for x in pixels.aminmax())
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"{name}: float pixels must be in [0, 1], got {low:g} to {high:g}. Divide "
+                    "values of 0 to 255 by 255."
+                )
         if packed and len(offsets):
             _check_images(name, pixels, offsets, sizes, channels)
         if M:
@@ -426,6 +443,12 @@ def _check_views(
         raise ValueError(
             f"{name}: crops must be x0 < x1, y0 < y1, they and the angle within 2^20, got "
             f"{tuple(box[m].tolist())} of view {m}."
+        )
+    twice = (params[:, FIRST:GRAY] == CONTRAST - BRIGHTNESS).sum(1) > 1
+    if twice.any():
+        raise ValueError(
+            f"{name}: a view must have contrast once at most, got it twice in view "
+            f"{int(twice.int().argmax())}."
         )
     if noise_key is None and params[:, NOISE].amax() > 0:
         raise ValueError(f"{name}: views with noise need noise_key, got None.")

@@ -108,8 +108,8 @@ def _dequantize_fake(codes, absmax, block_size, signed):
 
 torch.library.register_fake("fastssl::quantize_blockwise", _quantize_fake, lib=lib)
 torch.library.register_fake("fastssl::dequantize_blockwise", _dequantize_fake, lib=lib)
-on_cuda("blockwise", "quantize_blockwise", quantize_ref)
-on_cuda("blockwise", "dequantize_blockwise", dequantize_ref)
+on_cuda("blockwise", "quantize_blockwise", quantize_ref, "holds fp32 copies in memory")
+on_cuda("blockwise", "dequantize_blockwise", dequantize_ref, "holds fp32 copies in memory")
 
 
 # ----------------------------------------------------------------------------------- the step
@@ -281,4 +281,4 @@ lib.define(
 )
 lib.impl("blockwise_step_", blockwise_step_ref, "CompositeExplicitAutograd")
 torch.library.register_fake("fastssl::blockwise_step_", lambda *args: None, lib=lib)
-on_cuda("blockwise", "blockwise_step_", blockwise_step_ref)
+on_cuda("blockwise", "blockwise_step_", blockwise_step_ref, "goes tensor by tensor")

@@ -222,15 +222,17 @@ torch.library.register_fake("fastssl::contrastive_bwd", _bwd_fake, lib=lib)
 # imported at the first call; without Triton the reference runs and says so once.
 
 
-def on_cuda(module: str, name: str, reference) -> None:
-    """Registers `fastssl.kernels.<module>.<name>` for CUDA tensors, or the reference."""
+def on_cuda(
+    module: str, name: str, reference, cost: str = "holds all N x M logits in memory"
+) -> None:
+    """Registers `fastssl.kernels.<module>.<name>` for CUDA tensors, or the reference at a cost."""
 
     @functools.cache
     def kernel():
         if importlib.util.find_spec("triton") is None:
             warnings.warn(
-                f"fastssl: Triton is not installed, so {name} on CUDA holds all N x M logits in "
-                "memory. Install triton >= 3.6.",
+                f"fastssl: Triton is not installed, so {name} on CUDA {cost}. Install "
+                "triton >= 3.6.",
                 stacklevel=3,
             )
             return reference

@@ -27,4 +27,4 @@ def ema_ref(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> Non
 lib.define("ema_(Tensor(a!)[] averages, Tensor[] values, Tensor weight) -> ()")
 lib.impl("ema_", ema_ref, "CompositeExplicitAutograd")
 torch.library.register_fake("fastssl::ema_", lambda averages, values, weight: None, lib=lib)
-on_cuda("ema", "ema_", ema_ref)
+on_cuda("ema", "ema_", ema_ref, "goes tensor by tensor")

@@ -130,9 +130,11 @@ def _bwd_fake(student, *_):
 torch.library.register_fake("fastssl::prototype_loss_fwd", _fwd_fake, lib=lib)
 torch.library.register_fake("fastssl::prototype_loss_bwd", _bwd_fake, lib=lib)
 torch.library.register_fake("fastssl::prototype_loss_bwd_", lambda *_: None, lib=lib)
-on_cuda("prototype_loss", "prototype_loss_fwd", prototype_loss_fwd_ref)
-on_cuda("prototype_loss", "prototype_loss_bwd", prototype_loss_bwd_ref)
-on_cuda("prototype_loss", "prototype_loss_bwd_", prototype_loss_bwd_ref_)
+on_cuda("prototype_loss", "prototype_loss_fwd", prototype_loss_fwd_ref, "copies all scores to fp32")
+on_cuda("prototype_loss", "prototype_loss_bwd", prototype_loss_bwd_ref, "copies all scores to fp32")
+on_cuda(
+    "prototype_loss", "prototype_loss_bwd_", prototype_loss_bwd_ref_, "copies all scores to fp32"
+)
 
 
 class PrototypeLoss(torch.autograd.Function):

@@ -55,8 +55,8 @@ def _codes_fake(scores, scale, bias):
 
 torch.library.register_fake("fastssl::sinkhorn_pass", _pass_fake, lib=lib)
 torch.library.register_fake("fastssl::sinkhorn_codes", _codes_fake, lib=lib)
-on_cuda("prototypes", "sinkhorn_pass", sinkhorn_pass_ref)
-on_cuda("prototypes", "sinkhorn_codes", sinkhorn_codes_ref)
+on_cuda("prototypes", "sinkhorn_pass", sinkhorn_pass_ref, "copies all scores to fp32")
+on_cuda("prototypes", "sinkhorn_codes", sinkhorn_codes_ref, "copies all scores to fp32")
 
 
 def _log_sums(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -113,9 +113,9 @@ def _bwd_fake(z, directions, series, spacing):
 torch.library.register_fake("fastssl::sigreg_directions", _directions_fake, lib=lib)
 torch.library.register_fake("fastssl::sigreg_fwd", _fwd_fake, lib=lib)
 torch.library.register_fake("fastssl::sigreg_bwd", _bwd_fake, lib=lib)
-on_cuda("sigreg", "sigreg_directions", sigreg_directions_ref)
-on_cuda("sigreg", "sigreg_fwd", sigreg_fwd_ref)
-on_cuda("sigreg", "sigreg_bwd", sigreg_bwd_ref)
+on_cuda("sigreg", "sigreg_directions", sigreg_directions_ref, "computes in fp64")
+on_cuda("sigreg", "sigreg_fwd", sigreg_fwd_ref, "holds all knots x N x S angles in memory")
+on_cuda("sigreg", "sigreg_bwd", sigreg_bwd_ref, "holds all knots x N x S angles in memory")
 
 
 class SigReg(torch.autograd.Function):

@@ -123,7 +123,7 @@ def _of_view(index: Tensor, sizes: Tensor, s: Tensor, seed: int, epoch: int, vie
     out[:, GRAY] = (u[:, U_GRAY] < s[GRAY_P]).double()
     blurred = u[:, U_BLUR] < s[BLUR_P]
     out[:, SIGMA] = torch.where(blurred, _between(s[BLUR : BLUR + 2], u[:, U_BLUR + 1]), 0)
-    out[:, SOLARIZE] = torch.where(u[:, U_SOLARIZE] < s[SOLARIZE_P], s[THRESHOLD], 2)
+    out[:, SOLARIZE] = torch.where(u[:, U_SOLARIZE] < s[SOLARIZE_P], s[THRESHOLD], torch.inf)
     out[:, NOISE] = s[NOISE_STD]
     return out.float()
 
@@ -155,4 +155,4 @@ def _fake(index, sizes, spec, seed, epoch):
 
 
 torch.library.register_fake("fastssl::view_parameters", _fake, lib=lib)
-on_cuda("view_parameters", "view_parameters", view_parameters_ref)
+on_cuda("view_parameters", "view_parameters", view_parameters_ref, "goes view by view")
