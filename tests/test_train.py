@@ -452,7 +452,7 @@ def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatc
     assert settle(tiny(tmp_path), 1)[0].workers == 8
 
 
-def testlearning_rate():
+def test_learning_rate():
     config = PretrainConfig(lr=2.0, warmup_epochs=2.0)
     rates = [learning_rate(config, step, 5, 50) for step in range(50)]
     assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
@@ -501,23 +501,27 @@ def test_two_processes_share_the_batch(images, tmp_path, tiny):
     assert torch.equal(w0, w1)
     whole = epoch_order(100, 20, seed=0, epoch=0)
     assert len(seen0) == len(seen1) == len(whole) == 5
-    one = []
+    one, threads = [], torch.get_num_threads()
     real = SimCLR.loss
+    torch.set_num_threads(1)
     try:
         SimCLR.loss = lambda self, batch: (one.append(batch), real(self, batch))[1]
         pretrain(tiny(tmp_path / "one", epochs=1, optimizer="sgd", lr=0.1))
     finally:
         SimCLR.loss = real
+        torch.set_num_threads(threads)
     for row, batch, a, b in zip(whole, one, seen0, seen1, strict=True):
         assert torch.equal(torch.cat((a[0], b[0])), row) and torch.equal(batch.index, row)
         assert torch.equal(torch.cat((a[1], b[1])), batch.views[0])
     # The loss, BatchNorm and gradients of one process; a rank's own negatives or statistics, or
     # gradients of another scale, would change weights by more than a tenth of what they moved.
+    # Rounding grows from step to step where ReLUs switch, hence as many threads as the ranks have.
     records = [read_metrics(tmp_path / name) for name in ("run", "one")]
     assert len(records[0]) == 5
     for got, want in zip(*records, strict=True):
         for name in ("step", "loss", "lr", "grad_norm"):
-            assert got[name] == pytest.approx(want[name], rel=1e-4), name
+            first = got["step"] == 1
+            assert got[name] == pytest.approx(want[name], rel=1e-5 if first else 1e-3), name
     start = random_backbone(tmp_path / "one")[0].state_dict()
     got, want = last(tmp_path / "run")["model"], last(tmp_path / "one")["model"]
     moved = (want["backbone.conv.weight"] - start["conv.weight"]).abs().max()
