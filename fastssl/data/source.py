@@ -13,7 +13,7 @@ class TensorSource:
     Args:
         name: what `fastssl.data.load` calls it.
         images: (N, C, H, W) uint8, or float32 in [0, 1].
-        labels: (N,) int64, -1 where there is none.
+        labels: (N,) int64, -1 where there is none; or (N, classes) of 0 and 1.
         class_names: one name a class.
         mirror: whether a mirror image still shows the same thing (not so for digits and text).
 
@@ -39,11 +39,11 @@ class TensorSource:
                 "TensorSource: images must be a tensor (N, C, H, W), uint8 or float32 in [0, 1], "
                 f"got {_kind(images)}."
             )
-        N = len(images)
-        if getattr(labels, "dtype", None) != torch.int64 or labels.shape != (N,):
+        N, C = len(images), len(class_names)
+        if getattr(labels, "dtype", None) != torch.int64 or labels.shape not in ((N,), (N, C)):
             raise TypeError(
-                f"TensorSource: labels must be a tensor ({N},) int64, one an image, got "
-                f"{_kind(labels)}. Without labels give torch.full(({N},), -1)."
+                f"TensorSource: labels must be a tensor ({N},) int64, one an image, or ({N}, {C}) "
+                f"of 0 and 1, got {_kind(labels)}. Without labels give torch.full(({N},), -1)."
             )
         if images.is_floating_point() and images.numel():
             _refuse_strange_values(images)
@@ -63,7 +63,7 @@ class TensorSource:
         return self.images[i], int(self.labels[i]), i
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and labels (B,) int64 of samples `index` (B,), where they lie."""
+        """Images (B, C, H, W) and labels (B, ...) int64 of samples `index` (B,), where they lie."""
         return self.images[index], self.labels[index]
 
     def to(self, device: torch.device | str) -> "TensorSource":
