@@ -520,8 +520,7 @@ def test_two_processes_share_the_batch(images, tmp_path, tiny):
     assert len(records[0]) == 5
     for got, want in zip(*records, strict=True):
         for name in ("step", "loss", "lr", "grad_norm"):
-            first = got["step"] == 1
-            assert got[name] == pytest.approx(want[name], rel=1e-5 if first else 1e-3), name
+            assert got[name] == pytest.approx(want[name], rel=1e-4), name
     start = random_backbone(tmp_path / "one")[0].state_dict()
     got, want = last(tmp_path / "run")["model"], last(tmp_path / "one")["model"]
     moved = (want["backbone.conv.weight"] - start["conv.weight"]).abs().max()
