@@ -85,6 +85,19 @@ def losses(out):
     return [(record["step"], record["loss"]) for record in read_metrics(out)]
 
 
+def test_a_loss_and_what_follows_a_step_know_how_far_the_run_is(tmp_path, monkeypatch, tiny):
+    seen, real = [], SimCLR.loss
+    monkeypatch.setattr(
+        SimCLR, "loss", lambda self, batch: (seen.append(batch), real(self, batch))[1]
+    )
+    monkeypatch.setattr(SimCLR, "after_step", lambda self, *steps: seen.append(steps))
+    pretrain(tiny(tmp_path))
+    assert [(b.step, b.total_steps, b.epoch) for b in seen[::2]] == [
+        (t, 10, t / 5) for t in range(10)
+    ]
+    assert seen[1::2] == [(t + 1, 10) for t in range(10)]
+
+
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
     """A run that was never stopped."""
@@ -92,7 +105,7 @@ def whole(images, tmp_path_factory):
 
 
 def stop_after(monkeypatch, step):
-    def after_step(self, done):
+    def after_step(self, done, total):
         if done == step:
             signal.raise_signal(signal.SIGINT)
 
@@ -129,7 +142,7 @@ def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
         "from fastssl.config import PretrainConfig\n"
         "from fastssl.methods import SimCLR\n"
         "from fastssl.train import pretrain\n"
-        "SimCLR.after_step = lambda self, step: (print('step', step, flush=True), time.sleep(.1))\n"
+        "SimCLR.after_step = lambda self, t, _: (print('step', t, flush=True), time.sleep(.1))\n"
         "pretrain(PretrainConfig(data=sys.argv[2], out=sys.argv[1], image_size=8, epochs=2,\n"
         "                        batch_size=20, log_every=1, lr=3e-3, device='cpu'))"
     )
@@ -480,7 +493,7 @@ def test_two_processes_share_the_batch(images, tmp_path, tiny):
         "def loss(self, batch):\n"
         "    seen.append((batch.index.clone(), batch.views[0].clone()))\n"
         "    return real(self, batch)\n"
-        "def after_step(self, step):\n"
+        "def after_step(self, step, total):\n"
         "    w = torch.cat([p.detach().flatten() for p in self.parameters()])\n"
         "    torch.save((seen, w), f'{sys.argv[1]}/rank{dist.get_rank()}.pt')\n"
         "SimCLR.loss, SimCLR.after_step = loss, after_step\n"

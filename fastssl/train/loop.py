@@ -176,9 +176,12 @@ class _Training:
         views = augment(
             images, index, self.views, seed=config.seed, epoch=epoch, channels_last=True
         )
+        batch = Batch(
+            views, index, label, self.step, self.total_steps, self.step / self.steps_per_epoch
+        )
         autocast = self.precision == "bf16"
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast):
-            loss, scalars = self.objective(Batch(views, index, label))
+            loss, scalars = self.objective(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.step += 1
@@ -189,7 +192,7 @@ class _Training:
             gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
             scalars = {**scalars, "grad_norm": nn.utils.get_total_norm(gradients)}
         self.optimizer.step()
-        self.method.after_step(self.step)
+        self.method.after_step(self.step, self.total_steps)
         self.meter.count(config.batch_size)
         if logging:
             self._log(epoch, lr, {"loss": loss, **scalars})
