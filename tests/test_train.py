@@ -27,6 +27,7 @@ from fastssl.ops import (
     prototype_usage,
     sinkhorn_bias,
 )
+from fastssl.random import step_seed
 from fastssl.train import (
     load_backbone,
     load_checkpoint,
@@ -36,7 +37,7 @@ from fastssl.train import (
 )
 from fastssl.train.metrics import read_metrics
 from fastssl.train.ranks import Ranks
-from fastssl.train.setup import learning_rate, settle
+from fastssl.train.setup import settle
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -136,7 +137,10 @@ def test_resumed_run_has_the_same_bits(whole, tmp_path, monkeypatch, capsys, ste
     assert torch.equal(one(x), other(x))
 
 
-def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
+@pytest.mark.parametrize(
+    "number, codes", [(signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (143,))]
+)
+def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny, number, codes):
     code = (
         "import sys, time\n"
         "from fastssl.config import PretrainConfig\n"
@@ -154,9 +158,9 @@ def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
     )
     while "step 3" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode in codes
     assert "saved in" in err and "resume=True" in err
     assert 3 <= last(tmp_path)["step"] < 10
     run = pretrain(tiny(tmp_path, resume=True))
@@ -294,9 +298,30 @@ def test_infinite_loss_stops_with_advice(tmp_path, monkeypatch, tiny):
         return (value / 0 if self.calls == 2 else value), scalars
 
     monkeypatch.setattr(SimCLR, "loss", loss)
-    with pytest.raises(FloatingPointError, match="not finite at step 2 .*lower lr"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite at step 2 .*lower lr"):
         pretrain(tiny(tmp_path, log_every=4))
     assert not (tmp_path / "checkpoints").exists()
+    batch = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert (batch["step"], batch["epoch"], batch["what"]) == (2, 0, "loss")
+    assert batch["parameter"] == "backbone.conv.weight"  # all are infinite, and this is the first
+    assert batch["index"] == epoch_order(100, 20, seed=0, epoch=0)[1:2].tolist()
+    assert batch["step_seeds"] == [step_seed(0, 1, 0)]
+
+
+def test_infinite_gradient_of_a_finite_loss_stops_too(tmp_path, monkeypatch, tiny):
+    real = SimCLR.loss
+
+    def loss(self, batch):
+        value, scalars = real(self, batch)
+        if batch.step == 4:  # the root's slope at 0
+            weight = self.head[3].weight
+            value = value + (weight - weight.detach()).square().sum().sqrt()
+        return value, scalars
+
+    monkeypatch.setattr(SimCLR, "loss", loss)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 5 .*head.3.w"):
+        pretrain(tiny(tmp_path, log_every=5))
+    assert json.loads((tmp_path / "bad_batch.json").read_text())["what"] == "gradient"
 
 
 def test_collapse_is_announced(tmp_path, monkeypatch, tiny):
@@ -463,15 +488,6 @@ def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatc
         assert settle(tiny(tmp_path), 1)[0].workers == workers
     monkeypatch.delattr(os, "sched_getaffinity")
     assert settle(tiny(tmp_path), 1)[0].workers == 8
-
-
-def test_learning_rate():
-    config = PretrainConfig(lr=2.0, warmup_epochs=2.0)
-    rates = [learning_rate(config, step, 5, 50) for step in range(50)]
-    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
-    assert rates[10] == 2.0 and rates[30] == pytest.approx(1.0) and 0 < rates[49] < 0.01
-    config = PretrainConfig(lr=2.0, warmup_epochs=0.0)
-    assert learning_rate(config, 0, 5, 50) == 2.0
 
 
 def test_digits_loss_falls(tmp_path):
