@@ -78,7 +78,7 @@ def pretrain(config: PretrainConfig) -> Run:
         ranks.close()
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """A method as DistributedDataParallel wants it: `forward` is the loss."""
 
     def __init__(self, method: nn.Module):
@@ -119,7 +119,7 @@ class _Training:
         self.step, self.seconds, self.corrupt_before = 0, 0.0, {}
         if config.resume:
             self._restore()
-        self.objective = _Objective(method)
+        self.objective = Objective(method)
         if ranks.world > 1:
             self.objective = DistributedDataParallel(self.objective)
 
