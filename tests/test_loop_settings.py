@@ -122,6 +122,9 @@ def test_chunks_of_the_batch_have_its_gradients():
     x = batch().views[0]
     torch.testing.assert_close(one.features(x), other.features(x), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(copied(x), one.features(x), atol=1e-2)
+    with torch.no_grad():
+        seen.clear(), one.features(x)
+    assert seen == [16]
 
 
 def test_chunks_say_that_batch_norm_is_not_exact():

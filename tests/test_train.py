@@ -20,7 +20,7 @@ from fastssl.augment import prepare
 from fastssl.config import PretrainConfig
 from fastssl.data import epoch_order, load
 from fastssl.methods import METHODS, SimCLR
-from fastssl.methods.recipes import RECIPES
+from fastssl.methods.recipes import EVERY, RECIPES
 from fastssl.ops import (
     effective_prototypes,
     prototype_cross_entropy,
@@ -40,7 +40,7 @@ from fastssl.train.ranks import Ranks
 from fastssl.train.setup import settle
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("yaml")
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("safetensors")
 
 
@@ -467,17 +467,58 @@ def test_vit_with_lars_in_bf16(tmp_path, tiny):
     assert torch.isfinite(torch.tensor(run.metrics["loss"]))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "lars8bit", "sgd8bit"])
-def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, optimizer, monkeypatch):
-    whole = pretrain(tiny(tmp_path / "whole", optimizer=optimizer))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw8bit"},
+        {"optimizer": "lars8bit"},
+        {"optimizer": "sgd8bit", "final_weight_decay": 0.1, "layer_decay": 0.7, "min_lr": 1e-4},
+        {"optimizer": "lamb8bit", "sam_rho": 0.05, "max_grad_norm": 1.0, "chunk": 7},
+    ],
+    ids=lambda settings: settings["optimizer"],
+)
+@pytest.mark.filterwarnings("ignore:chunk")
+def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, settings, monkeypatch):
+    whole = pretrain(tiny(tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(tiny(tmp_path / "part", optimizer=optimizer))
-    run = pretrain(tiny(tmp_path / "part", optimizer=optimizer, resume=True))
+            pretrain(tiny(tmp_path / "part", **settings))
+    run = pretrain(tiny(tmp_path / "part", resume=True))  # all settings are in the run
     states = last(run.path)["optimizer"]["state"].values()
     assert torch.uint8 in {x.dtype for state in states for x in state.values()}
     assert_equal_states(last(run.path), last(whole.path))
+    assert losses(run.path) == losses(whole.path)
+
+
+def test_scaler_and_skipped_steps_resume(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("fastssl.train.setup.precision", lambda config, device: "fp16")
+    large = partial(torch.amp.GradScaler, init_scale=2.0**60)  # so that steps are skipped
+    monkeypatch.setattr("torch.amp.GradScaler", large)
+    whole = pretrain(tiny(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(tmp_path / "part"))
+    run = pretrain(tiny(tmp_path / "part", resume=True))
+    assert_equal_states(last(run.path), last(whole.path))
+    assert last(run.path)["update"] == last(whole.path)["update"]
+    assert read_metrics(run.path)[-1]["skipped_steps"] == 10
+
+
+def test_a_run_older_than_a_setting_resumes_without_it(whole, tmp_path, tiny):
+    old = tmp_path / "old"
+    shutil.copytree(whole.path, old)
+    state = {k: v for k, v in last(old).items() if k != "update"}
+    torch.save(state | {"step": 5}, old / "checkpoints" / "last.pt")
+    values = yaml.safe_load((old / "config.yaml").read_text())
+    later = {*EVERY, "final_weight_decay", "compile"}
+    values = {name: value for name, value in values.items() if name not in later}
+    (old / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="sam_rho is 0.05, the run has 0.0. Leave"):
+        pretrain(tiny(old, resume=True, sam_rho=0.05))
+    assert pretrain(tiny(old, resume=True)).metrics["steps"] == 10
+    assert yaml.safe_load((old / "config.yaml").read_text())["freeze"] == []
 
 
 def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatch):

@@ -210,6 +210,14 @@ def precision(config: PretrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+class _Chunked(GradCache):
+    """A GradCache where there are gradients; evaluation and export meet the network itself."""
+
+    def forward(self, *args, **kwargs):
+        forward = super().forward if torch.is_grad_enabled() else self.encoder
+        return forward(*args, **kwargs)
+
+
 def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
     """How the backbone and a teacher's run: so many images at a time, compiled. The names of their
     parameters stay."""
@@ -222,7 +230,7 @@ def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
                 "batch. They are with frozen BatchNorms or with none, as in vit_small.",
                 stacklevel=4,
             )
-        cache = GradCache(backbone.forward, chunk)
+        cache = _Chunked(backbone.forward, chunk)
         backbone.forward = cache.forward
     if compiled:  # a kernel for each size of the views
         (cache.encoder if chunk else backbone).compile(dynamic=False)
