@@ -223,7 +223,7 @@ class _Training:
                 "parameter": parameter,
                 "seed": config.seed,
                 "step_seeds": [step_seed(config.seed, step - 1, r) for r in range(ranks.world)],
-                "index": [part["index"] for part in parts],
+                "index": [part["index"] if part in parts else None for part in each],
             })  # fmt: skip
         raise FloatingPointError(
             f"pretrain: the {what} is not finite at step {step} (lr {config.lr}, "
