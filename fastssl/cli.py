@@ -191,7 +191,7 @@ def _add(parser, name: str, help_text: str, **settings) -> None:
 def _metavar(kind) -> str:
     from .config import type_name
 
-    names = {"a whole number": "N", "a number": "X", "text": "TEXT"}
+    names = {"a whole number": "N", "a number": "X", "text": "TEXT", "a list": "LIST"}
     name = type_name(kind).removesuffix(" or none")
     return names.get(name, "|".join(name.replace(" or ", ", ").split(", ")))
 
