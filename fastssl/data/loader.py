@@ -23,6 +23,12 @@ class Batch:
     """(B,) int64: the samples' numbers in their source."""
     label: Tensor
     """(B,) int64, -1 where there is none."""
+    step: int = 0
+    """Steps done before this one."""
+    total_steps: int = 1
+    """Those of the whole run."""
+    epoch: float = 0.0
+    """Passes over the data done before this step, with the part of the current one."""
 
 
 def epoch_order(

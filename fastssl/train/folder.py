@@ -94,6 +94,11 @@ def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> N
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
+def write_bad_batch(folder: Path, batch: dict[str, Any]) -> None:
+    """bad_batch.json: the step whose loss or gradient was not finite, its images and seeds."""
+    (folder / "bad_batch.json").write_text(json.dumps(batch, indent=2) + "\n")
+
+
 def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:
     """corrupt.txt: the files that could not be read and why; none where all could."""
     if corrupt:

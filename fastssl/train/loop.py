@@ -27,7 +27,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .health import Health
 from .metrics import Meter, MetricsLog, Progress, read_metrics
 from .ranks import Ranks
-from .stop import StopSignal
+from .stop import StopSignal, stopped
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def pretrain(config: PretrainConfig) -> Run:
     the weights are those of one process but for rounding. Results do not depend on `workers`; the
     order and the augmentation of the samples do not depend on the number of ranks either.
 
-    An interrupt (SIGINT or SIGTERM) finishes the current step, saves, says how to resume and raises
-    KeyboardInterrupt; a second SIGINT stops at once. A resumed run computes the same bits as one
-    that was never stopped, given the same machine and number of threads.
+    An interrupt finishes the current step, saves, says how to resume and raises: KeyboardInterrupt
+    for SIGINT, SystemExit(143) for SIGTERM; a second SIGINT stops at once. A resumed run computes
+    the same bits as one that was never stopped, given the same machine and number of threads.
 
     Args:
         config: what to do; unset fields come from the method's recipe for the data.
@@ -63,8 +64,10 @@ def pretrain(config: PretrainConfig) -> Run:
         ValueError: a setting that cannot work, or one that differs from the run to be resumed.
         FileExistsError: `out` holds a run and resume is not set. FileNotFoundError: no data, or
             nothing to resume.
-        FloatingPointError: the loss is not finite.
-        OSError: the disk is full. KeyboardInterrupt: stopped from outside, after saving.
+        FloatingPointError: a loss or gradient is not finite; bad_batch.json in the run's folder
+            names the step, its images and seeds.
+        OSError: the disk is full. KeyboardInterrupt, SystemExit: stopped from outside, after
+            saving.
     """
     ranks = Ranks.start(config.device)
     try:
@@ -75,7 +78,7 @@ def pretrain(config: PretrainConfig) -> Run:
         ranks.close()
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """A method as DistributedDataParallel wants it: `forward` is the loss."""
 
     def __init__(self, method: nn.Module):
@@ -101,24 +104,26 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         method = method_class(config.method)(backbone, **config.method_args)
         method = method.to(ranks.device, memory_format=torch.channels_last)
+        setup.freeze(method, config.freeze)
         if ranks.world > 1:
             method = SyncBatchNorm.convert_sync_batchnorm(method)
-        self.method = method.train()
+        self.method = setup.train_mode(method, config.freeze)
+        setup.encode(method, config.chunk, compiled=config.compile)
         self.views = method.views(config.image_size, source)
         self.feed = resident(source, ranks.device)
-        self.optimizer = setup.build_optimizer(config, method)
+        self.optimizer = setup.build_optimizer(config, method, ranks.device)
+        self.schedule = setup.Schedule(
+            config, self.optimizer, self.steps_per_epoch, self.total_steps
+        )
+        self.update = Update(config, method, self.optimizer, ranks.device, self.precision)
         self.step, self.seconds, self.corrupt_before = 0, 0.0, {}
         if config.resume:
             self._restore()
-        self.objective = _Objective(method)
+        self.objective = Objective(method)
         if ranks.world > 1:
             self.objective = DistributedDataParallel(self.objective)
 
-        # The step of the first loss that is not finite, 0 for none; on the device, so that no step
-        # waits for the host.
-        self.first_bad = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        warmup_steps = config.warmup_epochs * self.steps_per_epoch
-        self.health = Health(config.lr, warmup_steps, self.total_steps)
+        self.health = Health(config.lr, self.schedule.warmup_steps, self.total_steps)
 
     def run(self) -> Run:
         # Every rank has looked for an earlier run before one of them writes.
@@ -135,13 +140,13 @@ class _Training:
                 for images, label, index in self.meter.waiting(loader):
                     self._train_step(images, label, index)
                     self.seconds = time.perf_counter() - started
-                    stopping = self.ranks.largest(stop.received) > 0
-                    stopping = stopping and self.step < self.total_steps
+                    received = self.ranks.largest(stop.received)
+                    stopping = received if self.step < self.total_steps else 0
                     if stopping or self._is_due(self.config.save_every * self.steps_per_epoch):
                         self._save()
                     if stopping:
                         self._say_stopped()
-                        raise KeyboardInterrupt
+                        raise stopped(stopping)
         return self._finish(trained=self.step > first_step)
 
     def _loader(self):
@@ -170,38 +175,28 @@ class _Training:
         config = self.config
         epoch = self.step // self.steps_per_epoch
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
-        lr = setup.learning_rate(config, self.step, self.steps_per_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        rates = self.schedule.apply(self.step)
         views = augment(
             images, index, self.views, seed=config.seed, epoch=epoch, channels_last=True
         )
-        autocast = self.precision == "bf16"
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast):
-            loss, scalars = self.objective(Batch(views, index, label))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch = Batch(
+            views, index, label, self.step, self.total_steps, self.step / self.steps_per_epoch
+        )
+        scalars = self.update(self.objective, batch)
         self.step += 1
-        bad = ~loss.detach().isfinite() & (self.first_bad == 0)
-        self.first_bad = torch.where(bad, self.step, self.first_bad)
-        logging = self._is_due(config.log_every)
-        if logging:
-            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-            scalars = {**scalars, "grad_norm": nn.utils.get_total_norm(gradients)}
-        self.optimizer.step()
-        self.method.after_step(self.step)
+        self.method.after_step(self.step, self.total_steps)
         self.meter.count(config.batch_size)
-        if logging:
-            self._log(epoch, lr, {"loss": loss, **scalars})
+        if self._is_due(config.log_every):
+            self._log(epoch, rates, scalars)
         self.progress.step(self.step)
 
-    def _log(self, epoch: int, lr: float, scalars: dict[str, Tensor | float]) -> None:
+    def _log(self, epoch: int, rates: dict[str, float], scalars: dict[str, Tensor | float]) -> None:
         """One line of metrics; scalars are means over the ranks, of this step."""
-        self._refuse_bad_loss()
+        self._refuse_bad_step()
         numbers = [torch.as_tensor(x, device=self.ranks.device) for x in scalars.values()]
         means = torch.stack([x.detach().float() for x in numbers])
         values = dict(zip(scalars, self.ranks.mean(means).tolist(), strict=True))
-        record = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), "lr": lr}
+        record = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), **rates}
         record |= {**self.meter.read(), **values}
         if self.log is None:
             return
@@ -210,18 +205,37 @@ class _Training:
         for message in self.health.messages(record):
             warnings.warn(message, stacklevel=2)
 
-    def _refuse_bad_loss(self) -> None:
-        step = self.ranks.largest(int(self.first_bad))
-        if step:
-            raise FloatingPointError(
-                f"pretrain: the loss is not finite at step {step} (lr {self.config.lr}, "
-                f"{self.config.optimizer}, {self.precision}, {self.config.method_args}). Try a "
-                "lower lr, more warmup_epochs or a higher temperature; with bf16 try precision "
-                "fp32. The last checkpoint is from before that step."
-            )
+    def _refuse_bad_step(self) -> None:
+        found = self.update.watch.read()
+        step = -self.ranks.largest(-found["step"] if found else -self.total_steps - 1)
+        if step > self.total_steps:
+            return
+        config, ranks = self.config, self.ranks
+        each = ranks.gather(found)  # the loss may be finite on some ranks
+        parts = [part for part in each if part and part["step"] == step]
+        what = "loss" if any(part["what"] == "loss" for part in parts) else "gradient"
+        parameter = parts[0]["parameter"]
+        if ranks.main:
+            folder.write_bad_batch(self.out, {
+                "step": step,
+                "epoch": (step - 1) // self.steps_per_epoch,
+                "what": what,
+                "parameter": parameter,
+                "seed": config.seed,
+                "step_seeds": [step_seed(config.seed, step - 1, r) for r in range(ranks.world)],
+                "index": [part["index"] for part in parts],
+            })  # fmt: skip
+        raise FloatingPointError(
+            f"pretrain: the {what} is not finite at step {step} (lr {config.lr}, "
+            f"{config.optimizer}, {self.precision}, {config.method_args}); the first parameter "
+            f"whose gradient is not: {parameter}. Its images and seeds are in "
+            f"{self.out}/bad_batch.json. Try a lower lr, more warmup_epochs, max_grad_norm or "
+            "a higher temperature; with bf16 or fp16 try precision fp32. The last checkpoint is "
+            "from before that step."
+        )
 
     def _save(self) -> None:
-        self._refuse_bad_loss()
+        self._refuse_bad_step()
         corrupt = self._corrupt()
         if self.ranks.main:
             folder.write_corrupt(self.out, corrupt)
@@ -231,6 +245,7 @@ class _Training:
                 "step": self.step,
                 "model": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "update": self.update.state_dict(),
                 "seconds": self.seconds,
                 "corrupt": corrupt,
             }
@@ -244,6 +259,7 @@ class _Training:
         state = load_checkpoint(path, method=self.config.method)
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict(state.get("update", {}))
         self.step, self.seconds = state["step"], state["seconds"]
         met = state["corrupt"]  # a list of paths where the run began before reasons were kept
         self.corrupt_before = met if isinstance(met, dict) else dict.fromkeys(met, "")
