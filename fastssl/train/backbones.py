@@ -14,8 +14,7 @@ from ..data import load
 from ..extras import require
 from ..models import build_backbone
 from ..random import permutation
-
-_FILE = "backbone.safetensors"
+from .weights import EXPORTED
 
 
 def seeded_backbone(config: dict[str, Any], channels: int) -> nn.Module:
@@ -36,7 +35,7 @@ def export_backbone(backbone: nn.Module, folder: Path, config, source) -> None:
         RuntimeError: the reloaded network computes something else.
     """
     safetensors = require("safetensors.torch", "train")
-    path = folder / _FILE
+    path = folder / EXPORTED
     weights = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     metadata = {
         "format": "pt",
@@ -79,7 +78,7 @@ def load_backbone(run_path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         FileNotFoundError: not a run, or a run that has not finished.
     """
     backbone, info = _initial(Path(run_path))
-    weights = require("safetensors.torch", "train").load_file(Path(run_path) / _FILE)
+    weights = require("safetensors.torch", "train").load_file(Path(run_path) / EXPORTED)
     backbone.load_state_dict(weights)
     return backbone.eval(), info
 
@@ -103,7 +102,7 @@ def random_backbone(
 
 def _initial(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The run's network at its initial weights, leaving torch's generator as it was."""
-    config_path, weights_path = folder / "config.yaml", folder / _FILE
+    config_path, weights_path = folder / "config.yaml", folder / EXPORTED
     if not config_path.is_file():
         raise FileNotFoundError(
             f"load_backbone: {folder} is not a run: it has no config.yaml. "
@@ -111,7 +110,7 @@ def _initial(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     if not weights_path.is_file():
         raise FileNotFoundError(
-            f"load_backbone: {folder} has no {_FILE}: the run has not finished. "
+            f"load_backbone: {folder} has no {EXPORTED}: the run has not finished. "
             "Resume it with resume=True (--resume) and the same out."
         )
     config = require("yaml", "train").safe_load(config_path.read_text())

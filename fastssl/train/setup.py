@@ -12,7 +12,7 @@ from ..config import PretrainConfig
 from ..data import epoch_order, load
 from ..methods.recipes import resolve
 from ..optim import LARS, AdamW8bit, LARS8bit, SGD8bit, param_groups
-from . import folder
+from . import folder, weights
 
 
 def settle(config: PretrainConfig, world: int):
@@ -25,6 +25,9 @@ def settle(config: PretrainConfig, world: int):
         As `fastssl.train.pretrain`.
     """
     saved = folder.saved_config(config)
+    config = dataclasses.replace(config, init_from=weights.absolute(config.init_from))
+    if saved is None and config.backbone is None and config.init_from:
+        config = dataclasses.replace(config, backbone=weights.recorded_backbone(config.init_from))
     config = resolve(config if saved is None else folder.unset_from(config, saved))
     source = load(config.data, "train", config.image_size, config.max_side)
     batch_size = config.batch_size
