@@ -14,7 +14,7 @@ from ..data import load
 from ..extras import require
 from ..models import build_backbone
 from ..random import permutation
-from .weights import EXPORTED
+from .weights import EXPORTED, ROLES, fit, read_weights
 
 
 def seeded_backbone(config: dict[str, Any], channels: int) -> nn.Module:
@@ -62,11 +62,14 @@ def export_backbone(backbone: nn.Module, folder: Path, config, source) -> None:
         )
 
 
-def load_backbone(run_path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_backbone(
+    run_path: str | Path, weights: str = "student"
+) -> tuple[nn.Module, dict[str, Any]]:
     """The trained backbone of a run, in eval mode on the CPU, and what one must know to use it.
 
     Args:
         run_path: the run's folder.
+        weights: "student", or "teacher" of a method that has one.
 
     Returns:
         backbone: (B, channels, image_size, image_size) float, as `fastssl.augment.prepare` makes
@@ -75,11 +78,16 @@ def load_backbone(run_path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             method, config (the resolved configuration as a dict).
 
     Raises:
-        FileNotFoundError: not a run, or a run that has not finished.
+        FileNotFoundError: not a run, or a run that has not finished. ValueError: no such weights.
     """
+    if weights not in ROLES:
+        raise ValueError(f'load_backbone: weights must be "student" or "teacher", got {weights!r}.')
     backbone, info = _initial(Path(run_path))
-    weights = require("safetensors.torch", "train").load_file(Path(run_path) / EXPORTED)
-    backbone.load_state_dict(weights)
+    state = read_weights(run_path, weights)
+    if weights == "teacher":
+        fit(backbone, state, f"{run_path}'s checkpoint", weights, caller="load_backbone")
+    else:
+        backbone.load_state_dict(state)
     return backbone.eval(), info
 
 

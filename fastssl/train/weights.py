@@ -159,7 +159,11 @@ def published(name: str, library: str) -> dict[str, Tensor]:
 
 
 def fit(
-    backbone: nn.Module, weights: Mapping[str, Tensor], where: str, role: str | None = None
+    backbone: nn.Module,
+    weights: Mapping[str, Tensor],
+    where: str,
+    role: str | None = None,
+    caller: str = "init_from",
 ) -> dict[str, Any]:
     """Load weights into a backbone in place, by name whatever stands before it.
 
@@ -171,6 +175,7 @@ def fit(
     Args:
         backbone: on the CPU. weights: tensors by name. where: what messages call them.
         role: take the "teacher" of a pair, or the "student"; None: the student if there are both.
+        caller: what messages begin with.
 
     Returns:
         init_from, before_names, names (whose they are), loaded and of (numbers of tensors),
@@ -181,7 +186,7 @@ def fit(
             or there is no teacher.
     """
     own = backbone.state_dict()
-    style, plan, prefix = _match(weights, own, where, role)
+    style, plan, prefix = _match(weights, own, f"{caller}: {where}", role)
     loaded, resized, misfits = {}, [], []
     for name, parts in plan.items():
         if not all(prefix + part in weights for part in parts):
@@ -198,7 +203,7 @@ def fit(
         loaded[name] = value
     if misfits:
         raise ValueError(
-            f"init_from: {len(misfits)} tensors of {where} have another shape: "
+            f"{caller}: {where} has {len(misfits)} tensors of another shape: "
             f"{'; '.join(misfits[:3])}. Choose the backbone and image_size they were trained with."
         )
     backbone.load_state_dict({**own, **loaded})
@@ -234,17 +239,16 @@ def _match(
     ]
     if role and not candidates:
         raise ValueError(
-            f"init_from: {where} holds no {role} of this backbone; its names are {_few(weights)}. "
-            f"Leave out `:{role}`."
+            f"{where} holds no {role} of this backbone, whose names are {_few(own)}; it has "
+            f"{_few(weights)}. Take the {'student' if role == 'teacher' else 'teacher'}."
         )
     # Of equals the student, then the least before the names, then the style that comes first.
     best = max(candidates, key=lambda c: c[:3], default=(0.0, True, 0, "own", ""))
     share, *_, style, prefix = best
     if share < 0.5:
         raise ValueError(
-            f"init_from: {share:.0%} of the backbone's tensors are in {where}, too few to start "
-            f"from. Its names are {_few(weights)}; the backbone's are {_few(own)}. Choose the "
-            "backbone that the weights are of."
+            f"{where} has {share:.0%} of the backbone's tensors, too few to start from. Its names "
+            f"are {_few(weights)}; the backbone's are {_few(own)}. Choose the backbone they are of."
         )
     return style, styles[style], prefix
 
