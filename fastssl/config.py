@@ -34,6 +34,9 @@ class PretrainConfig:
     """Keyword arguments of the method's class, e.g. temperature."""
     backbone: str | None = None
     """`resnet_small`, `vit_small`, `timm:NAME` or `torchvision:NAME`."""
+    init_from: str | None = None
+    """Weights to start from: a run's folder, a .safetensors or .pt file (with `:teacher` its
+    teacher), or `timm`, `torchvision` for what they publish; none: random."""
     image_size: int | None = None
     """Side of the training crops in pixels; none: the size of the data."""
     epochs: int | None = None

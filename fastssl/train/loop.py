@@ -21,7 +21,7 @@ from ..data import Batch, batches, epoch_order, resident
 from ..dist import SyncBatchNorm
 from ..methods import method_class
 from ..random import step_seed
-from . import folder, setup
+from . import folder, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .health import Health
@@ -102,6 +102,7 @@ class _Training:
         self.precision = setup.precision(config, ranks.device)
 
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
+        self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
         method = method.to(ranks.device, memory_format=torch.channels_last)
         setup.freeze(method, config.freeze)
@@ -132,6 +133,7 @@ class _Training:
         self.log = None
         if self.ranks.main:
             folder.write_description(self.config, self.ranks, self.precision)
+            weights.report(self.out, self.initial)
             self.log = MetricsLog(self.out, self.step)
         self.progress = Progress(self.total_steps, self.step, silent=not self.ranks.main)
         self.meter = Meter()

@@ -29,7 +29,7 @@ from ..optim import (
     param_groups_layer_decay,
 )
 from ..optim.blockwise import Blockwise
-from . import folder
+from . import folder, weights
 
 
 def settle(config: PretrainConfig, world: int):
@@ -42,6 +42,9 @@ def settle(config: PretrainConfig, world: int):
         As `fastssl.train.pretrain`.
     """
     saved = folder.saved_config(config)
+    config = dataclasses.replace(config, init_from=weights.absolute(config.init_from))
+    if saved is None and config.backbone is None and config.init_from:
+        config = dataclasses.replace(config, backbone=weights.recorded_backbone(config.init_from))
     if saved is not None:
         saved = completed(saved)
         config = folder.unset_from(config, saved)
