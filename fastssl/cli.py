@@ -149,7 +149,8 @@ def _pretrain_parser(method: str | None) -> _Parser:
             continue
         help_text = " ".join(text[field.name].split())
         if field.type is bool:
-            _add(parser, field.name, help_text, action="store_true")
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            _add(parser, field.name, help_text, action=action)
             continue
         if field.default is not None:
             help_text += f" Default: {field.default}."
