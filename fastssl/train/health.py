@@ -96,8 +96,9 @@ class Health:
         if step > self._warmup and spread < COLLAPSED_FEATURE_STD:
             news["feature_std"] = (
                 f"the features are collapsing (feature_std {spread:.3f}): the backbone gives "
-                f"nearly the same for every image. Try a lower lr than {self._lr} or more warmup_epochs, "
-                "less weight_decay, and look whether the loss has a term that keeps images apart."
+                f"nearly the same for every image. Try a lower lr than {self._lr}, more "
+                "warmup_epochs or less weight_decay, and look whether the loss has a term that "
+                "keeps images apart."
             )
         symptoms = {}
         if "prototypes" in record and step > self._warmup:
