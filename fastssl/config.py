@@ -91,6 +91,11 @@ class PretrainConfig:
     """Of the weights, the order of the images, and their augmentation."""
     log_every: int | None = None
     """Steps between two lines of metrics; none: about a hundred lines, at most 50 steps apart."""
+    monitor: bool = True
+    """Log probe_top1, knn_top1, rankme and feature_std of the training features; never changes the
+    weights."""
+    trackers: str | None = None
+    """Where metrics also go: any of tensorboard, wandb, mlflow; commas between."""
     save_every: int = 5
     """Epochs between two checkpoints; the last step is always saved."""
     resume: bool = False
@@ -100,6 +105,10 @@ class PretrainConfig:
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
         if self.out is None:
             self.out = f"runs/{self.method}"
+        for name in filter(None, (self.trackers or "").split(",")):
+            if name not in _TRACKERS:
+                hint = nearest(name, _TRACKERS)
+                raise ValueError(f"config: trackers must be known ones, got {name!r}. {hint}")
         arguments = method_arguments(self.method)
         self.method_args = _checked(self.method_args, arguments, "config: method_args")
         for name, least in _LEAST.items():
@@ -108,6 +117,7 @@ class PretrainConfig:
                 raise ValueError(f"config: {name} must be a finite number >= {least}, got {value}.")
 
 
+_TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
 _LEAST |= {"save_every": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
 _LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}

@@ -14,7 +14,7 @@ from ..extras import require
 from .ranks import Ranks
 
 # A run may change these when it resumes: they do not change what is computed.
-_FREE = frozenset("out workers device log_every save_every resume".split())
+_FREE = frozenset("out workers device log_every monitor trackers save_every resume".split())
 
 
 def checkpoint_path(folder: str | Path) -> Path:

@@ -26,8 +26,10 @@ from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .health import Health
 from .metrics import Meter, MetricsLog, Progress, read_metrics
+from .monitors import READ_STEPS, Monitor
 from .ranks import Ranks
 from .stop import StopSignal, stopped
+from .trackers import Trackers
 from .update import Update
 
 
@@ -117,6 +119,7 @@ class _Training:
             config, self.optimizer, self.steps_per_epoch, self.total_steps
         )
         self.update = Update(config, method, self.optimizer, ranks.device, self.precision)
+        self.monitor = Monitor(method.backbone, source, ranks, on=config.monitor)
         self.step, self.seconds, self.corrupt_before = 0, 0.0, {}
         if config.resume:
             self._restore()
@@ -127,6 +130,10 @@ class _Training:
         self.health = Health(config.lr, self.schedule.warmup_steps, self.total_steps)
 
     def run(self) -> Run:
+        settings = dataclasses.asdict(self.config)
+        self.trackers = Trackers(
+            self.config.trackers, self.out, settings, step=self.step, on=self.ranks.main
+        )
         # Every rank has looked for an earlier run before one of them writes.
         self.ranks.barrier()
         started, first_step = time.perf_counter() - self.seconds, self.step
@@ -137,7 +144,7 @@ class _Training:
             self.log = MetricsLog(self.out, self.step)
         self.progress = Progress(self.total_steps, self.step, silent=not self.ranks.main)
         self.meter = Meter()
-        with StopSignal() as stop, closing(self.progress):
+        with StopSignal() as stop, closing(self.progress), self.trackers, self.monitor:
             with closing(self._loader()) as loader:
                 for images, label, index in self.meter.waiting(loader):
                     self._train_step(images, label, index)
@@ -187,6 +194,7 @@ class _Training:
         scalars = self.update(self.objective, batch)
         self.step += 1
         self.method.after_step(self.step, self.total_steps)
+        self.monitor.step(label, index)
         self.meter.count(config.batch_size)
         if self._is_due(config.log_every):
             self._log(epoch, rates, scalars)
@@ -200,11 +208,15 @@ class _Training:
         values = dict(zip(scalars, self.ranks.mean(means).tolist(), strict=True))
         record = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), **rates}
         record |= {**self.meter.read(), **values}
+        if self._is_due(-(-READ_STEPS // self.config.log_every) * self.config.log_every):
+            record |= self.monitor.read()
         if self.log is None:
             return
         self.log.write(record)
+        self.trackers.write(record)
         self.progress.record(record)
         for message in self.health.messages(record):
+            self.log.warn(self.step, message)
             warnings.warn(message, stacklevel=2)
 
     def _refuse_bad_step(self) -> None:
@@ -248,6 +260,7 @@ class _Training:
                 "model": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "update": self.update.state_dict(),
+                "monitor": self.monitor.state_dict(),
                 "seconds": self.seconds,
                 "corrupt": corrupt,
             }
@@ -262,6 +275,7 @@ class _Training:
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update.load_state_dict(state.get("update", {}))
+        self.monitor.load_state_dict(state.get("monitor", {}))
         self.step, self.seconds = state["step"], state["seconds"]
         met = state["corrupt"]  # a list of paths where the run began before reasons were kept
         self.corrupt_before = met if isinstance(met, dict) else dict.fromkeys(met, "")
