@@ -50,6 +50,8 @@ class PretrainConfig:
     """Epochs in which the learning rate rises from zero, before the cosine decay."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast, with fp32 weights; auto: bf16 on GPUs that have it, fp32 on CPUs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: the weights whole on each process, or (FSDP2) in shards over them."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` ...; auto: the GPU if there is one."""
     max_side: int | None = None
@@ -62,6 +64,8 @@ class PretrainConfig:
     """Steps between two lines of metrics; none: about a hundred lines, at most 50 steps apart."""
     save_every: int = 5
     """Epochs between two checkpoints; the last step is always saved."""
+    keep: int = 1
+    """The newest checkpoints that stay."""
     resume: bool = False
     """Go on with the run in `out` instead of starting a fresh one."""
 
@@ -78,7 +82,15 @@ class PretrainConfig:
 
 
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
-_LEAST |= {"save_every": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
+_LEAST |= {
+    "save_every": 1,
+    "keep": 1,
+    "lr": 0,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+    "workers": 0,
+    "seed": 0,
+}
 
 
 def from_dict(values: dict[str, Any], where: str = "config") -> PretrainConfig:
