@@ -82,15 +82,8 @@ class PretrainConfig:
 
 
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
-_LEAST |= {
-    "save_every": 1,
-    "keep": 1,
-    "lr": 0,
-    "weight_decay": 0,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "seed": 0,
-}
+_LEAST |= {"save_every": 1, "keep": 1, "workers": 0, "seed": 0}
+_LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
 
 
 def from_dict(values: dict[str, Any], where: str = "config") -> PretrainConfig:

@@ -7,6 +7,7 @@ shards to, by torch.distributed.checkpoint, with all else in its `state.pt`.
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,8 +222,10 @@ def _read_shards(path: Path, state: dict[str, Any], like) -> None:
                 tensors[name] = empty(
                     *size, dtype=dtype, device_mesh=mesh, placements=place.placements
                 )
-        # Each rank reads by itself: nobody waits for one that meets an error.
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        with warnings.catch_warnings():  # that torch.distributed may not be there is fine
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            # Each rank reads by itself: nobody waits for one that meets an error.
+            dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except (Exception, dcp.api.CheckpointException) as error:  # is a BaseException
         raise _not_ours(path, error) from error
     for name, (*keys, last) in places.items():

@@ -57,12 +57,13 @@ def refuse_changes(config: PretrainConfig, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: a key that changes what is computed differs; all of them are named.
     """
-    unknown_then = {f.name: f.default for f in dataclasses.fields(config)}
-    saved = {**unknown_then, **saved}  # a setting of a later version, which was as its default
+    # A run of an earlier version lacks later settings: it was as by their defaults.
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
     changes = [
-        f"{key} is {value!r}, the run has {saved[key]!r}"
+        f"{key} is {value!r}, the run has {saved.get(key, defaults[key])!r}"
         for key, value in dataclasses.asdict(config).items()
-        if key not in _FREE and value != saved[key]
+        if key not in _FREE
+        and (value != saved[key] if key in saved else defaults[key] not in (None, value))
     ]
     if changes:
         raise ValueError(
