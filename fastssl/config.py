@@ -81,6 +81,8 @@ class PretrainConfig:
     auto: bf16 on GPUs that have it, fp32 on CPUs."""
     compile: bool = False
     """Compile the backbone (torch.compile); the first steps take minutes."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: the weights whole on each process, or (FSDP2) in shards over them."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` ...; auto: the GPU if there is one."""
     max_side: int | None = None
@@ -98,6 +100,8 @@ class PretrainConfig:
     """Where metrics also go: any of tensorboard, wandb, mlflow; commas between."""
     save_every: int = 5
     """Epochs between two checkpoints; the last step is always saved."""
+    keep: int = 1
+    """The newest checkpoints that stay."""
     resume: bool = False
     """Go on with the run in `out` instead of starting a fresh one."""
 
@@ -119,7 +123,8 @@ class PretrainConfig:
 
 _TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
-_LEAST |= {"save_every": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
+_LEAST |= {"save_every": 1, "keep": 1, "workers": 0, "seed": 0}
+_LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
 _LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}
 
 

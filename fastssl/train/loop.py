@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..augment import Packed, augment
 from ..config import PretrainConfig
 from ..data import Batch, batches, epoch_order, resident
-from ..dist import SyncBatchNorm
 from ..methods import method_class
 from ..random import step_seed
-from . import folder, setup, weights
+from . import folder, parallel, setup, weights
 from .backbones import export_backbone, seeded_backbone
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, replacing
 from .health import Health
+from .kept import Checkpoints
 from .metrics import Meter, MetricsLog, Progress, read_metrics
 from .monitors import READ_STEPS, Monitor
 from .ranks import Ranks
@@ -80,17 +79,6 @@ def pretrain(config: PretrainConfig) -> Run:
         ranks.close()
 
 
-class Objective(nn.Module):
-    """A method as DistributedDataParallel wants it: `forward` is the loss."""
-
-    def __init__(self, method: nn.Module):
-        super().__init__()
-        self.method = method
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        return self.method.loss(batch)
-
-
 class _Training:
     """The state of one run in one process."""
 
@@ -106,10 +94,8 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
-        method = method.to(ranks.device, memory_format=torch.channels_last)
         setup.freeze(method, config.freeze)
-        if ranks.world > 1:
-            method = SyncBatchNorm.convert_sync_batchnorm(method)
+        method = parallel.to_ranks(method, config, ranks)
         self.method = setup.train_mode(method, config.freeze)
         setup.encode(method, config.chunk, compiled=config.compile)
         self.views = method.views(config.image_size, source)
@@ -120,12 +106,11 @@ class _Training:
         )
         self.update = Update(config, method, self.optimizer, ranks.device, self.precision)
         self.monitor = Monitor(method.backbone, source, ranks, on=config.monitor)
+        self.checkpoints = Checkpoints(self.out, ranks, config.keep)
         self.step, self.seconds, self.corrupt_before = 0, 0.0, {}
         if config.resume:
             self._restore()
-        self.objective = Objective(method)
-        if ranks.world > 1:
-            self.objective = DistributedDataParallel(self.objective)
+        self.objective = parallel.objective(method, config, ranks)
 
         self.health = Health(config.lr, self.schedule.warmup_steps, self.total_steps)
 
@@ -253,25 +238,26 @@ class _Training:
         corrupt = self._corrupt()
         if self.ranks.main:
             folder.write_corrupt(self.out, corrupt)
-            state = {
-                "method": self.config.method,
-                "config": dataclasses.asdict(self.config),
-                "step": self.step,
-                "model": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "update": self.update.state_dict(),
-                "monitor": self.monitor.state_dict(),
-                "seconds": self.seconds,
-                "corrupt": corrupt,
-            }
-            save_checkpoint(folder.checkpoint_path(self.out), state)
-        self.ranks.barrier()
+        state = {
+            "method": self.config.method,
+            "config": dataclasses.asdict(self.config),
+            "step": self.step,
+            "model": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "update": self.update.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "seconds": self.seconds,
+            "corrupt": corrupt,
+            "score": None,
+        }
+        self.checkpoints.save(state, sharded=parallel.is_sharded(self.config, self.ranks))
 
     def _restore(self) -> None:
-        path = folder.checkpoint_path(self.out)
-        if not path.exists():  # stopped before the first checkpoint: start again
+        path = self.checkpoints.last()
+        if path is None:  # stopped before the first checkpoint: start again
             return
-        state = load_checkpoint(path, method=self.config.method)
+        like = parallel.placement(self.method, self.optimizer)
+        state = load_checkpoint(path, method=self.config.method, like=like)
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update.load_state_dict(state.get("update", {}))
@@ -299,8 +285,10 @@ class _Training:
     def _finish(self, trained: bool) -> Run:
         """Export the backbone and write the summary, unless an earlier call has."""
         summary_path, corrupt = self.out / "summary.json", self._corrupt()
+        plain = seeded_backbone(dataclasses.asdict(self.config), self.source.channels)
+        backbone = parallel.gathered(self.method.backbone, plain)
         if self.ranks.main and (trained or not summary_path.exists()):
-            export_backbone(self.method.backbone, self.out, self.config, self.source)
+            export_backbone(backbone, self.out, self.config, self.source)
             images = self.total_steps * self.config.batch_size
             summary = {
                 "steps": self.total_steps,
@@ -311,6 +299,7 @@ class _Training:
                 "corrupt_images": len(corrupt),
                 "corrupt_paths": list(corrupt),
             }
-            summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+            with replacing(summary_path) as file:
+                file.write(f"{json.dumps(summary, indent=2)}\n".encode())
         self.ranks.barrier()
         return Run(self.out, json.loads(summary_path.read_text()))
