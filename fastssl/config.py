@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import os
 import types
@@ -26,8 +27,10 @@ class PretrainConfig:
     """
 
     method: str = "simclr"
-    data: str = "digits"
-    """A folder of images (subfolders are labels), or built-in `digits`, `patches` or `shapes`."""
+    data: str | list[Any] = "digits"
+    """A folder of images (subfolders are labels), a list of them (.txt, .csv), `shards:PATH` (tar),
+    `hf:NAME` (Hugging Face), .npz or .pt, `mix:FILE.yaml` (several; in YAML also a list of {data,
+    weight}), or built-in `digits`, `patches` or `shapes`."""
     out: str | None = None
     """The run's folder; none: runs/METHOD."""
     method_args: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +110,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
+        if isinstance(self.data, list):
+            self.data = f"mix:{json.dumps(self.data)}"
         if self.out is None:
             self.out = f"runs/{self.method}"
         for name in filter(None, (self.trackers or "").split(",")):

@@ -106,7 +106,9 @@ def test_few_matches_are_refused_with_both_styles(backbone, trained):
     half = dict(list(trained.items())[: len(trained) // 2 - 1])
     strange = {"encoder.0.w": torch.zeros(2), "encoder.1.w": torch.zeros(2)}
     for weights, share in ((half, r"\d\d%"), (strange, "0%")):
-        with pytest.raises(ValueError, match=f"{share} of the backbone's tensors, too few") as caught:
+        with pytest.raises(
+            ValueError, match=f"{share} of the backbone's tensors, too few"
+        ) as caught:
             fit(backbone, weights, "file")
         assert next(iter(weights)) in str(caught.value) and "conv.weight, bn.weight" in str(
             caught.value

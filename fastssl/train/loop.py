@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..augment import Packed, augment
 from ..config import PretrainConfig
-from ..data import Batch, batches, epoch_order, resident
+from ..data import Batch, batches, epoch_order, epoch_size, resident
 from ..methods import method_class
 from ..random import step_seed
 from . import folder, parallel, setup, weights
@@ -43,7 +43,7 @@ class Run:
     """Summary: steps, epochs, loss, seconds, images_per_s, corrupt_images, corrupt_paths."""
 
 
-def pretrain(config: PretrainConfig) -> Run:
+def pretrain(config: PretrainConfig, source=None) -> Run:
     """Pretrain a backbone without labels.
 
     One process under plain `python`; under `torchrun` one per rank, with the global batch split
@@ -57,6 +57,8 @@ def pretrain(config: PretrainConfig) -> Run:
 
     Args:
         config: what to do; unset fields come from the method's recipe for the data.
+        source: data given in Python in the place of `config.data`: a source, or any
+            `torch.utils.data.Dataset` (`fastssl.data.DatasetSource`).
 
     Returns:
         The run's folder and a summary; the summary is also in the folder, as summary.json.
@@ -74,7 +76,7 @@ def pretrain(config: PretrainConfig) -> Run:
     try:
         devices = [ranks.device] if ranks.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            return _Training(config, ranks).run()
+            return _Training(config, ranks, source).run()
     finally:
         ranks.close()
 
@@ -82,12 +84,12 @@ def pretrain(config: PretrainConfig) -> Run:
 class _Training:
     """The state of one run in one process."""
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks):
+    def __init__(self, config: PretrainConfig, ranks: Ranks, source):
         self.ranks = ranks
-        config, source = setup.settle(config, ranks.world)
+        config, source = setup.settle(config, ranks.world, source)
         self.config, self.source = config, source
         self.out = Path(config.out)
-        self.steps_per_epoch = len(source) // config.batch_size
+        self.steps_per_epoch = epoch_size(source) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.precision = setup.precision(config, ranks.device)
 
@@ -126,6 +128,7 @@ class _Training:
         if self.ranks.main:
             folder.write_description(self.config, self.ranks, self.precision)
             weights.report(self.out, self.initial)
+            folder.write_parts(self.out, self.source)
             self.log = MetricsLog(self.out, self.step)
         self.progress = Progress(self.total_steps, self.step, silent=not self.ranks.main)
         self.meter = Meter()
@@ -155,7 +158,7 @@ class _Training:
         first, done = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, config.epochs):
             order = epoch_order(
-                len(self.source), config.batch_size, seed=config.seed, epoch=epoch,
+                self.source, config.batch_size, seed=config.seed, epoch=epoch,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
             yield from order[done if epoch == first else 0 :]
@@ -168,10 +171,12 @@ class _Training:
         """One update of the weights. images (B, C, H, W) or packed, label and index (B,) int64."""
         config = self.config
         epoch = self.step // self.steps_per_epoch
+        # A mixture numbers a sample's second time in an epoch otherwise, so that views differ.
+        drawn, index = index, index % len(self.source)
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
         rates = self.schedule.apply(self.step)
         views = augment(
-            images, index, self.views, seed=config.seed, epoch=epoch, channels_last=True
+            images, drawn, self.views, seed=config.seed, epoch=epoch, channels_last=True
         )
         batch = Batch(
             views, index, label, self.step, self.total_steps, self.step / self.steps_per_epoch
