@@ -154,7 +154,8 @@ def _pretrain_parser(method: str | None) -> _Parser:
             continue
         help_text = " ".join(text[field.name].split())
         if bool in (field.type, *get_args(field.type)):
-            _add(parser, field.name, help_text, action="store_true")
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            _add(parser, field.name, help_text, action=action)
             continue
         if field.default is not None:
             help_text += f" Default: {field.default}."

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import os
 import types
@@ -26,14 +27,19 @@ class PretrainConfig:
     """
 
     method: str = "simclr"
-    data: str = "digits"
-    """A folder of images (subfolders are labels), or built-in `digits`, `patches` or `shapes`."""
+    data: str | list[Any] = "digits"
+    """A folder of images (subfolders are labels), a list of them (.txt, .csv), `shards:PATH` (tar),
+    `hf:NAME` (Hugging Face), .npz or .pt, `mix:FILE.yaml` (several; in YAML also a list of {data,
+    weight}), or built-in `digits`, `patches` or `shapes`."""
     out: str | None = None
     """The run's folder; none: runs/METHOD."""
     method_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the method's class, e.g. temperature."""
     backbone: str | None = None
     """`resnet_small`, `vit_small`, `timm:NAME` or `torchvision:NAME`."""
+    init_from: str | None = None
+    """Weights to start from: a run's folder, a .safetensors or .pt file (with `:teacher` its
+    teacher), or `timm`, `torchvision` for what they publish; none: random."""
     image_size: int | None = None
     """Side of the training crops in pixels; none: the size of the data."""
     epochs: int | None = None
@@ -78,6 +84,8 @@ class PretrainConfig:
     auto: bf16 on GPUs that have it, fp32 on CPUs."""
     compile: bool = False
     """Compile the backbone (torch.compile); the first steps take minutes."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: the weights whole on each process, or (FSDP2) in shards over them."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1` ...; auto: the GPU if there is one."""
     max_side: int | None = None
@@ -88,15 +96,28 @@ class PretrainConfig:
     """Of the weights, the order of the images, and their augmentation."""
     log_every: int | None = None
     """Steps between two lines of metrics; none: about a hundred lines, at most 50 steps apart."""
+    monitor: bool = True
+    """Log probe_top1, knn_top1, rankme and feature_std of the training features; never changes the
+    weights."""
+    trackers: str | None = None
+    """Where metrics also go: any of tensorboard, wandb, mlflow; commas between."""
     save_every: int = 5
     """Epochs between two checkpoints; the last step is always saved."""
+    keep: int = 1
+    """The newest checkpoints that stay."""
     resume: bool = False
     """Go on with the run in `out` instead of starting a fresh one."""
 
     def __post_init__(self):
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
+        if isinstance(self.data, list):
+            self.data = f"mix:{json.dumps(self.data)}"
         if self.out is None:
             self.out = f"runs/{self.method}"
+        for name in filter(None, (self.trackers or "").split(",")):
+            if name not in _TRACKERS:
+                hint = nearest(name, _TRACKERS)
+                raise ValueError(f"config: trackers must be known ones, got {name!r}. {hint}")
         arguments = method_arguments(self.method)
         self.method_args = _checked(self.method_args, arguments, "config: method_args")
         for name, least in _LEAST.items():
@@ -105,8 +126,10 @@ class PretrainConfig:
                 raise ValueError(f"config: {name} must be a finite number >= {least}, got {value}.")
 
 
+_TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
-_LEAST |= {"save_every": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0, "workers": 0, "seed": 0}
+_LEAST |= {"save_every": 1, "keep": 1, "workers": 0, "seed": 0}
+_LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
 _LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}
 
 

@@ -27,7 +27,7 @@ yaml = pytest.importorskip("yaml")
         ({"lr": [1]}, "lr must be a number or none, got [1] (list)."),
         ({"seed": None}, "seed must be a whole number, got None (NoneType)."),
         ({"resume": "yes"}, "resume must be true or false, got 'yes'."),
-        ({"data": 3}, "data must be text, got 3 (int)."),
+        ({"data": 3}, "data must be text or a list, got 3 (int)."),
         (
             {"optimizer": "adamv"},
             "must be adamw, adam, sgd, lars, lamb, lion, adamw8bit, adam8bit, sgd8bit, lars8bit, "

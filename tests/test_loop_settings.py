@@ -17,7 +17,7 @@ from fastssl.methods.recipes import resolve
 from fastssl.models import ResNetSmall, ViTSmall
 from fastssl.optim import SAM
 from fastssl.train import setup
-from fastssl.train.loop import Objective
+from fastssl.train.parallel import Objective
 from fastssl.train.update import Update
 
 CPU = torch.device("cpu")

@@ -177,6 +177,7 @@ def test_run_folder(whole):
     record = read_metrics(whole.path)[-1]
     assert list(record) == [
         "step", "epoch", "loss", "lr", "images_per_s", "data_wait", "std", "grad_norm",
+        "rankme", "feature_std", "peak_memory_mb",
     ]  # fmt: skip
     assert 0 <= record["data_wait"] <= 1 and record["lr"] < 1.5e-3
     assert whole.metrics["steps"] == 10 and whole.metrics["corrupt_images"] == 0

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import schedules
 from ..config import PretrainConfig
-from ..data import epoch_order, load
+from ..data import epoch_order, epoch_size, load
 from ..extras import nearest
 from ..gradcache import GradCache
 from ..methods.recipes import completed, resolve
@@ -29,11 +29,15 @@ from ..optim import (
     param_groups_layer_decay,
 )
 from ..optim.blockwise import Blockwise
-from . import folder
+from . import folder, weights
 
 
-def settle(config: PretrainConfig, world: int):
+def settle(config: PretrainConfig, world: int, source=None):
     """Fill every unset field: from the run to be resumed, the recipe, and the data.
+
+    Args:
+        config: what is set. world: number of processes.
+        source: data in the place of `config.data`, as `fastssl.data.load` takes it.
 
     Returns:
         The complete configuration and the training source.
@@ -41,22 +45,30 @@ def settle(config: PretrainConfig, world: int):
     Raises:
         As `fastssl.train.pretrain`.
     """
+    if source is not None:
+        name = getattr(source, "name", f"python:{type(source).__name__}")
+        config = dataclasses.replace(config, data=name)
     saved = folder.saved_config(config)
+    config = dataclasses.replace(config, init_from=weights.absolute(config.init_from))
+    if saved is None and config.backbone is None and config.init_from:
+        config = dataclasses.replace(config, backbone=weights.recorded_backbone(config.init_from))
     if saved is not None:
         saved = completed(saved)
         config = folder.unset_from(config, saved)
     config = resolve(config)
     _refuse_misfits(config)
-    source = load(config.data, "train", config.image_size, config.max_side)
-    batch_size = config.batch_size
-    if batch_size > len(source) >= 2 * world:
-        batch_size = len(source) // world * world
+    source = load(
+        config.data if source is None else source, "train", config.image_size, config.max_side
+    )
+    images, batch_size = epoch_size(source), config.batch_size
+    if batch_size > images >= 2 * world:
+        batch_size = images // world * world
         warnings.warn(
-            f"batch_size {config.batch_size} exceeds the {len(source)} images; using {batch_size}",
+            f"batch_size {config.batch_size} exceeds the {images} images; using {batch_size}",
             stacklevel=4,
         )
-    epoch_order(len(source), batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
-    total_steps = config.epochs * (len(source) // batch_size)
+    epoch_order(images, batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
+    total_steps = config.epochs * (images // batch_size)
     # Those it may use: a scheduler or container binds it to some; not known but on Linux.
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     cores = len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
