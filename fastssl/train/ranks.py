@@ -1,6 +1,7 @@
 """Processes of a run: one under plain `python`, several under `torchrun`."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,20 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """`action()` on rank 0, for which the others wait; its error is raised on all of them."""
+        error = None
+        if self.main:
+            try:
+                action()
+            except Exception as caught:
+                if self.world == 1:
+                    raise
+                error = caught
+        told = self.gather(error)[0]
+        if told is not None:
+            raise error or told
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the ranks, on the host."""
