@@ -2,11 +2,12 @@
 
   fastssl pretrain METHOD [DATA] --out RUN    learn a backbone from images without labels
   fastssl evaluate RUN                        measure what its features are worth
+  fastssl report RUN [RUN ...]                one page about a run, or comparing several
   fastssl demo                                the whole loop on two small data sets, in minutes
   fastssl info                                versions, hardware, and which kernels are used
   fastssl --version
 
-`fastssl COMMAND --help` lists a command's options. Results and plots go into the run's folder.
+`fastssl COMMAND --help` lists a command's options. Results and reports go into the run's folder.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     commands = {"pretrain": _pretrain, "evaluate": _evaluate, "demo": _demo, "info": _info}
+    commands["report"] = _report
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -242,7 +244,7 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... Default: auto."
     )
-    parser.add_argument("--plots", action="store_true", help="write plots into the run's folder.")
+    parser.add_argument("--plots", action="store_true", help="write the run's report.html.")
     options = parser.parse(argv)
 
     from .evaluate import evaluate, table
@@ -265,7 +267,38 @@ def _evaluate(argv: list[str]) -> int:
     if options.plots:
         from .report import report
 
-        print("\n".join(str(path) for path in report(options.run, options.data)))
+        print(report(options.run, data=options.data))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _Parser(
+        "report",
+        "RUN [RUN ...] [--out FILE] [options]",
+        "Write one HTML page, complete in itself: curves, warnings, results, settings, and of a\n"
+        "single run views, neighbours and a map of its features; of several a comparison.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="Default: RUN/report.html; of several runs comparison.html beside the first.",
+    )
+    parser.add_argument(
+        "--data", metavar="DATA", help="images for neighbours and map. Default: those of the run."
+    )
+    parser.add_argument(
+        "--no-images",
+        dest="images",
+        action="store_false",
+        help="leave out what needs the images and the network.",
+    )
+    parser.add_argument("--tsne", action="store_true", help="also a map by t-SNE (scikit-learn).")
+    options = vars(parser.parse(argv))
+
+    from .report import report
+
+    print(report(*options.pop("runs"), **options))
     return 0
 
 
