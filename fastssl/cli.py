@@ -199,7 +199,6 @@ def _metavar(kind) -> str:
 
 def _evaluate(argv: list[str]) -> int:
     from .evaluate import PROTOCOLS, FeatureCache, evaluate, merge_results, table
-    from .evaluate.cache import FOLDER
 
     parser = _Parser(
         "evaluate",
@@ -229,7 +228,7 @@ def _evaluate(argv: list[str]) -> int:
     add("--batch-size", metavar="N", type=int, default=256,
         help="images per forward pass. Default: 256.")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... Default: auto.")
-    add("--cache", metavar="DIR", default=FOLDER, help=f"kept features. Default: {FOLDER}.")
+    add("--cache", metavar="DIR", help="kept features. Default: beside torch's cached files.")
     add("--no-cache", action="store_true", help="compute features again and keep none.")
     add("--out", metavar="FILE", help="JSON file for the results. Default: RUN/results.json.")
     add("--plots", action="store_true", help="write plots into the run's folder.")

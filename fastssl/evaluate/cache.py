@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.cache import cache_path
 from ..extras import require
-
-FOLDER = "~/.cache/fastssl/features"
 
 
 class FeatureCache:
@@ -18,18 +17,19 @@ class FeatureCache:
 
     The name of a file is a digest of the network's description and every byte of its weights and
     buffers, of the images (their pixels if they lie in memory, else path, size and time of change
-    of every file), of the labels, and of what is done to an image before the network sees it.
+    of every file or shard), of the labels, and of what is done to an image before the network.
 
     Args:
-        folder: made when the first features are kept.
+        folder: made when the first features are kept; by default beside torch's own cached files,
+            below `~/.cache/torch` or where TORCH_HOME says.
         max_bytes: of all files together; larger features than that are not kept.
 
     Notes: what a module computes beyond its description and weights, such as code that was
         changed, is not seen: keep no features of networks whose code you are working on.
     """
 
-    def __init__(self, folder: str | os.PathLike = FOLDER, max_bytes: int = 4 << 30):
-        self.folder = Path(folder).expanduser()
+    def __init__(self, folder: str | os.PathLike | None = None, max_bytes: int = 4 << 30):
+        self.folder = cache_path("features", "").parent if folder is None else Path(folder)
         self.max_bytes = max_bytes
 
     def key(self, weights: dict[str, str], description: str, split, inputs) -> str | None:
@@ -91,17 +91,16 @@ def _add_data(digest, source) -> bool:
     _add_tensor(digest, source.labels)
     if isinstance(getattr(source, "images", None), Tensor):
         _add_tensor(digest, source.images)
-    elif hasattr(source, "paths"):
-        digest.update(str(getattr(source, "max_side", None)).encode())
-        for path in source.paths:
-            try:
-                status = os.stat(path)
-            except OSError:
-                return False
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    else:
-        return False
-    return True
+        return True
+    files = getattr(source, "paths", None) or getattr(source, "shards", ())
+    digest.update(str(getattr(source, "max_side", None)).encode())
+    for path in files:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return len(files) > 0
 
 
 def _add_tensor(digest, x: Tensor) -> None:

@@ -32,6 +32,8 @@ class Labelled:
             self.masks = self._masks
 
     def __getattr__(self, name: str):
+        if name == "_source":  # not yet there while a copy is made
+            raise AttributeError(name)
         return getattr(self._source, name)
 
     def __len__(self) -> int:

@@ -1,9 +1,7 @@
 """What can be evaluated: runs, checkpoints, files of weights, models of timm and torchvision."""
 
-import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 from ..augment import HorizontalFlip, Normalize, RandomResizedCrop, View, prepare
 from ..extras import require
 from ..models import build_backbone
+from ..train.checkpoint import load_checkpoint
+from ..train.weights import PUBLISHERS, fit, published, read_weights, split_role
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ def open_network(
     """Open what is to be evaluated, in eval mode on the CPU.
 
     Args:
-        what: a run's folder; a file of weights (.safetensors, .pt, .pth, .bin), a run's checkpoint
-            among them; `timm:NAME` or `torchvision:NAME`; or a module.
+        what: a run's folder; one of its checkpoints, or a file of weights (.safetensors, .pt,
+            .pth, .bin); each may end in `:teacher` or `:student`; `timm:NAME` or
+            `torchvision:NAME`; or a module.
         weights: "pretrained" (of timm and torchvision: the published ones, which are downloaded),
             or "random": the same network before training.
         image_size: S in pixels, where it is not to be the network's own.
@@ -99,26 +100,32 @@ def open_network(
 
     Raises:
         FileNotFoundError: no such file, or not a run. ValueError: an unknown name, weights that do
-            not fit, or a missing `backbone`.
+            not fit, or a missing `backbone`. OSError: published weights that cannot be had.
     """
     if isinstance(what, nn.Module):
         return Network(what, Inputs(image_size) if image_size else None, {"weights": "as given"})
-    if str(what).partition(":")[0] in ("timm", "torchvision"):
+    if str(what).partition(":")[0] in PUBLISHERS:
         return _published(str(what), weights, image_size)
-    path = Path(what)
-    if path.is_file():
-        return _file(path, weights, image_size, backbone)
-    return _run(path, weights, image_size)
+    path, role = split_role(str(what))
+    path = Path(path).expanduser()
+    if path.is_file() or (path / "state.pt").is_file():
+        return _file(path, role, weights, image_size, backbone)
+    return _run(path, role, weights, image_size)
 
 
-def _run(run: Path, weights: str, image_size: int | None) -> Network:
+def _run(run: Path, role: str | None, weights: str, image_size: int | None) -> Network:
     from ..train import load_backbone, random_backbone
 
-    backbone, info = (load_backbone if weights == "pretrained" else random_backbone)(run)
+    if weights == "random":
+        backbone, info = random_backbone(run)
+    else:
+        backbone, info = load_backbone(run, role or "student")
     steps = json.loads((run / "summary.json").read_text())["steps"]
     about = {key: info[key] for key in ("method", "backbone")}
     about |= {"pretrained_on": info["source"], "weights": weights}
     about |= {"step": steps if weights == "pretrained" else 0}
+    if role == "teacher" and weights == "pretrained":
+        about["weights"] = "pretrained, teacher"
     inputs = Inputs(image_size or info["image_size"], channels=info["channels"])
     return Network(backbone, inputs, about, run, info["source"])
 
@@ -127,17 +134,9 @@ def _published(name: str, weights: str, image_size: int | None) -> Network:
     """A model of timm or torchvision with its own input size and normalisation, if it has them."""
     inputs = _own_inputs(name, image_size)
     backbone = _build(name, 3, inputs.size)
-    if weights == "pretrained":
-        library, _, model = name.partition(":")
-        if library == "timm":
-            size = {"img_size": inputs.size} if hasattr(backbone, "patch_embed") else {}
-            timm = require("timm", "vision")
-            published = timm.create_model(model, pretrained=True, num_classes=0, **size)
-        else:
-            models = require("torchvision.models", "vision")
-            published = models.get_model(model, weights="DEFAULT")
-        _fill(backbone, published.state_dict(), name)
     about = {"backbone": name, "weights": "published" if weights == "pretrained" else "random"}
+    if weights == "pretrained":
+        _fill(backbone, published(name, name.partition(":")[0]), name, None)
     return Network(backbone, inputs, about)
 
 
@@ -163,91 +162,59 @@ def _own_inputs(name: str, image_size: int | None) -> Inputs:
     return Inputs(image_size or size, min(1.0, crop), kind, tuple(mean), tuple(std), 3)
 
 
-def _file(path: Path, weights: str, image_size: int | None, backbone: str | None) -> Network:
-    """A backbone whose weights lie in one file, under whatever prefix."""
-    state, known = _read(path)
+def _file(
+    path: Path, role: str | None, weights: str, image_size: int | None, backbone: str | None
+) -> Network:
+    """A backbone whose weights lie in a file or a checkpoint, under whatever names."""
+    state, known = _read(path, role)
     name, size = backbone or known.get("backbone"), image_size or known.get("image_size")
     if name is None:
         raise ValueError(
             f"evaluate: {path} must say which network it is of, got none. Give backbone "
             "(--backbone), for instance timm:resnet50."
         )
-    if str(name).partition(":")[0] in ("timm", "torchvision"):
-        inputs = _own_inputs(name, int(size) if size else None)
-    else:
-        inputs = Inputs(int(size or 32))
     channels = known.get("channels")
     if channels is None:  # of the first convolution
         channels = next((w.shape[1] for w in state.values() if w.ndim == 4), 3)
-    inputs = dataclasses.replace(inputs, channels=int(channels))
-    if known.get("backbone") == name:  # trained here, on centre squares normalised as ours
-        inputs = Inputs(inputs.size, channels=int(channels))
+    ours = known.get("backbone") == name  # trained on centre squares normalised our way
+    if ours or name.partition(":")[0] not in PUBLISHERS:
+        inputs = Inputs(int(size or 32), channels=int(channels))
+    else:
+        inputs = _own_inputs(name, image_size)
     network = _build(name, int(channels), inputs.size)
     about = {"backbone": name, "weights": weights, "file": str(path)}
     about |= {key: known[key] for key in ("method", "data", "step") if key in known}
     if weights == "pretrained":
-        about["keys"] = _fill(network, state, str(path))
+        about |= _fill(network, state, str(path), role)
     return Network(network, inputs, about, data=known.get("data"))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, role: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and what the file says about them."""
     if path.suffix == ".safetensors":
         with require("safetensors", "train").safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            return read_weights(path, role), file.metadata() or {}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler and the zip reader raise many types
-        raise ValueError(
-            f"evaluate: {path} must be a file of weights, got {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}. Save a state_dict of tensors."
-        ) from error
-    known = {}
-    if isinstance(content, Mapping) and isinstance(content.get("config"), Mapping):
-        config = content["config"]
-        known = {key: config[key] for key in ("backbone", "image_size", "method", "data")}
-        known["step"] = content.get("step")
-    tensors = dict(_tensors(content, ""))
-    if not tensors:
-        raise ValueError(f"evaluate: {path} must hold tensors, got none. Save a state_dict.")
-    return tensors, known
+        checkpoint = load_checkpoint(path)
+    except ValueError:  # somebody else's
+        return read_weights(path, role), {}
+    known = {key: checkpoint["config"][key] for key in ("backbone", "image_size", "data")}
+    known |= {key: checkpoint[key] for key in ("method", "step")}
+    return checkpoint["model"], known
 
 
-def _tensors(content: Any, prefix: str):
-    """Tensors of nested dictionaries with their path as the name, without optimizers' states."""
-    if isinstance(content, Tensor):
-        yield prefix, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            if key not in ("optimizer", "optimizer_state_dict"):
-                yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _fill(network: nn.Module, state: dict[str, Tensor], where: str) -> str:
-    """Load `state` into the network, whatever stands before its names; return what that was."""
-    own = network.state_dict()
-    wanted = [key for key in own if not key.endswith("num_batches_tracked")]
-    anchor = max(wanted, key=len)
-    prefixes = {key[: -len(anchor)]: 0 for key in state if key.endswith(anchor)} or {"": 0}
-    for prefix in prefixes:
-        prefixes[prefix] = sum(prefix + key in state for key in wanted)
-    prefix = max(prefixes, key=prefixes.get)
-    missing = [key for key in wanted if prefix + key not in state]
+def _fill(
+    network: nn.Module, state: dict[str, Tensor], where: str, role: str | None
+) -> dict[str, Any]:
+    """Load all of the network's weights; return what is to be said of it."""
+    found = fit(network, state, where, role, caller="evaluate")
+    missing = [name for name in found["missing"] if not name.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(
-            f"evaluate: {where} must hold the weights of the network, got no {missing[0]!r} "
-            f"({len(missing)} of {len(wanted)} are missing). Name the right backbone."
+            f"evaluate: {where} must hold all weights of the network, got no {missing[0]!r} "
+            f"({len(missing)} of {found['of']} are missing). Name the right backbone."
         )
-    for key in own:
-        found = state.get(prefix + key, own[key])
-        if found.shape != own[key].shape:
-            raise ValueError(
-                f"evaluate: {where} must fit the network, got {tuple(found.shape)} for {key!r} of "
-                f"{tuple(own[key].shape)}. Give the image_size and backbone it was trained with."
-            )
-        own[key] = found
-    network.load_state_dict(own)
-    return prefix
+    return {key: found[key] for key in ("before_names", "names", "resized") if found[key]}
 
 
 def _build(name: str, channels: int, image_size: int) -> nn.Module:
