@@ -205,7 +205,7 @@ def evaluate(
         results[name] = result
         if opened.run and main_rank():  # at once: an error in one does not cost the others
             key = train.source.name if split == "test" else f"{train.source.name} (held-out)"
-            merge_results(opened.run / "results.json", key, weights, results)
+            merge_results(opened.run / "results.json", key, opened.about["weights"], results)
     return results
 
 

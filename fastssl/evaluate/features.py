@@ -1,7 +1,8 @@
 """Features of a frozen backbone, extracted once and shared by every protocol."""
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data import TensorSource, batches
 from .cache import FeatureCache
 from .networks import Inputs
 
@@ -138,8 +140,8 @@ def forward(
     features, labels = [], []
     rank, world = process()
     mine = split.index.tensor_split(world)[rank]
-    for index in mine.split(batch_size) if len(mine) else ():
-        images, y = split.source.batch(index)
+    order = mine.split(batch_size) if len(mine) else ()
+    for images, y, index in loaded(split.source, order, device):
         h = backbone(inputs(images, index=index).to(device))
         if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != len(index):
             got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
@@ -150,6 +152,13 @@ def forward(
         features.append(h.float().cpu())
         labels.append(y.cpu())
     return gather_rows(features), gather_rows(labels)
+
+
+def loaded(source, order: Iterable[Tensor], device) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Images, labels and numbers of each batch of sample numbers, on the device; encoded images are
+    decoded ahead."""
+    workers = 0 if isinstance(source, TensorSource) else min(8, os.cpu_count() or 1)
+    return batches(source, order, workers=workers, device=device)
 
 
 def process() -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..data import epoch_order
 from ..extras import nearest, require
 from ..optim import param_groups, param_groups_layer_decay
 from ..random import step_seed
-from .features import Split, process, top1_percent
+from .features import Split, loaded, process, top1_percent
 from .kshot import draw, draw_share, percent_name
 from .layers import transformer_blocks
 from .linear import held_out
@@ -205,16 +205,16 @@ def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> 
             order = epoch_order(len(fitted), batch_size, seed=seed, epoch=epoch)
             model.train()
             with _drop_path(model.backbone, r.drop_path):
-                for number, batch in enumerate(order):
+                numbers = (fitted.index[batch] for batch in order)
+                parts = loaded(fitted.source, numbers, task.device)
+                for number, (images, y, index) in enumerate(parts):
                     step += 1
                     torch.manual_seed(step_seed(seed, step, 0))
                     at = epoch if r.milestones else epoch + number / len(order)
                     for group, lr in zip(optimizer.param_groups, base, strict=True):
                         group["lr"] = lr * _rate_factor(r, at)
-                    index = fitted.index[batch]
-                    images, y = fitted.source.batch(index)
                     x = augment(task.inputs.colour(images), index, [view], seed=seed, epoch=epoch)
-                    x, y = mix(x[0].to(task.device), y.to(task.device))
+                    x, y = mix(x[0], y)
                     loss = _loss(model, x, y, r, precision)
                     optimizer.zero_grad()
                     loss.backward()
@@ -259,10 +259,10 @@ class Classifier(nn.Module):
         """Top-1 accuracy, in percent, on centre squares."""
         self.eval()
         predicted, labels = [], []
-        for index in split.index.split(task.batch_size):
-            images, y = split.source.batch(index)
+        parts = split.index.split(task.batch_size)
+        for images, y, _ in loaded(split.source, parts, task.device):
             with _autocast(task.device, precision):
-                logits = self(task.inputs(images).to(task.device))
+                logits = self(task.inputs(images))
             predicted.append(logits.argmax(1).cpu())
             labels.append(y.cpu())
         return top1_percent(torch.cat(predicted), torch.cat(labels))
