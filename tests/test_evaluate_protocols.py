@@ -243,9 +243,9 @@ def test_subset_chooses_on_the_drawn_labels_alone():
     wrong = subset(h, y, h, y.roll(1), shares=(0.1, 0.5), draws=3)
     l2 = [[share["l2"] for share in f["protocol"]["by_share"].values()] for f in (found, wrong)]
     assert l2[0] == l2[1]
-    assert found["protocol"]["by_share"]["10%"]["labels"] == 20
-    scores = torch.tensor(found["protocol"]["by_share"]["50%"]["top1_percent"])
-    assert found["sd_percent"]["50%"] == pytest.approx(scores.std().item(), abs=1e-4)
+    assert found["protocol"]["by_share"]["10%-labels"]["labels"] == 20
+    scores = torch.tensor(found["protocol"]["by_share"]["50%-labels"]["top1_percent"])
+    assert found["sd_percent"]["50%-labels"] == pytest.approx(scores.std().item(), abs=1e-4)
 
 
 # fine-tuning

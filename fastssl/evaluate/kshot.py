@@ -100,7 +100,7 @@ def subset(
     Example:
         >>> h, y = torch.eye(4).repeat(9, 1), torch.arange(4).repeat(9)
         >>> subset(h, y, h, y, shares=(0.5,))["top1_percent"]
-        {'50%': 100.0}
+        {'50%-labels': 100.0}
 
     Paper: the fractions of SimCLR, arXiv 2002.05709, on frozen features.
     """
@@ -117,7 +117,7 @@ def subset(
             (last_h,) = standardise(h, test_h)
             top1.append(top1_percent(predict(last_h, weights), test_y))
             chosen_l2.append(protocol["l2"])
-        name = percent_name(share)
+        name = f"{percent_name(share)}-labels"
         mean[name] = sum(top1) / draws
         sd[name] = torch.tensor(top1, dtype=torch.float64).std().item()
         used[name] = {"labels": len(chosen), "l2": chosen_l2, "top1_percent": top1}

@@ -11,21 +11,25 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             one, the gap from the first to the second in percentage points, is added.
     """
     columns = list(results)
-    rows = [["top-1, %", *columns, *(["gap"] if len(columns) == 2 else [])]]
+    rows = []  # protocol, metric, cells
     for protocol in results[columns[0]]:
         of = [results[column][protocol] for column in columns]
         top1 = of[0].get("top1_percent")  # of a group report one number
         for metric in top1 if isinstance(top1, dict) else ():
             values = [result["top1_percent"][metric] for result in of]
             gap = [f"{values[1] - values[0]:+.1f}"] if len(columns) == 2 else []
-            rows.append([metric, *_cells(of, "top1_percent", metric), *gap])
+            rows.append((protocol, metric, _cells(of, "top1_percent", metric) + gap))
         for metric in of[0].get("percent", ()):
-            rows.append([f"{metric}, %", *_cells(of, "percent", metric)])
+            rows.append((protocol, f"{metric}, %", _cells(of, "percent", metric)))
         for metric, value in of[0].items():
             if isinstance(value, float):
-                rows.append([metric, *(f"{result[metric]:.2f}" for result in of)])
-    rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
-    return align(rows)
+                rows.append((protocol, metric, [f"{result[metric]:.2f}" for result in of]))
+    metrics = [metric for _, metric, _ in rows]
+    lines = [["top-1, %", *columns, *(["gap"] if len(columns) == 2 else [])]]
+    for protocol, metric, cells in rows:
+        name = f"{protocol}: {metric}" if metrics.count(metric) > 1 else metric
+        lines.append([name, *cells, *[""] * (len(lines[0]) - 1 - len(cells))])
+    return align(lines)
 
 
 def align(rows: list[list[str]], left: int = 1) -> str:
