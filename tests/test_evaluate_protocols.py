@@ -486,10 +486,20 @@ def test_the_last_map_of_known_networks(name):
     with torch.no_grad():
         maps = FeatureMap(net)(torch.randn(2, 3, 64, 64))
     assert maps.shape[:2] == (2, net.feature_dim) and maps[0, 0].numel() > 1
-    if "resnet" in name:
-        with torch.no_grad():
-            x = torch.randn(2, 3, 64, 64)
-            torch.testing.assert_close(FeatureMap(net)(x).mean((2, 3)), net(x))
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 64)
+        pooled = FeatureMap(net)(x).mean((2, 3)) if "resnet" in name else LastBlocks(net, 1)(x)
+        torch.testing.assert_close(pooled, net(x))
+
+
+def test_blocks_of_torchvisions_transformers():
+    models = pytest.importorskip("torchvision.models")
+    net = models.VisionTransformer(16, 4, 2, 2, 24, 48).eval()
+    net.heads = nn.Identity()
+    with torch.no_grad():
+        x = torch.randn(3, 3, 16, 16)
+        torch.testing.assert_close(LastBlocks(net, 2)(x)[:, :24], net(x))
+        assert FeatureMap(net)(x).shape == (3, 24, 4, 4)
 
 
 # images that are changed
@@ -502,7 +512,9 @@ def test_copies_disturbances_groups_and_views():
     assert results["robustness"]["top1_percent"]["clean"] == 100
     assert results["robustness"]["top1_percent"]["grey"] < 70  # colour is all there is
     assert results["robustness"]["worst"] == "grey"
-    assert results["groups"]["top1_percent"] == 100 and set(results["groups"]["groups"]) == {*"012"}
+    assert results["groups"]["top1_percent"]["worst-group"] == 100 and set(
+        results["groups"]["groups"]
+    ) == {*"012"}
     copies = results["copy-detection"]
     assert copies["protocol"]["copies_of_nothing"] == 15 and 0 < copies["percent"]["muap"] < 100
     same = evaluate(Net(), data, ["alignment"])["alignment"]

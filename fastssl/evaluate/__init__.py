@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .. import __version__
 from ..data import load
 from ..extras import nearest as nearest_name
 from .cache import FeatureCache
@@ -294,6 +295,8 @@ def _common(task: Task, split: str) -> dict[str, Any]:
         "image_size": task.inputs.size,
         "features": "backbone output, eval mode, float32, centre squares without augmentation",
         "inputs": task.inputs.described(),
+        "weights_digest": task.weights_digest,
+        "versions": {"fastssl": __version__, "torch": torch.__version__},
     } | task.feature_dim
 
 

@@ -14,8 +14,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     rows = []  # protocol, metric, cells
     for protocol in results[columns[0]]:
         of = [results[column][protocol] for column in columns]
-        top1 = of[0].get("top1_percent")  # of a group report one number
-        for metric in top1 if isinstance(top1, dict) else ():
+        for metric in of[0].get("top1_percent", ()):
             values = [result["top1_percent"][metric] for result in of]
             gap = [f"{values[1] - values[0]:+.1f}"] if len(columns) == 2 else []
             rows.append((protocol, metric, _cells(of, "top1_percent", metric) + gap))

@@ -1,15 +1,16 @@
 """What protocols that go back to the images receive, and the spread of several seeds."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from ..augment import View, augment
 from .cache import FeatureCache
-from .features import Split, extract, forward
+from .features import Split, extract, fingerprint, forward
 from .networks import Inputs, Network
 
 
@@ -29,6 +30,12 @@ class Task:
     @property
     def num_classes(self) -> int:
         return self.train.source.num_classes
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of the bytes of all the network's parameters and buffers."""
+        digests = fingerprint(self.network.backbone)
+        return hashlib.blake2b(repr(sorted(digests.items())).encode(), digest_size=16).hexdigest()
 
     @property
     def feature_dim(self) -> dict[str, int]:

@@ -210,7 +210,8 @@ def group_accuracy(task: Task, groups: str | os.PathLike | None = None) -> dict:
             path inside the data folder, or its number in the test split. By default classes.
 
     Returns:
-        What `group_report` gives, `calibration_error`, and the `protocol`.
+        What `group_report` gives, its three accuracies together as `top1_percent`;
+        `calibration_error`; and the `protocol`.
 
     Raises:
         ValueError: a test image without a group, or images without one label.
@@ -225,6 +226,9 @@ def group_accuracy(task: Task, groups: str | os.PathLike | None = None) -> dict:
     if groups is not None:
         names, number = _read_groups(Path(groups), task.test)
     report = group_report(logits.argmax(1) == test_y, number, names)
+    means = {"worst-group": "worst_group_percent", "group-mean": "group_mean_percent"}
+    report["top1_percent"] = {"linear": report["top1_percent"]}
+    report["top1_percent"] |= {name: report.pop(key) for name, key in means.items()}
     report["calibration_error"] = calibration_error(logits.double().softmax(1), test_y)
     return report | {"protocol": protocol | {"groups": str(groups or "classes")}}
 
@@ -252,9 +256,10 @@ def image_names(split: Split) -> list[list[str]]:
     paths = getattr(split.source, "paths", None)
     if paths is None:
         return [[] for _ in range(len(split))]
-    root = Path(split.source.name)
+    root = Path(split.source.name)  # a folder, or a list in one
+    root = root if root.is_dir() else root.parent
     return [
-        [Path(paths[i]).relative_to(root).as_posix(), Path(paths[i]).name]
+        [Path(os.path.relpath(paths[i], root)).as_posix(), Path(paths[i]).name]
         for i in split.index.tolist()
     ]
 
