@@ -54,7 +54,7 @@ def failure(capsys, *argv):
         ("pretrain simclr --lr -1", "lr must be a finite number >= 0, got -1.0"),
         ("pretrain --config nix.yaml", "cannot read nix.yaml: No such file"),
         ("pretrain --resume --out nix", "--out must be a run to resume, got 'nix'"),
-        ("evaluate", "the following arguments are required: RUN"),
+        ("evaluate", "the following arguments are required: CKPT"),
         ("evaluate nix", "nix is not a run"),
         ("evaluate nix --protocol kn", "got 'kn'. Did you mean 'knn'?"),
         ("evaluate nix --batch-size x", "argument --batch-size: invalid int value: 'x'"),
@@ -121,8 +121,10 @@ def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path, capsys):
     assert f"{file}: lr must be a number or none, got 'fast'" in message
 
 
-def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys):
+def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     argv = ["evaluate", str(run), "--data", "digits", "--protocol", "knn, diagnostics"]
+    argv += ["--cache", str(tmp_path)]
     assert main([*argv, "--random", "--plots"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["top-1,", "%", "random", "pretrained", "gap"]
