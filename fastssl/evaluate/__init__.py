@@ -20,6 +20,7 @@ from .diagnostics import (
     rankme,
     uniformity,
 )
+from .embed import Embedding, embed
 from .features import extract, frozen
 from .groups import calibration_error, group_report
 from .knn import knn, knn_leave_one_out
@@ -32,6 +33,7 @@ from .table import table
 
 __all__ = [
     "ConfusionMatrix",
+    "Embedding",
     "alignment",
     "average_precision",
     "calibration_error",
@@ -39,6 +41,7 @@ __all__ = [
     "clusters",
     "copy_detection",
     "diagnostics",
+    "embed",
     "evaluate",
     "extract",
     "feature_std",
