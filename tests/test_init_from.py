@@ -106,7 +106,9 @@ def test_few_matches_are_refused_with_both_styles(backbone, trained):
     half = dict(list(trained.items())[: len(trained) // 2 - 1])
     strange = {"encoder.0.w": torch.zeros(2), "encoder.1.w": torch.zeros(2)}
     for weights, share in ((half, r"\d\d%"), (strange, "0%")):
-        with pytest.raises(ValueError, match=f"{share} of the backbone's tensors, too few") as caught:
+        with pytest.raises(
+            ValueError, match=f"{share} of the backbone's tensors, too few"
+        ) as caught:
             fit(backbone, weights, "file")
         assert next(iter(weights)) in str(caught.value) and "conv.weight, bn.weight" in str(
             caught.value
@@ -200,7 +202,7 @@ def test_resume_ignores_the_file_it_started_from(run, tmp_path):
     path = pretrain(config(tmp_path / "run", **settings)).path
     weights.unlink()
     pretrain(config(path, resume=True))
-    with pytest.raises(ValueError, match="init_from is .*other.pt"):
+    with pytest.raises(ValueError, match="resume goes on with the run .*other.pt"):
         pretrain(config(path, resume=True, init_from=str(tmp_path / "other.pt")))
 
 

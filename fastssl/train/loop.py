@@ -24,6 +24,7 @@ from ..random import step_seed
 from . import folder, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
+from .combinations import check_views
 from .health import Health
 from .metrics import Meter, MetricsLog, Progress, read_metrics
 from .ranks import Ranks
@@ -101,11 +102,12 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
+        self.views = method.views(config.image_size, source)
+        check_views(backbone, config.backbone, self.views, source.channels, config.image_size)
         method = method.to(ranks.device, memory_format=torch.channels_last)
         if ranks.world > 1:
             method = SyncBatchNorm.convert_sync_batchnorm(method)
         self.method = method.train()
-        self.views = method.views(config.image_size, source)
         self.feed = resident(source, ranks.device)
         self.optimizer = setup.build_optimizer(config, method)
         self.step, self.seconds, self.corrupt_before = 0, 0.0, {}

@@ -13,6 +13,7 @@ from ..data import epoch_order, load
 from ..methods.recipes import resolve
 from ..optim import LARS, AdamW8bit, LARS8bit, SGD8bit, param_groups
 from . import folder, weights
+from .combinations import check_backbone, check_bf16, check_combinations
 
 
 def settle(config: PretrainConfig, world: int):
@@ -29,7 +30,13 @@ def settle(config: PretrainConfig, world: int):
     if saved is None and config.backbone is None and config.init_from:
         config = dataclasses.replace(config, backbone=weights.recorded_backbone(config.init_from))
     config = resolve(config if saved is None else folder.unset_from(config, saved))
+    # Those it may use: a scheduler or container binds it to some; not known but on Linux.
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    cores = max(1, len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    check_combinations(config, saved, world, cores)
     source = load(config.data, "train", config.image_size, config.max_side)
+    if config.image_size is None:
+        check_backbone(config.backbone, source.image_size)
     batch_size = config.batch_size
     if batch_size > len(source) >= 2 * world:
         batch_size = len(source) // world * world
@@ -39,10 +46,7 @@ def settle(config: PretrainConfig, world: int):
         )
     epoch_order(len(source), batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
     total_steps = config.epochs * (len(source) // batch_size)
-    # Those it may use: a scheduler or container binds it to some; not known but on Linux.
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    cores = len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = min(8, max(1, cores)) if config.workers is None else config.workers
+    workers = min(8, cores) if config.workers is None else config.workers
     config = dataclasses.replace(
         config,
         data=source.name,
@@ -67,6 +71,8 @@ def build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Op
 
 def precision(config: PretrainConfig, device: torch.device) -> str:
     """The precision to use, fp32 or bf16. CPUs stay in fp32: small networks gain nothing there."""
+    if config.precision == "bf16":
+        check_bf16(device)
     if config.precision != "auto":
         return config.precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
