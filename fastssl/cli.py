@@ -29,13 +29,18 @@ import textwrap
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 # What a user can cause: one message, no traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 for a result below its bound, 2 for an error."""
+    """Run one command; return the exit code.
+
+    0; 1 for a result below its bound; 2 for an error; 130 and 143 for a run that SIGINT (Ctrl-C) or
+    SIGTERM stopped and that can be resumed.
+    """
     argv = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     commands = {
         "methods": _methods,
@@ -140,10 +145,10 @@ def _pretrain(argv: list[str]) -> int:
 
     try:
         run = pretrain(config)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         if Path(config.out, "config.yaml").is_file() and _main_rank():
             print(f"resume with: fastssl pretrain --resume --out {shlex.quote(config.out)}")
-        return 130
+        return getattr(stop, "code", 130)
     if _main_rank():
         seconds, loss = run.metrics["seconds"], run.metrics["loss"]
         print(f"{run.path}: {run.metrics['steps']} steps in {seconds:.0f} s, loss {loss:.3f}")
@@ -153,17 +158,18 @@ def _pretrain(argv: list[str]) -> int:
 
 # The fields of `PretrainConfig` as the help lists them; those that are new come last.
 _GROUPS = {
-    "the run": "out resume seed save_every log_every",
+    "the run": "out resume seed save_every keep log_every monitor trackers",
     "images": "image_size max_side workers",
-    "network": "backbone init_from",
-    "optimisation": "epochs batch_size optimizer lr weight_decay warmup_epochs",
-    "machine": "device precision",
+    "network": "backbone init_from freeze",
+    "optimisation": "epochs batch_size chunk optimizer lr lr_schedule warmup_epochs min_lr"
+    " layer_decay weight_decay final_weight_decay max_grad_norm sam_rho sam_adaptive",
+    "machine": "device precision compile parallel",
 }
 
 
 def _pretrain_parser(method: str | None, data: str | None) -> _Parser:
     """Options made of the fields of `PretrainConfig` and the keyword arguments of the method."""
-    from .config import PretrainConfig, field_help
+    from .config import PretrainConfig, field_help, type_name
     from .methods import METHODS
 
     parser = _Parser(
@@ -186,13 +192,18 @@ def _pretrain_parser(method: str | None, data: str | None) -> _Parser:
         group = parser.add_argument_group(title) if names else None
         for name in names:
             help_text = " ".join(text[name].split())
-            if known[name].type is bool:
-                _add(group, name, help_text, action="store_true")
+            kind = known[name].type
+            if bool in (kind, *get_args(kind)):
+                on = known[name].default
+                action = argparse.BooleanOptionalAction if on else "store_true"
+                _add(group, name, help_text, action=action)
                 continue
+            if _metavar(kind) == "NAME":
+                help_text = f"{type_name(kind).removesuffix(' or none')}. {help_text}"
             default = recipe.get(name, known[name].default)
             if default is not None:
                 help_text += f" Default: {default}."
-            _add(group, name, help_text.strip(), metavar=_metavar(known[name].type))
+            _add(group, name, help_text.strip(), metavar=_metavar(kind))
     if method is None:
         return parser
     group = parser.add_argument_group(f"options of {method}")
@@ -243,7 +254,8 @@ def _metavar(kind) -> str:
 
     names = {"a whole number": "N", "a number": "X", "text": "TEXT"}
     name = type_name(kind).removesuffix(" or none")
-    return names.get(name, "|".join(name.replace(" or ", ", ").split(", ")))
+    choices = "|".join(name.replace(" or ", ", ").split(", "))
+    return names.get(name, choices if len(choices) < 40 else "NAME")
 
 
 def _evaluate(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..augment import pack, prepare
 from ..data import decode
-from ..data.folder import EXTENSIONS, PASSING
+from ..data.images import EXTENSIONS, PASSING
 from ..extras import require
 from .features import frozen
 

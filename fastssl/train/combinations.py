@@ -40,6 +40,15 @@ def check_combinations(
             f"pretrain: batch_size (over all processes) must be a multiple of the {world} "
             f"processes, got {B}. Use {max(1, B // world) * world}."
         )
+    if config.min_lr > config.lr:
+        raise ValueError(
+            f"pretrain: min_lr must be at most lr, which is {config.lr}, got {config.min_lr}."
+        )
+    if config.final_weight_decay > 0 == config.weight_decay:
+        raise ValueError(
+            f"pretrain: final_weight_decay must be 0 where weight_decay is, got "
+            f"{config.final_weight_decay}. Give a weight_decay to start from."
+        )
     for name, length in _queues(config).items():
         if 0 < length < B:
             raise ValueError(
@@ -53,7 +62,7 @@ def check_combinations(
             f"warmup_epochs is {config.warmup_epochs:g} of {config.epochs} epochs: the learning "
             f"rate ends before it reaches {config.lr:g}. Set warmup_epochs to a tenth of epochs."
         )
-    if config.optimizer.startswith("lars") and B < 512:
+    if config.optimizer.startswith(("lars", "lamb")) and B < 512:
         _warn(
             f"{config.optimizer} is made for batches of thousands, batch_size is {B}. With small "
             "batches adamw or sgd learn faster."

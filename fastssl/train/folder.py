@@ -11,14 +11,13 @@ import torch
 from .. import __version__
 from ..config import PretrainConfig
 from ..extras import require
+from .checkpoint import replacing
 from .ranks import Ranks
 
 # A run may change these when it resumes: they do not change what is computed.
-_FREE = frozenset("out workers device log_every save_every resume".split())
-
-
-def checkpoint_path(folder: str | Path) -> Path:
-    return Path(folder) / "checkpoints" / "last.pt"
+_FREE = frozenset(
+    "out workers parallel device log_every monitor trackers save_every keep resume".split()
+)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -39,7 +38,7 @@ def saved_config(config: PretrainConfig) -> dict[str, Any] | None:
         raise FileNotFoundError(
             f"pretrain: resume=True, but {folder} holds no run. Check out, or start without resume."
         )
-    if not config.resume and (saved is not None or checkpoint_path(folder).exists()):
+    if not config.resume and (saved is not None or (folder / "checkpoints").exists()):
         raise FileExistsError(
             f"pretrain: {folder} already holds a run. Go on with it by resume=True (--resume), or "
             "choose another out."
@@ -60,10 +59,13 @@ def refuse_changes(config: PretrainConfig, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: a key that changes what is computed differs; all of them are named.
     """
+    # A run of an earlier version lacks later settings: it was as by their defaults.
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
     changes = [
-        f"{key} is {value!r}, the run has {saved.get(key)!r}"
+        f"{key} is {value!r}, the run has {saved.get(key, defaults[key])!r}"
         for key, value in dataclasses.asdict(config).items()
-        if key not in _FREE and value != saved.get(key)
+        if key not in _FREE
+        and (value != saved[key] if key in saved else defaults[key] not in (None, value))
     ]
     if changes:
         raise ValueError(
@@ -79,7 +81,8 @@ def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> N
     folder.mkdir(parents=True, exist_ok=True)
     values = {**dataclasses.asdict(config), "resume": False}
     text = require("yaml", "train").safe_dump(values, sort_keys=False)
-    (folder / "config.yaml").write_text(text)
+    with replacing(folder / "config.yaml") as file:  # without it the run could not go on
+        file.write(text.encode())
     environment = {
         "fastssl": __version__,
         "python": platform.python_version(),
@@ -92,6 +95,18 @@ def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> N
         "precision": precision,
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def write_bad_batch(folder: Path, batch: dict[str, Any]) -> None:
+    """bad_batch.json: the step whose loss or gradient was not finite, its images and seeds."""
+    (folder / "bad_batch.json").write_text(json.dumps(batch, indent=2) + "\n")
+
+
+def write_parts(folder: Path, source) -> None:
+    """data.json: of a mixture, what each of its sources gives; see `fastssl.data.Mixture.parts`."""
+    if hasattr(source, "parts"):
+        text = json.dumps({"epoch_size": source.epoch_size, "parts": source.parts}, indent=2)
+        (folder / "data.json").write_text(text + "\n")
 
 
 def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Processes of a run: one under plain `python`, several under `torchrun`."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,20 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def on_main(self, action: Callable[[], None]) -> None:
+        """`action()` on rank 0, for which the others wait; its error is raised on all of them."""
+        error = None
+        if self.main:
+            try:
+                action()
+            except Exception as caught:
+                if self.world == 1:
+                    raise
+                error = caught
+        told = self.gather(error)[0]
+        if told is not None:
+            raise error or told
+
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the ranks, on the host."""
         x = x.detach().cpu()
@@ -69,6 +84,14 @@ class Ranks:
             dist.all_reduce(x)
             x /= self.world
         return x
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Every rank's rows one after another; all have as many."""
+        if self.world == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, of any type that can be pickled."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ..config import PretrainConfig
 from ..extras import require
 from ..models.keys import LIBRARIES, names_in
-from .folder import checkpoint_path, read_config
+from .checkpoint import load_checkpoint
+from .folder import read_config
+from .kept import last_checkpoint
 
 EXPORTED = "backbone.safetensors"
 ROLES = ("student", "teacher")
@@ -39,7 +41,7 @@ def start(config: PretrainConfig, backbone: nn.Module) -> dict[str, Any] | None:
         ValueError: weights that do not fit. OSError: published weights that cannot be had.
     """
     init_from = config.init_from
-    if init_from is None or (config.resume and checkpoint_path(config.out).exists()):
+    if init_from is None or (config.resume and last_checkpoint(config.out)):
         return None
     if init_from in PUBLISHERS:
         return fit(backbone, published(config.backbone, init_from), init_from)
@@ -80,13 +82,17 @@ def read_weights(path: str | Path, role: str | None = None) -> dict[str, Tensor]
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        exported, checkpoint = path / EXPORTED, checkpoint_path(path)
-        path = exported if exported.is_file() and role != "teacher" else checkpoint
-        if not path.is_file():
+        exported, checkpoint = path / EXPORTED, last_checkpoint(path)
+        if exported.is_file() and role != "teacher":
+            checkpoint = exported
+        if checkpoint is None:
             raise FileNotFoundError(
-                f"init_from: no weights in {path.parent.parent}: neither {EXPORTED} nor "
-                f"{checkpoint.parent.name}/{checkpoint.name}. Give a run's folder or a file."
+                f"init_from: no weights in {path}: neither {EXPORTED} nor a checkpoint. Give a "
+                "run's folder or a file."
             )
+        if checkpoint.is_dir():
+            return dict(_tensors(load_checkpoint(checkpoint)))
+        path = checkpoint
     if not path.is_file():
         raise FileNotFoundError(
             f"init_from: there is no {path}. Give a run's folder, a .safetensors or a .pt file, "

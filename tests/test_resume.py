@@ -1,0 +1,155 @@
+"""Runs that are killed and go on, with as many ranks as before or others."""
+
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from fastssl.methods import METHODS
+from fastssl.train import load_backbone, load_checkpoint
+from fastssl.train.metrics import read_metrics
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("yaml")
+pytest.importorskip("safetensors")
+
+STEPS = 8  # four an epoch
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Sixty pictures of 10 x 10 pixels; three of them cannot be read."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = torch.randint(0, 256, (60, 10, 10, 3), generator=torch.Generator().manual_seed(0))
+    for number, picture in enumerate(pixels.byte().numpy()):
+        Image.fromarray(picture).save(folder / f"{number:02}.png")
+    for number in (7, 20, 41):
+        (folder / f"{number:02}.png").write_bytes(b"broken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(images, tmp_path_factory):
+    """Trains in processes of their own; what was never stopped, once for all tests."""
+    whole = {}
+
+    def train(out, world=1, kill_at=None, watch=None, **settings):
+        settings = {"method": "simclr", "workers": 0, "save_every": 1, **settings}
+        settings |= {"data": str(images), "out": str(out), "device": "cpu", "image_size": 8}
+        settings |= {"batch_size": 14, "epochs": 2, "log_every": 1, "lr": 3e-3}
+        ends = 0 if kill_at is None else -signal.SIGKILL
+        runs.run(runs.pretrained, settings, kill_at, watch, world=world, ends=ends)
+        return Path(out)
+
+    def never_stopped(world, watch=None, **settings):
+        key = str((world, watch, settings))
+        if key not in whole:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            whole[key] = train(out, world, watch=watch, **settings)
+        return whole[key]
+
+    train.never_stopped = never_stopped
+    return train
+
+
+def last(out):
+    """The newest checkpoint of a run, whole, in whichever form."""
+    folder = Path(out) / "checkpoints"
+    return load_checkpoint(folder / ("last" if (folder / "last").exists() else "last.pt"))
+
+
+def losses(out):
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in read_metrics(out)]
+
+
+def assert_equal(one, other, where=()):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], (*where, key))
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    elif where[-1] != "seconds" and where[0] != "config":
+        assert one == other, where
+
+
+def assert_same_run(one, other):
+    assert_equal(last(one), last(other))
+    assert losses(one) == losses(other) and len(losses(one)) == STEPS
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(load_backbone(one)[0](x), load_backbone(other)[0](x))
+
+
+@pytest.mark.parametrize("world, workers", [(1, (0, 2)), (2, (2, 0))])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, workers):
+    """Also with other workers than before."""
+    whole = train.never_stopped(world, method=method)
+    kill_at = random.randrange(5, 8)
+    train(tmp_path / "run", world, kill_at, method=method, workers=workers[0])
+    assert last(tmp_path / "run")["step"] == 4 and len(losses(tmp_path / "run")) >= kill_at - 1
+    run = train(tmp_path / "run", world, method=method, workers=workers[1], resume=True)
+    assert_same_run(run, whole)
+    assert read_metrics(run)[-1]["step"] == STEPS
+    assert len((run / "corrupt.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"backbone": "vit_small"},
+        {"optimizer": "adamw8bit", "backbone": "vit_small"},
+        {"optimizer": "sgd"},
+    ],
+    ids=str,
+)
+def test_a_killed_run_in_shards_goes_on_to_the_same_bits(train, tmp_path, settings):
+    settings = {"parallel": "fsdp", "keep": 2, **settings}
+    whole = train.never_stopped(2, **settings)
+    names = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert names == {"last", "step_00000004", "step_00000008"}
+    train(tmp_path / "run", 2, random.randrange(5, 8), **settings)
+    assert last(tmp_path / "run")["step"] == 4
+    assert_same_run(train(tmp_path / "run", 2, resume=True, **settings), whole)
+
+
+FORMS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize(
+    "before, after",
+    [("ddp", "one"), ("fsdp", "one"), ("one", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")],
+)
+def test_a_run_goes_on_with_other_ranks(train, tmp_path, before, after, optimizer):
+    (world, parallel), (world_after, parallel_after) = FORMS[before], FORMS[after]
+    settings = {"backbone": "vit_small", "optimizer": optimizer, "keep": 2}
+    whole = train.never_stopped(world, watch=4, parallel=parallel, **settings)
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    for name in ("backbone.safetensors", "summary.json"):
+        (out / name).unlink()
+    checkpoints, suffix = out / "checkpoints", "" if parallel == "fsdp" else ".pt"
+    (checkpoints / f"last{suffix}").unlink()
+    (checkpoints / f"step_00000004{suffix}").rename(checkpoints / f"last{suffix}")
+    train(out, world_after, watch=4, begun=4, parallel=parallel_after, resume=True, **settings)
+
+    seen = [torch.load(whole / f"seen_{r}_of_{world}.pt") for r in range(world)]
+    again = [torch.load(out / f"seen_{r}_of_{world_after}.pt") for r in range(world_after)]
+    for one, other in zip(*(map(_joined, (seen, again))), strict=True):
+        assert torch.equal(one, other)  # the same samples, and the same views of them
+    assert losses(out)[:4] == losses(whole)[:4]
+    assert losses(out)[4][1] == pytest.approx(losses(whole)[4][1], rel=1e-4)
+    assert losses(out)[-1][1] == pytest.approx(losses(whole)[-1][1], rel=2e-2)
+    form = "last" if parallel_after == "fsdp" and world_after > 1 else "last.pt"
+    assert (checkpoints / form).exists() and last(out)["step"] == STEPS
+
+
+def _joined(seen):
+    """Sample numbers and each view over the ranks."""
+    indices, views = zip(*seen, strict=True)
+    return [torch.cat(parts) for parts in (indices, *zip(*views, strict=True))]
