@@ -172,13 +172,14 @@ def _pretrain_parser(method: str | None, data: str | None) -> _Parser:
     from .config import PretrainConfig, field_help, type_name
     from .methods import METHODS
 
+    own = (method or "").rpartition(":")[2]
     parser = _Parser(
         "pretrain",
         "METHOD [DATA] [--out RUN] [options]",
         f"Learn a backbone from images without labels. METHOD: {', '.join(METHODS)} (`fastssl "
-        "methods` tells what they are). What is not given comes from --config, then from the "
-        "method's recipe for the data."
-        + (f" The defaults below are those of {method} on {data or 'digits'}." if method else "")
+        "methods` tells what they are), or FILE.py:CLASS, a method of your own. What is not given "
+        "comes from --config, then from the method's recipe for the data."
+        + (f" The defaults below are those of {own} on {data or 'digits'}." if own else "")
         + "\n\nAn interrupted run is saved; go on with: fastssl pretrain --resume --out RUN",
     )
     text, recipe = field_help(), _recipe(method, data)
@@ -206,7 +207,7 @@ def _pretrain_parser(method: str | None, data: str | None) -> _Parser:
             _add(group, name, help_text.strip(), metavar=_metavar(kind))
     if method is None:
         return parser
-    group = parser.add_argument_group(f"options of {method}")
+    group = parser.add_argument_group(f"options of {own}")
     for name, (kind, default, text) in _method_options(method).items():
         default = recipe["method_args"].get(name, default)
         if default is not None:
