@@ -22,6 +22,7 @@ from ..random import step_seed
 from . import folder, parallel, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, replacing
+from .combinations import check_views
 from .health import Health
 from .kept import Checkpoints
 from .metrics import Meter, MetricsLog, Progress, read_metrics
@@ -96,11 +97,12 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
+        self.views = method.views(config.image_size, source)
+        check_views(backbone, config.backbone, self.views, source.channels, config.image_size)
         setup.freeze(method, config.freeze)
         method = parallel.to_ranks(method, config, ranks)
         self.method = setup.train_mode(method, config.freeze)
         setup.encode(method, config.chunk, compiled=config.compile)
-        self.views = method.views(config.image_size, source)
         self.feed = resident(source, ranks.device)
         self.optimizer = setup.build_optimizer(config, method, ranks.device)
         self.schedule = setup.Schedule(
