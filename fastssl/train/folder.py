@@ -94,15 +94,15 @@ def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> N
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def write_parts(folder: Path, source) -> None:
-    """data.json: of a mixture, what each of its sources gives; see `fastssl.data.Mixture.parts`."""
-    if hasattr(source, "parts"):
-        text = json.dumps({"epoch_size": source.epoch_size, "parts": source.parts}, indent=2)
-        (folder / "data.json").write_text(text + "\n")
-
-
 def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:
     """corrupt.txt: the files that could not be read and why; none where all could."""
     if corrupt:
         lines = (f"{path}\t{reason}\n" for path, reason in corrupt.items())
         (folder / "corrupt.txt").write_text("".join(lines), "utf-8", "surrogateescape")
+
+
+def write_parts(folder: Path, source) -> None:
+    """data.json: of a mixture, what each of its sources gives; see `fastssl.data.Mixture.parts`."""
+    if hasattr(source, "parts"):
+        text = json.dumps({"epoch_size": source.epoch_size, "parts": source.parts}, indent=2)
+        (folder / "data.json").write_text(text + "\n")
