@@ -52,10 +52,10 @@ class Mixture:
         they differ and some have several labels an image, all are -1.
 
     Example:
-        >>> from fastssl.data import Mixture, load
-        >>> mixture = Mixture([load("shapes"), load("shapes:inverted")], weights=[3, 1])
-        >>> [part["an_epoch"] for part in mixture.parts]
-        [6144, 2048]
+        >>> from fastssl.data import ShapesSource
+        >>> parts = [ShapesSource(name, size=8) for name in ("shapes", "shapes:inverted")]
+        >>> [part["an_epoch"] for part in Mixture(parts, weights=[3, 1]).parts]
+        [12, 4]
     """
 
     def __init__(
