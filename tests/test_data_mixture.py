@@ -45,12 +45,16 @@ def test_samples_labels_and_numbers():
 
     mixture = Mixture([tensors(5), tensors(3, classes=()), tensors(3, classes=("a", "z"))])
     assert mixture.batch(torch.arange(11))[1].tolist() == [0, 1, 2, 0, 1, -1, -1, -1, 3, 4, 3]
+    assert mixture.labels.tolist() == mixture.batch(torch.arange(11))[1].tolist()
     assert mixture.class_names == ("0/a", "0/b", "0/c", "2/a", "2/z")
 
     multi = ShapesSource("shapes:multi", size=4, image_size=16)
     mixture = Mixture([multi, ShapesSource("shapes", size=4, image_size=16)])
     assert mixture.batch(torch.arange(8))[1].tolist() == [-1] * 8 and mixture.num_classes == 0
-    labels = Mixture([multi, multi]).batch(torch.tensor([1, 5]))[1]
+    assert mixture.labels.tolist() == [-1] * 8
+    mixture = Mixture([multi, multi])
+    labels = mixture.batch(torch.tensor([1, 5]))[1]
+    assert torch.equal(mixture.labels[[1, 5]], labels)
     assert labels.shape == (2, 8) and torch.equal(*labels)
 
 
@@ -88,6 +92,7 @@ def test_size_matched_is_one_subset():
     assert torch.equal(
         again.batch(torch.arange(20))[0].pixels, mixture.batch(torch.arange(20))[0].pixels
     )
+    assert mixture.labels.tolist() == mixture.batch(torch.arange(20))[1].tolist()
     other = Mixture(sources, temperature=0, mode="size_matched", seed=1)
     assert not torch.equal(
         other.batch(torch.arange(20))[0].pixels, again.batch(torch.arange(20))[0].pixels

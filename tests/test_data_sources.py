@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_data import picture, unpack
 
-from fastssl.data import DatasetSource, ShardSource, TensorSource, load
+from fastssl.data import DatasetSource, ShardSource, TensorSource, batches, load
 from fastssl.data import listing as listing_module
 from fastssl.data import shards as shards_module
 from fastssl.data.listing import listing
@@ -137,6 +137,16 @@ def test_shards(shards, monkeypatch):
 
     monkeypatch.setattr(shards_module, "_scan", None)  # found out once
     assert torch.equal(load(source.name).labels, source.labels)
+
+
+def test_shards_in_folders_of_the_splits(tmp_path):
+    for part in ("train", "val"):
+        for k in range(2):
+            shard(tmp_path / part / f"{k}.tar", samples(k, 2))
+    assert len(load(f"shards:{tmp_path}")) == len(load(f"shards:{tmp_path}", "test")) == 4
+    assert load(f"shards:{tmp_path}", "test").shards[0] == f"{tmp_path}/val/0.tar"
+    with pytest.raises(FileNotFoundError, match="tar files are read by the name shards:"):
+        load(tmp_path / "val")
 
 
 def test_shards_that_change_or_whose_memory_is_broken_are_read_anew(shards, cache):
@@ -308,9 +318,16 @@ def test_every_form_of_a_sample():
 
 def test_labels_and_classes_of_torchvision():
     x = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    source = load(Samples([(x, 1), (x, 0)], targets=[1, 0], classes=["cat", "dog"]))
-    assert source.labels.tolist() == [1, 0] and source.class_names == ("cat", "dog")
-    assert load(Samples([(x, 1), (x, 0)], targets=[1, 0])).class_names == ("0", "1")
+    pairs = [(x, 1), (x, 0), (x, 2)]
+    source = load(Samples(pairs, targets=[1, 7, 2], classes=["cat", "dog", "ant"]))
+    assert source.labels.tolist() == [1, 7, 2] and source.class_names == ("cat", "dog", "ant")
+    for targets in (None, [1, 0], [1, 0, 3], ["a", "b", "c"]):  # those are not of the samples
+        source = load(Samples(pairs, targets=targets))
+        assert source.labels.tolist() == [1, 0, 2] and source.class_names == ("0", "1", "2")
+    part = torch.utils.data.Subset(Samples(pairs, targets=[1, 7, 2]), [2, 1, 0])
+    assert load(part).labels.tolist() == [2, 7, 1]
+    several = load([(x, [0, 1]), (x, [1, 1])])
+    assert several.labels.tolist() == [[0, 1], [1, 1]] and several.num_classes == 2
     datasets = pytest.importorskip("torchvision.datasets")
     fake = load(datasets.FakeData(3, (3, 8, 8)), image_size=8)
     assert fake[0][0].dtype == torch.uint8 and fake.channels == 3
@@ -378,6 +395,11 @@ def test_hugging_face(tmp_path):
     assert len(test) == 1 and test.batch(torch.tensor([0]))[0].sizes.tolist() == [[10, 23]]
     assert load(f"hf:{tmp_path}/saved:validation").labels.tolist() == [1]
     assert load(train.name).labels.tolist() == [1, 0, -1, 1] and train.where(2).endswith("saved[2]")
+    order = torch.arange(4).repeat(8).view(8, 4)
+    for (x, *_), (y, *_) in zip(
+        batches(train, order), batches(load(train.name, "train", 8), order, workers=3), strict=True
+    ):
+        assert torch.equal(x.pixels, y.pixels)
     with pytest.raises(FileNotFoundError, match="must have the split trian. Did you mean 'train'"):
         load(f"hf:{tmp_path}/saved:trian")
 

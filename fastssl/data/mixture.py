@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -143,6 +144,18 @@ class Mixture:
         drawn = torch.cat(drawn)
         return drawn[permutation(len(drawn), seed, epoch=epoch)]
 
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) or (N, classes) int64."""
+        if self._offsets is None:
+            return torch.full((len(self),), -1)
+        parts = []
+        for part, source in enumerate(self.sources):
+            y = source.labels.cpu()
+            y = y if self._subset is None else y[self._subset[part]]
+            parts.append(y if y.ndim > 1 else y.where(y < 0, y + self._offsets[part]))
+        return torch.cat(parts)
+
     @property
     def corrupt(self) -> dict[str, str]:
         """The unreadable files met so far: the reason, by path."""
@@ -229,7 +242,7 @@ def _whole(quotas: Tensor) -> Tensor:
 def _classes(sources) -> tuple[list[int] | None, tuple[str, ...]]:
     """What is added to the labels of each source, None for no labels at all; and the names."""
     names = [source.class_names for source in sources]
-    several = [source.labels.ndim > 1 for source in sources]
+    several = [isinstance(source[0][1], Tensor) for source in sources]
     if len({*zip(map(tuple, names), several, strict=True)}) == 1:
         return [0] * len(sources), tuple(names[0])
     if any(several):
