@@ -19,7 +19,7 @@ from ..config import PretrainConfig
 from ..data import Batch, batches, epoch_order, resident
 from ..methods import method_class
 from ..random import step_seed
-from . import folder, parallel, setup
+from . import folder, held_out, parallel, setup
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, replacing
 from .health import Health
@@ -82,7 +82,8 @@ class _Training:
         config, source = setup.settle(config, ranks.world)
         self.config, self.source = config, source
         self.out = Path(config.out)
-        self.steps_per_epoch = len(source) // config.batch_size
+        self.train, self.held = held_out.split(source, config.hold_out, config.seed)
+        self.steps_per_epoch = len(self.train) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.precision = setup.precision(config, ranks.device)
 
@@ -140,10 +141,10 @@ class _Training:
         first, done = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, config.epochs):
             order = epoch_order(
-                len(self.source), config.batch_size, seed=config.seed, epoch=epoch,
+                len(self.train), config.batch_size, seed=config.seed, epoch=epoch,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
-            yield from order[done if epoch == first else 0 :]
+            yield from self.train[order[done if epoch == first else 0 :]]
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
@@ -218,9 +219,23 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "seconds": self.seconds,
             "corrupt": corrupt,
-            "score": None,
+            "score": self._held_out_top1(),
         }
         self.checkpoints.save(state, sharded=parallel.is_sharded(self.config, self.ranks))
+
+    def _held_out_top1(self) -> float | None:
+        if not len(self.held):
+            return None
+        self.method.eval()
+        top1 = held_out.top1_percent(
+            self.method.features, self.source, self.train, self.held,
+            image_size=self.config.image_size, ranks=self.ranks,
+            batch_size=self.config.batch_size // self.ranks.world,
+        )  # fmt: skip
+        self.method.train()
+        if parallel.is_sharded(self.config, self.ranks):
+            self.method.reshard()  # which a backward would have done
+        return top1
 
     def _restore(self) -> None:
         path = self.checkpoints.last()
@@ -267,6 +282,9 @@ class _Training:
                 "corrupt_images": len(corrupt),
                 "corrupt_paths": list(corrupt),
             }
+            if len(self.held):
+                step, top1 = self.checkpoints.best()
+                summary |= {"best_step": step, "best_held_out_top1_percent": top1}
             with replacing(summary_path) as file:
                 file.write(f"{json.dumps(summary, indent=2)}\n".encode())
         self.ranks.barrier()

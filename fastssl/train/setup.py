@@ -12,7 +12,7 @@ from ..config import PretrainConfig
 from ..data import epoch_order, load
 from ..methods.recipes import resolve
 from ..optim import LARS, AdamW8bit, LARS8bit, SGD8bit, param_groups
-from . import folder
+from . import folder, held_out
 
 
 def settle(config: PretrainConfig, world: int):
@@ -27,15 +27,15 @@ def settle(config: PretrainConfig, world: int):
     saved = folder.saved_config(config)
     config = resolve(config if saved is None else folder.unset_from(config, saved))
     source = load(config.data, "train", config.image_size, config.max_side)
-    batch_size = config.batch_size
-    if batch_size > len(source) >= 2 * world:
-        batch_size = len(source) // world * world
+    batch_size, n = config.batch_size, len(held_out.split(source, config.hold_out, config.seed)[0])
+    if batch_size > n >= 2 * world:
+        batch_size = n // world * world
         warnings.warn(
-            f"batch_size {config.batch_size} exceeds the {len(source)} images; using {batch_size}",
+            f"batch_size {config.batch_size} exceeds the {n} images; using {batch_size}",
             stacklevel=4,
         )
-    epoch_order(len(source), batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
-    total_steps = config.epochs * (len(source) // batch_size)
+    epoch_order(n, batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
+    total_steps = config.epochs * (n // batch_size)
     # Those it may use: a scheduler or container binds it to some; not known but on Linux.
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     cores = len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
