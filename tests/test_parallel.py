@@ -55,14 +55,14 @@ def train(folder, parallel):
     losses = {}
     for case in CASES:
         method, backbone, bits = case
-        losses[case], name = [], f"{method}{bits}"
+        losses[case], name, epochs = [], f"{method}{bits}", 4 if method == "simclr" else 1
         METHODS[name] = in_bits(method, bits, parallel, losses[case])
         RECIPES[name] = RECIPES[method]
         pretrain(
             PretrainConfig(
                 method=name, data=f"{folder}/images", out=f"{folder}/{parallel}/{name}_{backbone}",
                 parallel="ddp" if parallel == "one" else parallel, backbone=backbone, device="cpu",
-                image_size=8, batch_size=8, epochs=4 if method == "simclr" else 1, lr=1e-3, workers=0,
+                image_size=8, batch_size=8, epochs=epochs, lr=1e-3, workers=0,
             )
         )  # fmt: skip
     if world == 1 or dist.get_rank() == 0:

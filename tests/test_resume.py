@@ -11,6 +11,7 @@ import torch
 
 from fastssl.methods import METHODS
 from fastssl.train import load_backbone, load_checkpoint
+from fastssl.train.checkpoint import link, remove
 from fastssl.train.metrics import read_metrics
 
 Image = pytest.importorskip("PIL.Image")
@@ -22,13 +23,16 @@ STEPS = 6  # three an epoch
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Forty-five pictures of 10 x 10 pixels; three of them cannot be read."""
+    """Fifty pictures of 10 x 10 pixels in two classes; three of them cannot be read."""
     folder = tmp_path_factory.mktemp("images")
-    pixels = torch.randint(0, 256, (45, 10, 10, 3), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (50, 10, 10, 3), generator=torch.Generator().manual_seed(0))
     for number, picture in enumerate(pixels.byte().numpy()):
-        Image.fromarray(picture).save(folder / f"{number:02}.png")
-    for number in (7, 20, 41):
-        (folder / f"{number:02}.png").write_bytes(b"broken")
+        split = "train" if number < 48 else "test"
+        path = folder / split / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+        if number in (7, 20, 41):
+            path.write_bytes(b"broken")
     return folder
 
 
@@ -98,7 +102,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, w
     assert len((run / "corrupt.txt").read_text().splitlines()) == 3
 
 
-VIT = {"backbone": "vit_small", "keep": 2}  # keep: to go on from the first checkpoint too
+# Two checkpoints stay: to go on from the first one too.
+VIT = {"backbone": "vit_small", "keep": 2, "hold_out": 0.1}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
@@ -106,7 +111,7 @@ def test_a_killed_run_in_shards_goes_on_to_the_same_bits(train, tmp_path, optimi
     settings = {"parallel": "fsdp", "optimizer": optimizer, **VIT}
     whole = train.never_stopped(2, **settings)
     names = {path.name for path in (whole / "checkpoints").iterdir()}
-    assert names == {"last", "step_00000003", "step_00000006"}
+    assert names == {"last", "best", "step_00000003", "step_00000006"}
     train(tmp_path / "run", 2, random.randrange(4, 6), **settings)
     assert last(tmp_path / "run")["step"] == 3
     assert_same_run(train(tmp_path / "run", 2, resume=True, **settings), whole)
@@ -134,8 +139,8 @@ def test_a_run_goes_on_with_other_ranks(train, tmp_path, before, after, optimize
     for name in ("backbone.safetensors", "summary.json"):
         (out / name).unlink()
     checkpoints, suffix = out / "checkpoints", "" if parallel == "fsdp" else ".pt"
-    (checkpoints / f"last{suffix}").unlink()
-    (checkpoints / f"step_00000003{suffix}").rename(checkpoints / f"last{suffix}")
+    link(checkpoints / f"last{suffix}", checkpoints / f"step_00000003{suffix}")
+    remove(checkpoints / f"step_00000006{suffix}")
     train(out, world_after, watch=3, begun=3, parallel=parallel_after, resume=True, **settings)
 
     seen = [torch.load(whole / f"seen_{r}_of_{world}.pt") for r in range(world)]
@@ -146,7 +151,7 @@ def test_a_run_goes_on_with_other_ranks(train, tmp_path, before, after, optimize
     assert losses(out)[3][1] == pytest.approx(losses(whole)[3][1], rel=1e-4)
     assert losses(out)[-1][1] == pytest.approx(losses(whole)[-1][1], rel=2e-2)
     form = "last" if parallel_after == "fsdp" and world_after > 1 else "last.pt"
-    assert (checkpoints / form).exists() and last(out)["step"] == STEPS
+    assert (checkpoints / form).exists() and load_backbone(out) and last(out)["step"] == STEPS
 
 
 def _joined(seen):

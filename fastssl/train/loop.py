@@ -208,6 +208,7 @@ class _Training:
 
     def _save(self) -> None:
         self._refuse_bad_loss()
+        score = self._held_out_top1()  # first: it may meet unreadable files
         corrupt = self._corrupt()
         if self.ranks.main:
             folder.write_corrupt(self.out, corrupt)
@@ -219,7 +220,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "seconds": self.seconds,
             "corrupt": corrupt,
-            "score": self._held_out_top1(),
+            "score": score,
         }
         self.checkpoints.save(state, sharded=parallel.is_sharded(self.config, self.ranks))
 
