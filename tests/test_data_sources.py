@@ -321,11 +321,12 @@ def test_labels_and_classes_of_torchvision():
     pairs = [(x, 1), (x, 0), (x, 2)]
     source = load(Samples(pairs, targets=[1, 7, 2], classes=["cat", "dog", "ant"]))
     assert source.labels.tolist() == [1, 7, 2] and source.class_names == ("cat", "dog", "ant")
+    assert load(Samples(pairs, targets=[1, 7, 2])).num_classes == 8
     for targets in (None, [1, 0], [1, 0, 3], ["a", "b", "c"]):  # those are not of the samples
         source = load(Samples(pairs, targets=targets))
-        assert source.labels.tolist() == [1, 0, 2] and source.class_names == ("0", "1", "2")
-    part = torch.utils.data.Subset(Samples(pairs, targets=[1, 7, 2]), [2, 1, 0])
-    assert load(part).labels.tolist() == [2, 7, 1]
+        assert source.labels.tolist() == [1, 0, 2] and source.class_names == ()
+    part = torch.utils.data.Subset(Samples(pairs, targets=[1, 7, 2]), [2, 0])
+    assert load(part).labels.tolist() == [2, 1]
     several = load([(x, [0, 1]), (x, [1, 1])])
     assert several.labels.tolist() == [[0, 1], [1, 1]] and several.num_classes == 2
     datasets = pytest.importorskip("torchvision.datasets")
@@ -339,6 +340,10 @@ def test_unreadable_samples_of_a_data_set():
     with pytest.warns(UserWarning, match=r"python:Samples\[1\] \(OSError: broken file\)"):
         assert torch.equal(source[1][0], x + 1)
     assert source.corrupt == {"python:Samples[1]": "OSError: broken file"}
+    with pytest.warns(UserWarning, match="cannot read"):
+        assert load(Samples([OSError("broken file"), x])).channels == 3
+    with pytest.raises(ZeroDivisionError):
+        load(Samples([ZeroDivisionError(), x]))
 
 
 X = torch.zeros(3, 4, 4, dtype=torch.uint8)
