@@ -273,8 +273,6 @@ def test_nothing_is_unpickled(tmp_path):
     for name in ("a.npz", "b.pt", "c.npz"):
         with pytest.raises(ValueError, match=f"{name} must hold numbers by name, readable without"):
             load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "d.npz")
 
 
 # ------------------------------------------------------------------------- Python's data sets
@@ -432,7 +430,12 @@ def test_without_hugging_face(monkeypatch):
         load("hf:cifar10")
 
 
-def test_unknown_prefixes():
+def test_unknown_files_and_prefixes(tmp_path):
+    listed(tmp_path / "train.csv", "x")
+    with pytest.raises(FileNotFoundError, match="no file trian.csv in .*Did you mean 'train.csv'"):
+        load(tmp_path / "trian.csv")
+    with pytest.raises(FileNotFoundError, match="no file a.npz in .*/none[.]$"):
+        load(tmp_path / "none" / "a.npz")
     with pytest.raises(ValueError, match="known prefix, got 'shard:x'. Did you mean 'shards'"):
         load("shard:x")
 
