@@ -360,6 +360,7 @@ X = torch.zeros(3, 4, 4, dtype=torch.uint8)
         (Samples([X - 0.5]), ValueError, r"\[0\] must lie in \[0, 1\] without NaN, got -0.5"),
         (Samples([{"pixels": X}]), ValueError, "an image under image, img.*got the keys pixels"),
         (Samples([(X, "cat")]), ValueError, r"label of python:Samples\[0\] must be .* got 'cat'"),
+        (Samples([(X, ["a"])]), ValueError, r"vector of 0 and 1, got \['a'\]"),
         (Samples([(X, 0.5)]), ValueError, "whole number or a vector of 0 and 1, got 0.5"),
         (Samples([X, X[:1]]), ValueError, r"\[1\] must have 3 channels .* got 1 of torch.uint8"),
     ],

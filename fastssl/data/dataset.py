@@ -142,11 +142,9 @@ class DatasetSource(ImageSource):
         if isinstance(image, Tensor) and image.ndim == 2:
             image = image[None]
         if not isinstance(image, Tensor) or image.ndim != 3:
-            got = (
-                f"{image.dtype} {tuple(image.shape)}"
-                if hasattr(image, "dtype")
-                else (type(image).__name__)
-            )
+            got = type(image).__name__
+            if isinstance(image, Tensor):
+                got = f"{image.dtype} {tuple(image.shape)}"
             raise Misfit(
                 f"load: {self.where(i)} must be an image of Pillow, a tensor (C, H, W) or an array "
                 f"(H, W, C), got {got}."
@@ -167,11 +165,10 @@ class DatasetSource(ImageSource):
     def _label(self, i: int, label: Any) -> int | Tensor:
         if label is None:
             return -1
-        whole = (
-            torch.as_tensor(label)
-            if isinstance(label, (int, Tensor, np.generic, np.ndarray, list))
-            else None
-        )
+        try:
+            whole = torch.as_tensor(label)
+        except (TypeError, ValueError, RuntimeError):
+            whole = None
         if whole is None or whole.is_floating_point() or whole.ndim > 1:
             raise Misfit(
                 f"load: the label of {self.where(i)} must be a whole number or a vector of 0 and "
