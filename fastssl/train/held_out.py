@@ -25,8 +25,13 @@ def split(source, share: float, seed: int) -> tuple[Tensor, Tensor]:
     n = len(source)
     if share == 0:
         return torch.arange(n), torch.arange(0)
-    labels = getattr(source, "labels", None)  # a mixture has none of its own
-    if labels is None or labels.ndim != 1 or (labels < 0).any():
+    if hasattr(source, "draw"):
+        raise ValueError(
+            "pretrain: hold_out takes images out of one data set, got a mixture, which draws its own "
+            "order. Leave hold_out at 0: the last checkpoint counts."
+        )
+    labels = source.labels
+    if labels.ndim != 1 or (labels < 0).any():
         raise ValueError(
             "pretrain: hold_out needs one label an image, as held-out images are classified by "
             f"their neighbours; {source.name} has not. Leave hold_out at 0: the last one counts."
