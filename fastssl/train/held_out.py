@@ -27,8 +27,8 @@ def split(source, share: float, seed: int) -> tuple[Tensor, Tensor]:
         return torch.arange(n), torch.arange(0)
     if hasattr(source, "draw"):
         raise ValueError(
-            "pretrain: hold_out takes images out of one data set, got a mixture, which draws its own "
-            "order. Leave hold_out at 0: the last checkpoint counts."
+            "pretrain: hold_out takes images out of one data set, got a mixture. Leave hold_out at "
+            "0: the last checkpoint counts."
         )
     labels = source.labels
     if labels.ndim != 1 or (labels < 0).any():
