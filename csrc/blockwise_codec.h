@@ -34,11 +34,11 @@ struct Book {
   float code[256];
   int32_t entries[kHalves];  // of nearest_code
   Planes codes, above;  // above[j]: the least bits whose nearest place is j + 1 or more
-  // A place is linear in the magnitude within a decade: slope and offset of each, lifted by so much
-  // that truncation gives the nearest place or the next, counted from place 1. Magnitudes that share
-  // an exponent see one decade end at most: by the exponent's low 5 bits, where; the last 3 bits of
-  // that are the decade's number.
-  alignas(64) float slope[16] = {}, offset[16] = {}, end[32];
+  // A place, counted from that of 0, is linear in the magnitude within a decade, so also in the 7 bits
+  // of a bf16's mantissa: slope and base in 256ths by the exponent's low 5 bits, from 32 on below the
+  // power of ten that some exponents meet (`end`, a bf16's bits), before that above. Taken 0.3 lower
+  // a place is never too high, and too low by one only where no midpoint has the same bf16.
+  alignas(64) uint16_t end[32], slope[64], base[64];
 
   Book() {
     std::vector<float> values = {0.f, 1.f};
@@ -55,9 +55,6 @@ struct Book {
         values.push_back(powers[i] * center);
         if (kSigned) values.push_back(-values.back());
       }
-      const double first = cells - 1.0 - !kSigned;  // the decade's first place, from place 1
-      slope[i] = static_cast<float>(cells / 0.9 / powers[i]);
-      offset[i] = static_cast<float>(first - cells * 0.1 / 0.9 + (i < 6 ? 0.01 : 0.3));
     }
     std::sort(values.begin(), values.end());
     std::copy(values.begin(), values.end(), code);
@@ -78,13 +75,17 @@ struct Book {
       place += crossed;
     }
     for (int e = 0; e < 32; ++e) {  // exponents 2^-31 to 1, in the order of their low 5 bits
-      const float least = std::ldexp(1.f, e - 31);
-      int i = 0;
-      const auto end_of = [&](int d) {  // before the middle between its last code and the next
-        return d == 6 ? 2.f : powers[d] * (1.f + 0.5f / static_cast<float>(1 << (d + !kSigned)));
-      };
-      while (end_of(i) <= least) ++i;
-      end[e] = bit_cast<float>((bit_cast<uint32_t>(end_of(i)) & ~7u) | i);
+      const double least = std::ldexp(1.0, e - 31);
+      int decade = 0;
+      while (decade < 6 && powers[decade] <= least) ++decade;
+      end[e] = static_cast<uint16_t>((bit_cast<uint32_t>(powers[decade]) + 0xffffu) >> 16);
+      for (const bool above_end : {false, true}) {
+        const int i = std::min(6, decade + above_end), cells = 1 << (i + !kSigned);
+        const double cell = 0.9 * powers[i] / cells, first = 1 + cells - (1 << !kSigned);
+        slope[32 * !above_end + e] = static_cast<uint16_t>(std::lround(256 * least / cell));
+        base[32 * !above_end + e] = static_cast<uint16_t>(
+            std::lround(256 * (first - 0.3 + (least - 0.1 * powers[i]) / cell)));
+      }
     }
   }
 };
@@ -127,10 +128,6 @@ FASTSSL_VBMI FASTSSL_INLINE inline void look_up(const Planes& words, __m512i at,
   out[2] = _mm512_unpacklo_epi16(high01, high23), out[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
-FASTSSL_VBMI FASTSSL_INLINE inline __m512i packed(const __m512i* x) {
-  return _mm512_packus_epi16(_mm512_packus_epi32(x[0], x[1]), _mm512_packus_epi32(x[2], x[3]));
-}
-
 template <bool kSigned>
 FASTSSL_VBMI void decode_vbmi(const uint8_t* codes, int64_t n, float absmax, float* out) {
   const Planes& words = book<kSigned>().codes;
@@ -143,40 +140,61 @@ FASTSSL_VBMI void decode_vbmi(const uint8_t* codes, int64_t n, float absmax, flo
   }
 }
 
+// Bytes of two vectors of 32 words: the upper ones, as they lie or as `look_up` wants them; and words
+// of two vectors of 16: the upper ones.
+struct Orders {
+  alignas(64) uint8_t upper[64], packed[64];
+  alignas(64) uint16_t words[32];
+
+  Orders() {
+    for (int i = 0; i < 64; ++i) {
+      upper[i] = static_cast<uint8_t>(2 * i + 1);
+      packed[i] = static_cast<uint8_t>(2 * (i % 4 + i / 16 * 4 + i / 4 % 4 * 16) + 1);
+    }
+    for (int i = 0; i < 32; ++i) words[i] = static_cast<uint16_t>(2 * i + 1);
+  }
+};
+
 // Of values whose products with `inverse` are at most 1 but for rounding; the place of NaN is that of 0.
 template <bool kSigned>
 FASTSSL_VBMI void encode_vbmi(const float* x, int64_t n, float inverse, uint8_t* codes) {
+  static const Orders orders;
   const Book<kSigned>& b = book<kSigned>();
-  const __m512 slope = _mm512_load_ps(b.slope), offset = _mm512_load_ps(b.offset);
-  const __m512 end0 = _mm512_load_ps(b.end), end1 = _mm512_load_ps(b.end + 16);
+  const __m512i end = _mm512_load_si512(b.end);
+  const __m512i slope0 = _mm512_load_si512(b.slope), slope1 = _mm512_load_si512(b.slope + 32);
+  const __m512i base0 = _mm512_load_si512(b.base), base1 = _mm512_load_si512(b.base + 32);
+  const __m512i words = _mm512_load_si512(orders.words), upper = _mm512_load_si512(orders.upper);
+  const __m512i order = _mm512_load_si512(orders.packed);
   const __m512 least = _mm512_set1_ps(1.2e-7f), scale = _mm512_set1_ps(inverse);
-  const __m512i unit = _mm512_set1_epi32(1), seven = _mm512_set1_epi32(7);
-  const __m512i zero_place = _mm512_set1_epi32(127);
+  const __m512i half = _mm512_set1_epi16(32), unit = _mm512_set1_epi8(1);
+  const __m512i zero_place = _mm512_set1_epi8(127);
   for (int64_t i = 0; i < n; i += 64) {
-    __m512i place[4], bits[4], above[4];
-    __mmask16 negative[4];
+    __m512i bits[4], fixed[2], above[4];
+    uint64_t negative = 0, next = 0;
     for (int r = 0; r < 4; ++r) {
       const __m512 whole = _mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * r), scale);
-      if (kSigned) negative[r] = _mm512_movepi32_mask(_mm512_castps_si512(whole));
-      // max takes its second operand where the first is NaN; below `least` all is 0.
-      const __m512 t = _mm512_max_ps(_mm512_abs_ps(whole), least);
-      bits[r] = _mm512_castps_si512(t);
-      const __m512i exponent = _mm512_srli_epi32(bits[r], 23);
-      const __m512 end = _mm512_permutex2var_ps(end0, exponent, end1);
-      __m512i decade = _mm512_and_si512(_mm512_castps_si512(end), seven);
-      decade = _mm512_mask_add_epi32(decade, _mm512_cmp_ps_mask(t, end, _CMP_GE_OQ), decade, unit);
-      place[r] = _mm512_cvttps_epi32(_mm512_fmadd_ps(t, _mm512_permutexvar_ps(decade, slope),
-                                                     _mm512_permutexvar_ps(decade, offset)));
+      if (kSigned) negative |= uint64_t(_mm512_movepi32_mask(_mm512_castps_si512(whole))) << 16 * r;
+      // The larger magnitude, and what is not NaN; below `least` all is 0.
+      bits[r] = _mm512_castps_si512(_mm512_range_ps(whole, least, 0b1011));
     }
-    look_up<!kSigned>(b.above, packed(place), above);
-    for (int r = 0; r < 4; ++r) {
-      const __mmask16 next = _mm512_cmpge_epi32_mask(bits[r], above[r]);
-      place[r] = _mm512_mask_add_epi32(place[r], next, place[r], unit);
-      if (kSigned)  // -1, which there is none of, is packed as 0, and so becomes the least
-        place[r] = _mm512_mask_sub_epi32(_mm512_add_epi32(place[r], zero_place), negative[r],
-                                         zero_place, place[r]);
+    for (int r = 0; r < 2; ++r) {
+      const __m512i t = _mm512_permutex2var_epi16(bits[2 * r], words, bits[2 * r + 1]);
+      __m512i exponent = _mm512_srli_epi16(t, 7);
+      const __mmask32 beyond = _mm512_cmpge_epi16_mask(t, _mm512_permutexvar_epi16(exponent, end));
+      exponent = _mm512_mask_sub_epi16(exponent, beyond, exponent, half);
+      fixed[r] = _mm512_add_epi16(
+          _mm512_permutex2var_epi16(base0, exponent, base1),
+          _mm512_mulhi_epu16(_mm512_slli_epi16(t, 9),
+                             _mm512_permutex2var_epi16(slope0, exponent, slope1)));
     }
-    _mm512_storeu_si512(codes + i, transposed(packed(place)));
+    look_up<!kSigned>(b.above, _mm512_permutex2var_epi8(fixed[0], order, fixed[1]), above);
+    for (int r = 0; r < 4; ++r)
+      next |= uint64_t(_mm512_cmpge_epi32_mask(bits[r], above[r])) << 16 * r;
+    __m512i place = _mm512_permutex2var_epi8(fixed[0], upper, fixed[1]);
+    place = _mm512_mask_add_epi8(place, next, place, unit);
+    if (kSigned)  // there is no -1: what would have its place gets the least
+      place = _mm512_mask_subs_epu8(_mm512_add_epi8(place, zero_place), negative, zero_place, place);
+    _mm512_storeu_si512(codes + i, place);
   }
 }
 #endif

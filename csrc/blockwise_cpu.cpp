@@ -44,9 +44,10 @@ FASTSSL_CLONES void square_root(int64_t n, float* x) {
   for (int64_t i = 0; i < n; ++i) x[i] = std::sqrt(x[i]);
 }
 // As integers, which compilers vectorise; NaN is the largest.
+inline int32_t magnitude(float x) { return bit_cast<int32_t>(x) & 0x7fffffff; }
 FASTSSL_CLONES float absolute_maximum(const float* x, int64_t n) {
   int32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) top = std::max(top, bit_cast<int32_t>(x[i]) & 0x7fffffff);
+  for (int64_t i = 0; i < n; ++i) top = std::max(top, magnitude(x[i]));
   return bit_cast<float>(top);
 }
 Hyper with_inverses(Hyper h) {
@@ -56,19 +57,23 @@ Hyper with_inverses(Hyper h) {
 
 inline bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Every rule as two loops over a block: the step, and sums of squares of p and of what LARS and LAMB
-// compare it with. Elements whose gradient is not finite stay as they are if `finite_only`.
+// Every rule as two loops over a block: the step, which leaves the largest |m| and |v| in `most`, and
+// sums of squares of p and of what LARS and LAMB compare it with. Elements whose gradient is not
+// finite stay as they are if `finite_only`.
 #define RULE(NAME, kRule)                                                                         \
   FASTSSL_CLONES void step_##NAME(int64_t n, const float* __restrict g, const Hyper& given,       \
                                   float trust, bool finite_only, float* __restrict p,             \
-                                  float* __restrict m, float* __restrict v) {                     \
+                                  float* __restrict m, float* __restrict v, float* most) {        \
     const Hyper h = with_inverses(given);                                                         \
+    int32_t most_m = 0, most_v = 0;                                                               \
     for (int64_t i = 0; i < n; ++i) {                                                             \
       float next_m = m[i], next_v = v[i];                                                         \
       const float next = stepped<kRule>(p[i], g[i], h, trust, next_m, next_v);                    \
       const bool keep = finite_only && !is_finite(g[i]);                                          \
       p[i] = keep ? p[i] : next, m[i] = keep ? m[i] : next_m, v[i] = keep ? v[i] : next_v;        \
+      most_m = std::max(most_m, magnitude(m[i])), most_v = std::max(most_v, magnitude(v[i]));     \
     }                                                                                             \
+    most[0] = bit_cast<float>(most_m), most[1] = bit_cast<float>(most_v);                         \
   }                                                                                               \
   FASTSSL_CLONES void norm_##NAME(int64_t n, const float* g, const Hyper& given, bool finite_only,\
                                   const float* p, const float* m, const float* v, double* sums) { \
@@ -99,20 +104,25 @@ RULE(lamb, kLAMB)
 // Of m the first kMost elements are the fast momentum, the others the slow one.
 FASTSSL_CLONES void step_ademamix(int64_t n, const float* __restrict g, const Hyper& given, float,
                                   bool finite_only, float* __restrict p, float* __restrict m,
-                                  float* __restrict v) {
+                                  float* __restrict v, float* most) {
   const Hyper h = with_inverses(given);
   float* __restrict slow = m + kMost;
+  int32_t most_m = 0, most_v = 0, most_slow = 0;
   for (int64_t i = 0; i < n; ++i) {
     float next_m = m[i], next_slow = slow[i], next_v = v[i];
     const float next = stepped_ademamix(p[i], g[i], h, next_m, next_slow, next_v);
-    const bool keep = finite_only && (bit_cast<uint32_t>(g[i]) & 0x7f800000u) == 0x7f800000u;
+    const bool keep = finite_only && !is_finite(g[i]);
     p[i] = keep ? p[i] : next, m[i] = keep ? m[i] : next_m;
     slow[i] = keep ? slow[i] : next_slow, v[i] = keep ? v[i] : next_v;
+    most_m = std::max(most_m, magnitude(m[i])), most_v = std::max(most_v, magnitude(v[i]));
+    most_slow = std::max(most_slow, magnitude(slow[i]));
   }
+  most[0] = bit_cast<float>(most_m), most[1] = bit_cast<float>(most_v);
+  most[2] = bit_cast<float>(most_slow);
 }
 
 struct Loops {
-  decltype(&step_adam) step;
+  decltype(&step_ademamix) step;
   decltype(&norm_adam) norm;
 };
 constexpr Loops kLoops[] = {  // in the order of Rule
@@ -203,11 +213,11 @@ struct State {
       if (root) square(n, out);
     }
   }
-  void write(int64_t b, int64_t at, int64_t n, float* x) const {
+  void write(int64_t b, int64_t at, int64_t n, float* x, float most) const {
     if (values) std::copy_n(x, n, values + at);
     if (!codes) return;
     if (root) square_root(n, x);
-    absmax[b] = absolute_maximum(x, n);
+    absmax[b] = root ? std::sqrt(most) : most;
     is_signed ? encode<true>(x, n, absmax[b], codes + at) : encode<false>(x, n, absmax[b], codes + at);
   }
 };
@@ -311,7 +321,7 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                      static_cast<const int64_t*>(counters.const_data_ptr()) + 2 * t});
     for (int64_t b = 0; b * block_size < n; b += blocks) tasks.emplace_back(t, b);
   }
-  // f(item, block, first element, elements, buffers, parameters, gradients) over a task's blocks.
+  // f(item, block, first element, elements) over a task's blocks, with states in the buffers.
   const auto each_block = [&](int64_t task, Buffers& w, const auto& f) {
     const auto [t, begin] = tasks[task];
     Item& item = items[t];
@@ -322,12 +332,10 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
       item.m.prefetch(at + kAhead, block_size);
       if (two) item.slow.prefetch(at + kAhead, block_size);
       item.v.prefetch(at + kAhead, block_size);
-      const float* g = item.g.read(at, n, w.g);
-      const float* p = item.p.read(at, n, w.p);
       item.m.read(b, at, n, w.m);
       if (two) item.slow.read(b, at, n, w.m + kMost);
       item.v.read(b, at, n, w.v);
-      f(item, b, at, n, p, g);
+      f(item, b, at, n);
     }
   };
   const int64_t count = static_cast<int64_t>(tasks.size());
@@ -336,9 +344,9 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
     parallel_tasks(count, [&](int64_t task) {
       const std::unique_ptr<Buffers> own(new Buffers);
       Buffers& w = *own;
-      each_block(task, w, [&](Item& item, int64_t, int64_t, int64_t n, const float* p,
-                                 const float* g) {
-        loops.norm(n, g, item.h, finite_only, p, w.m, w.v, &sums[2 * task]);
+      each_block(task, w, [&](Item& item, int64_t, int64_t at, int64_t n) {
+        loops.norm(n, item.g.read(at, n, w.g), item.h, finite_only, item.p.read(at, n, w.p), w.m,
+                   w.v, &sums[2 * task]);
       });
     });
     for (int64_t task = 0; task < count; ++task)
@@ -353,20 +361,19 @@ void blockwise_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   parallel_tasks(count, [&](int64_t task) {
     const std::unique_ptr<Buffers> own(new Buffers);
     Buffers& w = *own;
-    each_block(task, w, [&](Item& item, int64_t b, int64_t at, int64_t n, const float* p,
-                               const float* g) {
+    each_block(task, w, [&](Item& item, int64_t b, int64_t at, int64_t n) {
       const auto [out, dtype] = item.p;
-      float* next = dtype == ScalarType::Float ? static_cast<float*>(out) + at : w.p;
-      loops.step(n, g, item.h, item.trust, finite_only, next, w.m, w.v);
-      if (dtype == ScalarType::Half) store_fp16(next, n, static_cast<uint16_t*>(out) + at);
+      uint16_t* half = static_cast<uint16_t*>(out) + at;
+      float* next = const_cast<float*>(item.p.read(at, n, w.p));  // fp32 in place
+      float most[3];
+      loops.step(n, item.g.read(at, n, w.g), item.h, item.trust, finite_only, next, w.m, w.v, most);
+      if (dtype == ScalarType::Half) store_fp16(next, n, half);
       else if (dtype == ScalarType::BFloat16 && stochastic)
-        store_bf16_stochastic(next, n, at, item.counter[0], item.counter[1], seed,
-                              static_cast<uint16_t*>(out) + at);
-      else if (dtype == ScalarType::BFloat16)
-        store_bf16(next, n, static_cast<uint16_t*>(out) + at);
-      item.m.write(b, at, n, w.m);
-      if (two) item.slow.write(b, at, n, w.m + kMost);
-      item.v.write(b, at, n, w.v);
+        store_bf16_stochastic(next, n, at, item.counter[0], item.counter[1], seed, half);
+      else if (dtype == ScalarType::BFloat16) store_bf16(next, n, half);
+      item.m.write(b, at, n, w.m, most[0]);
+      if (two) item.slow.write(b, at, n, w.m + kMost, most[2]);
+      item.v.write(b, at, n, w.v, most[1]);
     });
   });
 }

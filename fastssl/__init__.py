@@ -12,7 +12,7 @@ if importlib.util.find_spec("fastssl.kernels") is None:
         "Run `pip install -e . --no-build-isolation` in the checkout."
     )
 
-from fastssl import extension, losses, ops
+from fastssl import extension, losses, ops, schedules
 from fastssl.dist import LOCAL
 from fastssl.gradcache import GradCache
 from fastssl.patching import patch, unpatch
@@ -45,5 +45,6 @@ __all__ = [
     "losses",
     "ops",
     "patch",
+    "schedules",
     "unpatch",
 ]

@@ -18,13 +18,18 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 # What a user can cause: one message, no traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 for a result below its bound, 2 for an error."""
+    """Run one command; return the exit code.
+
+    0; 1 for a result below its bound; 2 for an error; 130 and 143 for a run that SIGINT (Ctrl-C) or
+    SIGTERM stopped and that can be resumed.
+    """
     argv = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     commands = {"pretrain": _pretrain, "evaluate": _evaluate, "demo": _demo, "info": _info}
     if not argv or argv[0] in ("-h", "--help"):
@@ -118,10 +123,10 @@ def _pretrain(argv: list[str]) -> int:
 
     try:
         run = pretrain(config)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         if Path(config.out, "config.yaml").is_file() and _main_rank():
             print(f"resume with: fastssl pretrain --resume --out {shlex.quote(config.out)}")
-        return 130
+        return getattr(stop, "code", 130)
     if _main_rank():
         seconds, loss = run.metrics["seconds"], run.metrics["loss"]
         print(f"{run.path}: {run.metrics['steps']} steps in {seconds:.0f} s, loss {loss:.3f}")
@@ -148,8 +153,9 @@ def _pretrain_parser(method: str | None) -> _Parser:
         if field.name in ("method", "data", "method_args"):
             continue
         help_text = " ".join(text[field.name].split())
-        if field.type is bool:
-            _add(parser, field.name, help_text, action="store_true")
+        if bool in (field.type, *get_args(field.type)):
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            _add(parser, field.name, help_text, action=action)
             continue
         if field.default is not None:
             help_text += f" Default: {field.default}."

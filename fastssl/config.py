@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import os
 import types
@@ -26,30 +27,63 @@ class PretrainConfig:
     """
 
     method: str = "simclr"
-    data: str = "digits"
-    """A folder of images (subfolders are labels), or built-in `digits`, `patches` or `shapes`."""
+    data: str | list[Any] = "digits"
+    """A folder of images (subfolders are labels), a list of them (.txt, .csv), `shards:PATH` (tar),
+    `hf:NAME` (Hugging Face), .npz or .pt, `mix:FILE.yaml` (several; in YAML also a list of {data,
+    weight}), or built-in `digits`, `patches` or `shapes`."""
     out: str | None = None
     """The run's folder; none: runs/METHOD."""
     method_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the method's class, e.g. temperature."""
     backbone: str | None = None
     """`resnet_small`, `vit_small`, `timm:NAME` or `torchvision:NAME`."""
+    init_from: str | None = None
+    """Weights to start from: a run's folder, a .safetensors or .pt file (with `:teacher` its
+    teacher), or `timm`, `torchvision` for what they publish; none: random."""
     image_size: int | None = None
     """Side of the training crops in pixels; none: the size of the data."""
     epochs: int | None = None
     """Passes over the images."""
     batch_size: int | None = None
     """Images per step over all processes."""
-    optimizer: Literal["adamw", "lars", "sgd", "adamw8bit", "lars8bit", "sgd8bit"] | None = None
-    """LARS is for batches of thousands; 8-bit states take a quarter of the memory."""
+    optimizer: (
+        Literal[
+            "adamw", "adam", "sgd", "lars", "lamb", "lion",
+            "adamw8bit", "adam8bit", "sgd8bit", "lars8bit", "lamb8bit", "lion8bit",
+        ]
+        | None
+    ) = None  # fmt: skip
+    """LARS and LAMB are for batches of thousands; 8-bit states take a quarter of the memory."""
     lr: float | None = None
     """Peak learning rate, used as it is (no scaling with the batch)."""
+    lr_schedule: Literal["cosine", "linear", "constant"] | None = None
+    """How the rate falls to min_lr after the warm-up; none: cosine."""
+    min_lr: float | None = None
+    """Learning rate at the end; none: 0."""
+    layer_decay: float | None = None
+    """Factor in (0, 1] on the rate of each layer of the backbone below the last; none: 1."""
     weight_decay: float | None = None
     """Of matrices and filters; biases and normalisation are left alone."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end, reached by a cosine; none: as weight_decay."""
     warmup_epochs: float | None = None
-    """Epochs in which the learning rate rises from zero, before the cosine decay."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast, with fp32 weights; auto: bf16 on GPUs that have it, fp32 on CPUs."""
+    """Epochs in which the learning rate rises from zero, before it falls."""
+    max_grad_norm: float | None = None
+    """Longest gradient over all parameters, longer ones are scaled down; none or 0: any."""
+    sam_rho: float | None = None
+    """Sharpness-aware steps, with the gradient at this distance; each costs two; none or 0: no."""
+    sam_adaptive: bool | None = None
+    """Measure sam_rho relative to the weights (ASAM; rho is then 0.5 to 2); none: no."""
+    freeze: list[str] | None = None
+    """Names of parameters that do not train, commas between, as `backbone.stages.0.*`; none: no."""
+    chunk: int | None = None
+    """Images the backbone encodes at a time on each rank, for large batches in little memory; the
+    gradients are the whole batch's; a step costs about a third more time; none or 0: all."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16 and fp16 are autocast, with fp32 weights; fp16, for GPUs without bf16, scales the loss;
+    auto: bf16 on GPUs that have it, fp32 on CPUs."""
+    compile: bool = False
+    """Compile the backbone (torch.compile); the first steps take minutes."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: the weights whole on each process, or (FSDP2) in shards over them."""
     device: str = "auto"
@@ -62,6 +96,11 @@ class PretrainConfig:
     """Of the weights, the order of the images, and their augmentation."""
     log_every: int | None = None
     """Steps between two lines of metrics; none: about a hundred lines, at most 50 steps apart."""
+    monitor: bool = True
+    """Log probe_top1, knn_top1, rankme and feature_std of the training features; never changes the
+    weights."""
+    trackers: str | None = None
+    """Where metrics also go: any of tensorboard, wandb, mlflow; commas between."""
     save_every: int = 5
     """Epochs between two checkpoints; the last step is always saved."""
     keep: int = 1
@@ -74,8 +113,14 @@ class PretrainConfig:
 
     def __post_init__(self):
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
+        if isinstance(self.data, list):
+            self.data = f"mix:{json.dumps(self.data)}"
         if self.out is None:
             self.out = f"runs/{self.method}"
+        for name in filter(None, (self.trackers or "").split(",")):
+            if name not in _TRACKERS:
+                hint = nearest(name, _TRACKERS)
+                raise ValueError(f"config: trackers must be known ones, got {name!r}. {hint}")
         arguments = method_arguments(self.method)
         self.method_args = _checked(self.method_args, arguments, "config: method_args")
         for name, least in _LEAST.items():
@@ -84,9 +129,11 @@ class PretrainConfig:
                 raise ValueError(f"config: {name} must be a finite number >= {least}, got {value}.")
 
 
+_TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
 _LEAST |= {"save_every": 1, "keep": 1, "hold_out": 0, "workers": 0, "seed": 0}
 _LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
+_LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}
 
 
 def from_dict(values: dict[str, Any], where: str = "config") -> PretrainConfig:
@@ -169,13 +216,13 @@ def _type_names(kind: Any) -> list[str]:
     if origin in (Union, types.UnionType):
         return [name for part in parts for name in _type_names(part)]
     names = {str: "text", bool: "true or false", dict: "a mapping", type(None): "none", Any: "any"}
-    names |= {int: "a whole number", float: "a number"}
+    names |= {int: "a whole number", float: "a number", list: "a list"}
     return [names.get(origin or kind, str(kind))]
 
 
 _NO_ACCUMULATION = (
     "Summed losses of small batches are not the contrastive loss of a large one, as each row meets "
-    "only its own batch's negatives. In a loop of your own, fastssl.GradCache fits a large batch."
+    "only its own batch's negatives. A chunk, images encoded at a time, fits a large batch."
 )
 
 
@@ -220,6 +267,8 @@ def _as_type(value: Any, kind: Any) -> Any:
         return kind(value)
     if kind is float and type(value) is int:
         return float(value)
+    if origin is list and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     # By exact type: True is an int to isinstance, and `epochs: true` is a mistake.

@@ -27,13 +27,16 @@ yaml = pytest.importorskip("yaml")
         ({"lr": [1]}, "lr must be a number or none, got [1] (list)."),
         ({"seed": None}, "seed must be a whole number, got None (NoneType)."),
         ({"resume": "yes"}, "resume must be true or false, got 'yes'."),
-        ({"data": 3}, "data must be text, got 3 (int)."),
+        ({"data": 3}, "data must be text or a list, got 3 (int)."),
         (
-            {"optimizer": "adam"},
-            "must be adamw, lars, sgd, adamw8bit, lars8bit, sgd8bit or none, got 'adam'. "
-            "Did you mean 'adamw'?",
+            {"optimizer": "adamv"},
+            "must be adamw, adam, sgd, lars, lamb, lion, adamw8bit, adam8bit, sgd8bit, lars8bit, "
+            "lamb8bit, lion8bit or none, got 'adamv'. Did you mean",
         ),
-        ({"precision": "bf61"}, "must be auto, fp32 or bf16, got 'bf61'. Did you mean 'bf16'?"),
+        (
+            {"precision": "bf61"},
+            "must be auto, fp32, bf16 or fp16, got 'bf61'. Did you mean 'bf16'?",
+        ),
         ({"method": "simcrl"}, "got 'simcrl'. Did you mean 'simclr'?"),
         ({"method_args": 3}, "method_args must be a mapping, got 3 (int)."),
         ({"method_args": {"temp": 1}}, "unknown setting 'temp'. Did you mean 'temperature'?"),
@@ -44,6 +47,8 @@ yaml = pytest.importorskip("yaml")
         ({"lr": "inf"}, "lr must be a finite number >= 0, got inf."),
         ({"epochs": 0}, "epochs must be a finite number >= 1, got 0."),
         ({"batch_size": 1}, "batch_size must be a finite number >= 2, got 1."),
+        ({"freeze": 3}, "freeze must be a list or none, got 3 (int)."),
+        ({"max_grad_norm": -1}, "max_grad_norm must be a finite number >= 0, got -1.0."),
         ([1, 2], "config: must be a mapping of settings, got [1, 2]."),
     ],
 )
@@ -71,12 +76,14 @@ def test_text_is_read_as_the_type_asked_for():
             "image_size": "none",
             "resume": "true",
             "data": "123",
+            "freeze": "backbone.conv*, backbone.bn.*",
             "method_args": {"temperature": "0.5", "hidden_dim": "none", "out_dim": "64"},
         }
     )
     assert (config.epochs, config.lr, config.image_size) == (3, 0.003, None)
     assert (config.resume, config.data) == (True, "123")
     assert isinstance(config.weight_decay, float)
+    assert config.freeze == ["backbone.conv*", "backbone.bn.*"]
     assert config.method_args == {"temperature": 0.5, "hidden_dim": None, "out_dim": 64}
 
 

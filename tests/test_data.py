@@ -1,6 +1,7 @@
 import errno
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from fastssl.augment import Custom, Packed, augment, byol, pack, simclr
 from fastssl.data import TensorSource, batches, decode, epoch_order, load, resident
-from fastssl.data import folder as folder_module
+from fastssl.data import images as images_module
 from fastssl.data.loader import Transfer
 
 Image = pytest.importorskip("PIL.Image")
@@ -115,7 +116,7 @@ def test_missing_empty_and_wrong_paths(tmp_path):
 
 @pytest.mark.parametrize("kept_bytes", [1 << 30, 20000, 0])
 def test_corrupt_images_are_replaced_by_the_next(classes, monkeypatch, kept_bytes):
-    monkeypatch.setattr(folder_module, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(images_module, "KEPT_BYTES", kept_bytes)
     broken = sorted((classes / "cats").glob("*.PNG"))[1:4]
     broken[0].write_bytes(b"")
     broken[1].write_bytes(b"not an image")
@@ -146,7 +147,7 @@ def test_what_the_machine_fails_at_makes_no_file_corrupt(classes, monkeypatch, w
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
-        patch.setattr(folder_module, "decode", fails)
+        patch.setattr(images_module, "decode", fails)
         with pytest.raises(OSError, match="Too many open files: .*PNG"):
             next(batches(source, order, workers=workers))
     assert not source.corrupt
@@ -156,8 +157,8 @@ def test_what_the_machine_fails_at_makes_no_file_corrupt(classes, monkeypatch, w
 
 def test_a_small_folder_is_read_once(classes, monkeypatch):
     source, reads = load(classes, "train", 16), []
-    real = folder_module.decode
-    monkeypatch.setattr(folder_module, "decode", lambda *a: (reads.append(a), real(*a))[1])
+    real = images_module.decode
+    monkeypatch.setattr(images_module, "decode", lambda *a: (reads.append(a), real(*a))[1])
     one, other = (source.batch(torch.arange(16)) for _ in range(2))
     assert same(one, other) and len(reads) == 16
 
@@ -344,7 +345,7 @@ def test_modes(tmp_path, kind, mode):
 
 def test_every_suffix_is_read(tmp_path):
     features = pytest.importorskip("PIL.features")
-    kinds = sorted(folder_module.EXTENSIONS)
+    kinds = sorted(images_module.EXTENSIONS)
     for suffix, needs in ((".avif", "avif"), (".jp2", "jpg_2000"), (".webp", "webp")):
         if not features.check(needs):
             kinds.remove(suffix)
@@ -352,7 +353,7 @@ def test_every_suffix_is_read(tmp_path):
         saved(tmp_path / f"a{kind}", RAMP > 9 if kind == ".pbm" else np.stack([RAMP] * 3, -1))
     source = load(tmp_path)
     images = unpack(source.batch(torch.arange(len(source)))[0])
-    assert [path.suffix for path in source.paths] == kinds and not source.corrupt
+    assert [Path(path).suffix for path in source.paths] == kinds and not source.corrupt
     assert all(image.shape == (3, 4, 6) for image in images)
 
 

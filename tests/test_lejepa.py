@@ -403,7 +403,7 @@ def test_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     whole = pretrain(digits(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        interrupt = lambda self, step: step == 4 and signal.raise_signal(signal.SIGINT)  # noqa: E731
+        interrupt = lambda self, step, _: step == 4 and signal.raise_signal(signal.SIGINT)  # noqa: E731
         patch.setattr(LeJEPA, "after_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pretrain(digits(tmp_path / "other"))

@@ -20,13 +20,14 @@ from fastssl.augment import prepare
 from fastssl.config import PretrainConfig
 from fastssl.data import epoch_order, load
 from fastssl.methods import METHODS, SimCLR
-from fastssl.methods.recipes import RECIPES
+from fastssl.methods.recipes import EVERY, RECIPES
 from fastssl.ops import (
     effective_prototypes,
     prototype_cross_entropy,
     prototype_usage,
     sinkhorn_bias,
 )
+from fastssl.random import step_seed
 from fastssl.train import (
     load_backbone,
     load_checkpoint,
@@ -36,10 +37,10 @@ from fastssl.train import (
 )
 from fastssl.train.metrics import read_metrics
 from fastssl.train.ranks import Ranks
-from fastssl.train.setup import learning_rate, settle
+from fastssl.train.setup import settle
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("yaml")
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("safetensors")
 
 
@@ -85,6 +86,19 @@ def losses(out):
     return [(record["step"], record["loss"]) for record in read_metrics(out)]
 
 
+def test_a_loss_and_what_follows_a_step_know_how_far_the_run_is(tmp_path, monkeypatch, tiny):
+    seen, real = [], SimCLR.loss
+    monkeypatch.setattr(
+        SimCLR, "loss", lambda self, batch: (seen.append(batch), real(self, batch))[1]
+    )
+    monkeypatch.setattr(SimCLR, "after_step", lambda self, *steps: seen.append(steps))
+    pretrain(tiny(tmp_path))
+    assert [(b.step, b.total_steps, b.epoch) for b in seen[::2]] == [
+        (t, 10, t / 5) for t in range(10)
+    ]
+    assert seen[1::2] == [(t + 1, 10) for t in range(10)]
+
+
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
     """A run that was never stopped."""
@@ -92,7 +106,7 @@ def whole(images, tmp_path_factory):
 
 
 def stop_after(monkeypatch, step):
-    def after_step(self, done):
+    def after_step(self, done, total):
         if done == step:
             signal.raise_signal(signal.SIGINT)
 
@@ -123,13 +137,16 @@ def test_resumed_run_has_the_same_bits(whole, tmp_path, monkeypatch, capsys, ste
     assert torch.equal(one(x), other(x))
 
 
-def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
+@pytest.mark.parametrize(
+    "number, codes", [(signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (143,))]
+)
+def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny, number, codes):
     code = (
         "import sys, time\n"
         "from fastssl.config import PretrainConfig\n"
         "from fastssl.methods import SimCLR\n"
         "from fastssl.train import pretrain\n"
-        "SimCLR.after_step = lambda self, step: (print('step', step, flush=True), time.sleep(.1))\n"
+        "SimCLR.after_step = lambda self, t, _: (print('step', t, flush=True), time.sleep(.1))\n"
         "pretrain(PretrainConfig(data=sys.argv[2], out=sys.argv[1], image_size=8, epochs=2,\n"
         "                        batch_size=20, log_every=1, lr=3e-3, device='cpu'))"
     )
@@ -141,9 +158,9 @@ def test_real_interrupt_of_a_process(whole, images, tmp_path, tiny):
     )
     while "step 3" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode in codes
     assert "saved in" in err and "resume=True" in err
     assert 3 <= last(tmp_path)["step"] < 10
     run = pretrain(tiny(tmp_path, resume=True))
@@ -160,6 +177,7 @@ def test_run_folder(whole):
     record = read_metrics(whole.path)[-1]
     assert list(record) == [
         "step", "epoch", "loss", "lr", "images_per_s", "data_wait", "std", "grad_norm",
+        "rankme", "feature_std", "peak_memory_mb",
     ]  # fmt: skip
     assert 0 <= record["data_wait"] <= 1 and record["lr"] < 1.5e-3
     assert whole.metrics["steps"] == 10 and whole.metrics["corrupt_images"] == 0
@@ -294,9 +312,30 @@ def test_infinite_loss_stops_with_advice(tmp_path, monkeypatch, tiny):
         return (value / 0 if self.calls == 2 else value), scalars
 
     monkeypatch.setattr(SimCLR, "loss", loss)
-    with pytest.raises(FloatingPointError, match="not finite at step 2 .*lower lr"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite at step 2 .*lower lr"):
         pretrain(tiny(tmp_path, log_every=4))
     assert not (tmp_path / "checkpoints").exists()
+    batch = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert (batch["step"], batch["epoch"], batch["what"]) == (2, 0, "loss")
+    assert batch["parameter"] == "backbone.conv.weight"  # all are infinite, and this is the first
+    assert batch["index"] == epoch_order(100, 20, seed=0, epoch=0)[1:2].tolist()
+    assert batch["step_seeds"] == [step_seed(0, 1, 0)]
+
+
+def test_infinite_gradient_of_a_finite_loss_stops_too(tmp_path, monkeypatch, tiny):
+    real = SimCLR.loss
+
+    def loss(self, batch):
+        value, scalars = real(self, batch)
+        if batch.step == 4:  # the root's slope at 0
+            weight = self.head[3].weight
+            value = value + (weight - weight.detach()).square().sum().sqrt()
+        return value, scalars
+
+    monkeypatch.setattr(SimCLR, "loss", loss)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 5 .*head.3.w"):
+        pretrain(tiny(tmp_path, log_every=5))
+    assert json.loads((tmp_path / "bad_batch.json").read_text())["what"] == "gradient"
 
 
 def test_collapse_is_announced(tmp_path, monkeypatch, tiny):
@@ -442,17 +481,58 @@ def test_vit_with_lars_in_bf16(tmp_path, tiny):
     assert torch.isfinite(torch.tensor(run.metrics["loss"]))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "lars8bit", "sgd8bit"])
-def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, optimizer, monkeypatch):
-    whole = pretrain(tiny(tmp_path / "whole", optimizer=optimizer))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw8bit"},
+        {"optimizer": "lars8bit"},
+        {"optimizer": "sgd8bit", "final_weight_decay": 0.1, "layer_decay": 0.7, "min_lr": 1e-4},
+        {"optimizer": "lamb8bit", "sam_rho": 0.05, "max_grad_norm": 1.0, "chunk": 7},
+    ],
+    ids=lambda settings: settings["optimizer"],
+)
+@pytest.mark.filterwarnings("ignore:chunk")
+def test_8_bit_optimizers_resume_exactly(tmp_path, tiny, settings, monkeypatch):
+    whole = pretrain(tiny(tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(tiny(tmp_path / "part", optimizer=optimizer))
-    run = pretrain(tiny(tmp_path / "part", optimizer=optimizer, resume=True))
+            pretrain(tiny(tmp_path / "part", **settings))
+    run = pretrain(tiny(tmp_path / "part", resume=True))  # all settings are in the run
     states = last(run.path)["optimizer"]["state"].values()
     assert torch.uint8 in {x.dtype for state in states for x in state.values()}
     assert_equal_states(last(run.path), last(whole.path))
+    assert losses(run.path) == losses(whole.path)
+
+
+def test_scaler_and_skipped_steps_resume(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("fastssl.train.setup.precision", lambda config, device: "fp16")
+    large = partial(torch.amp.GradScaler, init_scale=2.0**60)  # so that steps are skipped
+    monkeypatch.setattr("torch.amp.GradScaler", large)
+    whole = pretrain(tiny(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(tmp_path / "part"))
+    run = pretrain(tiny(tmp_path / "part", resume=True))
+    assert_equal_states(last(run.path), last(whole.path))
+    assert last(run.path)["update"] == last(whole.path)["update"]
+    assert read_metrics(run.path)[-1]["skipped_steps"] == 10
+
+
+def test_a_run_older_than_a_setting_resumes_without_it(whole, tmp_path, tiny):
+    old = tmp_path / "old"
+    shutil.copytree(whole.path, old)
+    state = {k: v for k, v in last(old).items() if k != "update"}
+    torch.save(state | {"step": 5}, old / "checkpoints" / "last.pt")
+    values = yaml.safe_load((old / "config.yaml").read_text())
+    later = {*EVERY, "final_weight_decay", "compile"}
+    values = {name: value for name, value in values.items() if name not in later}
+    (old / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="sam_rho is 0.05, the run has 0.0. Leave"):
+        pretrain(tiny(old, resume=True, sam_rho=0.05))
+    assert pretrain(tiny(old, resume=True)).metrics["steps"] == 10
+    assert yaml.safe_load((old / "config.yaml").read_text())["freeze"] == []
 
 
 def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatch):
@@ -463,15 +543,6 @@ def test_threads_are_a_share_of_the_cores_one_may_use(tmp_path, tiny, monkeypatc
         assert settle(tiny(tmp_path), 1)[0].workers == workers
     monkeypatch.delattr(os, "sched_getaffinity")
     assert settle(tiny(tmp_path), 1)[0].workers == 8
-
-
-def test_learning_rate():
-    config = PretrainConfig(lr=2.0, warmup_epochs=2.0)
-    rates = [learning_rate(config, step, 5, 50) for step in range(50)]
-    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
-    assert rates[10] == 2.0 and rates[30] == pytest.approx(1.0) and 0 < rates[49] < 0.01
-    config = PretrainConfig(lr=2.0, warmup_epochs=0.0)
-    assert learning_rate(config, 0, 5, 50) == 2.0
 
 
 def test_digits_loss_falls(tmp_path):
@@ -493,7 +564,7 @@ def test_two_processes_share_the_batch(images, tmp_path, tiny):
         "def loss(self, batch):\n"
         "    seen.append((batch.index.clone(), batch.views[0].clone()))\n"
         "    return real(self, batch)\n"
-        "def after_step(self, step):\n"
+        "def after_step(self, step, total):\n"
         "    w = torch.cat([p.detach().flatten() for p in self.parameters()])\n"
         "    torch.save((seen, w), f'{sys.argv[1]}/rank{dist.get_rank()}.pt')\n"
         "SimCLR.loss, SimCLR.after_step = loss, after_step\n"

@@ -1,54 +1,31 @@
-"""A folder of images as a data set."""
+"""A folder, or a list, of image files as a data set."""
 
-import errno
+import csv
 import os
-import threading
-import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..augment import Packed, pack
-from ..extras import require
-from .decode import decode
-
-EXTENSIONS = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff "
-    ".webp".split()
-)
-PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
-"""What the machine fails at, not the file: it may be read the next time."""
-KEPT_BYTES = 1 << 30
-"""Decoded images are kept in memory up to this many bytes: small folders are read once."""
+from .images import EXTENSIONS, ImageSource
+from .listing import Listing, listing
 
 
-class FolderSource:
-    """Images below a folder, as RGB, each of its own size.
+class FolderSource(ImageSource):
+    """Images below a folder.
 
     Layouts: `train/` and `test/` (or `val/`) inside the folder are the splits; otherwise, if there
     are subfolders, every fifth image of each class is the test split; a flat folder without
     subfolders is unlabelled and all of it is for training. Subfolders are classes.
 
-    How files are read is told at `fastssl.data.decode`. A file that cannot be read is reported
-    once, listed with the reason in `corrupt`, and replaced, always, by the next readable one. What
-    the machine fails at (too many open files, no memory, no answer of a disk or network: an OSError
-    with one of the numbers in `PASSING`) is raised instead, since the file may be whole.
-
     Args:
         path: the folder.
         split: "train" or "test".
-        image_size: side in pixels of the views to be made; default 64.
-        max_side: longer sides are reduced to this many pixels; default 3 `image_size`, so that a
-            crop of 8 % of a photograph is enlarged about one and a half times.
+        image_size, max_side: see `ImageSource`.
 
     Raises:
         FileNotFoundError: no such folder, no image in it, or no test split in a flat folder.
         ValueError: max_side is below 1.
     """
-
-    channels = 3
-    mirror = True
 
     def __init__(
         self,
@@ -57,108 +34,35 @@ class FolderSource:
         image_size: int | None = None,
         max_side: int | None = None,
     ):
-        require("PIL.Image", "train")  # missing, it is no reason to call every file unreadable
         root = Path(path).expanduser().resolve()
         if not root.is_dir():
+            got = "which is a file" if root.is_file() else "no such folder"
             raise FileNotFoundError(
-                "load: data must be 'digits', 'patches', 'shapes' or a folder of images, got "
-                f"{str(path)!r}{', which is a file' if root.is_file() else ': no such folder'}. "
-                "Check the path (subfolders are taken as labels)."
+                "load: data must be 'digits', 'patches', 'shapes', a folder or list of images, or "
+                f"a form that docs/data.md names, got {str(path)!r}: {got}. Check the path."
             )
-        if max_side is not None and max_side < 1:
-            raise ValueError(f"load: max_side must be at least 1 pixel, got {max_side}.")
-        self.name = str(root)
-        self.image_size = image_size or 64
-        self.max_side = max_side or 3 * self.image_size
-        self.class_names, self.paths, labels = _list_split(root, split)
-        self.num_classes = len(self.class_names)
-        self.labels = torch.tensor(labels)
-        self._kept: dict[int, Tensor] = {}
-        self._room = KEPT_BYTES
-        self._reasons: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
-        for step in range(len(self)):
-            used = (i + step) % len(self)
-            image = self._read(used)
-            if image is not None:
-                return image, int(self.labels[used]), i
-        raise FileNotFoundError(f"load: none of the {len(self)} files in {self.name} is readable.")
-
-    def batch(self, index: Tensor) -> tuple[Packed, Tensor]:
-        """Images, packed since they differ in size, and labels (B,) int64 of samples `index`."""
-        images, labels, _ = zip(*(self[i] for i in index.tolist()), strict=True)
-        return pack(images), torch.tensor(labels)
-
-    @property
-    def corrupt(self) -> dict[str, str]:
-        """The unreadable files met so far: the reason, by path."""
-        with self._lock:
-            return {str(self.paths[i]): reason for i, reason in sorted(self._reasons.items())}
-
-    def _read(self, i: int) -> Tensor | None:
-        if i in self._reasons:
-            return None
-        if i in self._kept:
-            return self._kept[i]
-        try:
-            image = decode(self.paths[i], self.max_side)
-        except Exception as error:
-            # Pillow's decoders raise many types on broken files, MemoryError too (sizes in a PNG).
-            if isinstance(error, OSError) and error.errno in PASSING:
-                error.filename = str(self.paths[i])  # a failed read does not say of what
-                raise
-            # One line, in a message and in a list.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            with self._lock:
-                if i in self._reasons:
-                    return None
-                self._reasons[i] = reason
-            warnings.warn(
-                f"cannot read {self.paths[i]} ({reason}); using the next image instead",
-                stacklevel=2,
-            )
-            return None
-        with self._lock:
-            if i not in self._kept and image.numel() <= self._room:
-                self._kept[i] = image
-                self._room -= image.numel()
-        return image
+        class_names, self.paths, labels = _list_split(listing(str(root)), split)
+        super().__init__(str(root), torch.tensor(labels), class_names, image_size, max_side)
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """Image files below a folder in a fixed order, without hidden files."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
-        ]
-    return sorted(found)
-
-
-def _list_split(root: Path, split: str) -> tuple[tuple[str, ...], list[Path], list[int]]:
+def _list_split(found: Listing, split: str) -> tuple[tuple[str, ...], list[str], list[int]]:
     """Class names, paths and labels of one split. Files beside the class folders get label -1."""
-    subfolders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and p.name[0] != "."}
-    test = next((subfolders[name] for name in ("test", "val") if name in subfolders), None)
-    explicit = "train" in subfolders and test is not None
+    root, top, classes = found.root, "", {name: name for name in found.subfolders()}
+    test = next((name for name in ("test", "val") if name in classes), None)
+    explicit = "train" in classes and test is not None
     if explicit:
         # Both parts' classes, so that a class that one of them lacks does not shift the labels.
-        parts = (subfolders["train"], test)
-        classes = {p.name for part in parts for p in part.iterdir() if p.is_dir()}
-        root = parts[split == "test"]
-        subfolders = {name: root / name for name in sorted(classes) if name[0] != "."}
-    found = {name: _images_below(folder) for name, folder in subfolders.items()}
-    names = tuple(name for name, paths in found.items() if paths or explicit)
-    loose = [p for p in sorted(root.iterdir()) if p.is_file()]
-    loose = [p for p in loose if p.name[0] != "." and p.suffix.lower() in EXTENSIONS]
-    if not any(found.values()) and not loose:
+        top = test if split == "test" else "train"
+        names = {name for part in ("train", test) for name in found.subfolders(part)}
+        classes = {name: os.path.join(top, name) for name in sorted(names)}
+        root = os.path.join(root, top)
+    images = {
+        name: found.below(folder) if folder in found.folders else []
+        for name, folder in classes.items()
+    }
+    names = tuple(name for name, paths in images.items() if paths or explicit)
+    loose = found.files(top)
+    if not any(images.values()) and not loose:
         raise FileNotFoundError(
             f"load: no images in {root}. Expected files ending in "
             f"{', '.join(sorted(EXTENSIONS))}, directly or in one subfolder a class."
@@ -170,10 +74,11 @@ def _list_split(root: Path, split: str) -> tuple[tuple[str, ...], list[Path], li
         )
     paths, labels = [], []
     for label, name in enumerate(names):
-        for number, path in enumerate(found[name]):
-            if explicit or (number % 5 == 4) == (split == "test"):
-                paths.append(path)
-                labels.append(label)
+        part = images[name]
+        if not explicit:
+            part = part[4::5] if split == "test" else [p for i, p in enumerate(part) if i % 5 != 4]
+        paths += part
+        labels += [label] * len(part)
     if explicit or split == "train":
         paths += loose
         labels += [-1] * len(loose)
@@ -183,3 +88,166 @@ def _list_split(root: Path, split: str) -> tuple[tuple[str, ...], list[Path], li
             "fifth image). Add images or make train/ and test/ folders."
         )
     return names, paths, labels
+
+
+class ListSource(ImageSource):
+    """The images that a text file names, one a line, by paths from the list's own folder.
+
+    `.txt`: the path, and behind a space or tab a label if there is one. `.csv` and `.tsv`: columns
+    path and label, or under a heading those named `path` and `label`. Labels are whole numbers from
+    0 on, or names, which are numbered in alphabetical order; no label, or -1, is none. A line that
+    begins with # is passed over in a `.txt`.
+
+    All of a list is one split. That of testing is the file of the same name with `test` or `val` in
+    the place of `train`. Names are numbered over both.
+
+    Args:
+        path: the file.
+        split: "train" or "test".
+        image_size, max_side: see `ImageSource`.
+
+    Raises:
+        FileNotFoundError: no such list, or a file that it names; no list of the other split.
+        ValueError: an empty list, a heading without `path`, a file named twice, labels of two
+            kinds. The message tells the line.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        image_size: int | None = None,
+        max_side: int | None = None,
+    ):
+        given = Path(path).expanduser().resolve()
+        lists = [given, *other_splits(given)]
+        if split == "test" and len(lists) == 1:
+            raise FileNotFoundError(no_test_split(given))
+        rows = [_read_list(each) for each in lists]
+        self.paths = _existing_files(lists[split == "test"], rows[split == "test"])
+        labels, class_names = _numbered(lists, rows)
+        super().__init__(
+            str(given), torch.tensor(labels[split == "test"]), class_names, image_size, max_side
+        )
+
+
+def other_splits(path: Path) -> list[Path]:
+    """The file of the test split beside a file of the training split, if there is one."""
+    if "train" not in path.name:
+        return []
+    others = (path.with_name(path.name.replace("train", name)) for name in ("test", "val"))
+    return [other for other in others if other.exists()][:1]
+
+
+def no_test_split(path: str | Path) -> str:
+    name = Path(path).name
+    rule = (
+        f"expected {name.replace('train', 'test')} or {name.replace('train', 'val')} beside it"
+        if "train" in name
+        else "a name with 'train' in it leads to that with 'test' or 'val'"
+    )
+    return f"load: {path} has no test split: {rule}. To train, or embed, none is needed."
+
+
+_Row = tuple[int, str, str]  # number of the line, path, label or ""
+
+
+def _read_list(path: Path) -> list[_Row]:
+    kind = path.suffix.lower()
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if kind == ".txt":
+            lines = [(n, line.strip()) for n, line in enumerate(file, 1)]
+            rows = [(n, *_split_line(line)) for n, line in lines if line and line[0] != "#"]
+        else:
+            reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",")
+            cells = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(row)]
+            at, of = 0, 1
+            if cells and not _is_image(cells[0][1][0]):
+                heading = cells.pop(0)[1]
+                if "path" not in heading:
+                    raise ValueError(
+                        f"load: {path} must have a column `path`, got the heading "
+                        f"{', '.join(heading)}. Rename one, or begin with an image's path."
+                    )
+                at = heading.index("path")
+                of = heading.index("label") if "label" in heading else len(heading)
+            rows = [
+                (n, row[at] if at < len(row) else "", row[of] if of < len(row) else "")
+                for n, row in cells
+            ]
+    if not rows:
+        raise ValueError(f"load: {path} must name images, one a line, got no line of any.")
+    return rows
+
+
+def _split_line(line: str) -> tuple[str, str]:
+    if _is_image(line):
+        return line, ""
+    path, *label = line.rsplit(None, 1)
+    return path, label[0] if label else ""
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _existing_files(path: Path, rows: list[_Row]) -> list[str]:
+    """The files of a list, in its order. Folders are listed: that is faster than asking for every
+    file."""
+    files = [os.path.normpath(os.path.join(path.parent, name)) for _, name, _ in rows]
+    there: dict[str, set[str]] = {}
+    first: dict[str, int] = {}
+    missing = []
+    for (line, name, _), file in zip(rows, files, strict=True):
+        folder, base = os.path.split(file)
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if base not in there[folder]:
+            missing.append(f"{name!r} (line {line})")
+        if first.setdefault(file, line) != line:
+            raise ValueError(
+                f"load: {path} must name a file once, got {name!r} in lines {first[file]} and "
+                f"{line}. Leave one out; a mixture gives images more weight."
+            )
+    if missing:
+        raise FileNotFoundError(
+            f"load: {len(missing)} of the {len(rows)} files in {path} do not exist: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Paths are from the "
+            "list's folder, or absolute; a label stands behind a space, tab or comma."
+        )
+    return files
+
+
+def _numbered(lists: list[Path], rows: list[list[_Row]]) -> tuple[list[list[int]], tuple[str, ...]]:
+    """Labels of each list as numbers, and the names of the classes."""
+    seen: dict[bool, tuple[Path, _Row]] = {}
+    for path, part in zip(lists, rows, strict=True):
+        for row in part:
+            if row[2]:
+                seen.setdefault(_is_number(row[2]), (path, row))
+    if len(seen) == 2:
+        where = (f"{row[2]!r} in line {row[0]} of {path.name}" for path, row in seen.values())
+        raise ValueError(
+            f"load: labels in {lists[0]} must be whole numbers from 0 on, or all of them names, "
+            f"got {' and '.join(where)}."
+        )
+    if True in seen:
+        labels = [[int(label or -1) for _, _, label in part] for part in rows]
+        return labels, number_names(max(max(part) for part in labels), f"labels in {lists[0]}")
+    names = sorted({label for part in rows for _, _, label in part if label})
+    numbers = {"": -1} | {name: n for n, name in enumerate(names)}
+    return [[numbers[label] for _, _, label in part] for part in rows], tuple(names)
+
+
+def number_names(largest: int, of: str) -> tuple[str, ...]:
+    """The names of classes that have only numbers."""
+    if largest >= 1 << 20:
+        raise ValueError(
+            f"load: {of} must be class numbers below {1 << 20}, got {largest}. Number the classes "
+            "from 0 on, or give them names."
+        )
+    return tuple(map(str, range(largest + 1)))
+
+
+def _is_number(label: str) -> bool:
+    return label == "-1" or (label.isascii() and label.isdigit())

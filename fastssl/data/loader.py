@@ -23,19 +23,35 @@ class Batch:
     """(B,) int64: the samples' numbers in their source."""
     label: Tensor
     """(B,) int64, -1 where there is none."""
+    step: int = 0
+    """Steps done before this one."""
+    total_steps: int = 1
+    """Those of the whole run."""
+    epoch: float = 0.0
+    """Passes over the data done before this step, with the part of the current one."""
+
+
+def epoch_size(source) -> int:
+    """The number of samples in an epoch of `source`; a `Mixture` has its own."""
+    return getattr(source, "epoch_size", len(source))
 
 
 def epoch_order(
-    n: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
+    source, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
 ) -> Tensor:
     """Sample numbers of one epoch: (steps, batch_size / world) int64 for one rank.
 
     The global batch of a step is the same for any number of ranks: the ranks' parts side by side.
     Samples that do not fill a batch are left out, others in every epoch.
 
+    Args:
+        source: a source, or its number of samples. A `Mixture` draws its own order.
+        batch_size: over all ranks.
+
     Raises:
-        ValueError: batch_size exceeds n or is not a multiple of world.
+        ValueError: batch_size exceeds the samples of an epoch or is not a multiple of world.
     """
+    n = source if isinstance(source, int) else epoch_size(source)
     if not 1 <= batch_size <= n:
         raise ValueError(
             f"batch_size must be between 1 and the number of images, {n}, got {batch_size}."
@@ -45,8 +61,9 @@ def epoch_order(
             f"batch_size (over all processes) must be a multiple of the {world} processes, "
             f"got {batch_size}."
         )
-    order = permutation(n, seed, epoch=epoch)[: n // batch_size * batch_size]
-    return order.view(-1, world, batch_size // world)[:, rank]
+    draw = getattr(source, "draw", None)
+    order = draw(seed, epoch) if draw else permutation(n, seed, epoch=epoch)
+    return order[: n // batch_size * batch_size].view(-1, world, batch_size // world)[:, rank]
 
 
 def resident(source, device: torch.device | str):

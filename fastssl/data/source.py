@@ -2,9 +2,13 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ..extras import require
 
 
 class TensorSource:
@@ -71,6 +75,64 @@ class TensorSource:
         moved = copy.copy(self)
         moved.images, moved.labels = self.images.to(device), self.labels.to(device)
         return moved
+
+
+def tensor_file(path: str | Path, split: str = "train") -> TensorSource:
+    """The images in a `.npz`, `.pt` or `.safetensors` file; nothing is unpickled.
+
+    Arrays `train_images` and `test_images` (or `val_images`), with `..._labels`, are the splits;
+    one of `images`, with `labels`, is all for training. Images are (N, C, H, W), (N, H, W) or
+    (N, H, W, C) with C of 1, 3 or 4, uint8 or float32 in [0, 1]; labels whole numbers (N,), (N, 1)
+    or, of several classes an image, (N, classes).
+
+    Raises:
+        FileNotFoundError: no such split. ValueError: the file cannot be read without unpickling, or
+            holds no images. TypeError, ValueError: as `TensorSource`.
+    """
+    path = Path(path).expanduser().resolve()
+    arrays = _read_arrays(path)
+    prefixes = ("test_", "val_") if split == "test" else ("train_", "")
+    prefix = next((p for p in prefixes if f"{p}images" in arrays), None)
+    if prefix is None:
+        wanted = " or ".join(f"{p}images" for p in prefixes)
+        kind = FileNotFoundError if split == "test" else ValueError
+        raise kind(f"load: {path} must hold {wanted}, got {', '.join(arrays) or 'nothing'}.")
+    images = arrays[f"{prefix}images"]
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] not in (1, 3, 4) and images.shape[3] in (1, 3, 4):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    labels = arrays.get(f"{prefix}labels", torch.full((len(images),), -1))
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if not labels.is_floating_point():
+        labels = labels.long()
+    if labels.ndim == 2:
+        classes = labels.shape[1]
+    else:  # over both splits, since one may lack the last class
+        parts = (arrays[key] for key in arrays if key.endswith("labels"))
+        classes = 1 + max((int(x.max()) for x in parts if x.numel()), default=-1)
+    return TensorSource(str(path), images, labels, [str(n) for n in range(classes)])
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return {key: torch.from_numpy(file[key]) for key in file.files}
+        if path.suffix == ".safetensors":
+            return require("safetensors.torch", "train").load_file(path)
+        arrays = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: x for key, x in arrays.items() if isinstance(x, Tensor)}
+    except (FileNotFoundError, ImportError):
+        raise
+    except Exception as error:  # of many types
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"load: {path} must hold numbers by name, readable without unpickling, got "
+            f"{type(error).__name__}: {reason[:200]}. Write it by numpy.savez, torch.save of a "
+            "dict of tensors, or safetensors."
+        ) from error
 
 
 def _kind(x: object) -> str:

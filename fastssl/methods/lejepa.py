@@ -67,7 +67,7 @@ class LeJEPA(nn.Module):
         std = z.detach().float().std(dim=1).mean()
         return loss, {"inv": inv.detach(), "sigreg": sigreg.detach(), "std": std}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, total_steps: int) -> None:
         """Nothing moves besides the weights."""
 
     def features(self, x: Tensor) -> Tensor:

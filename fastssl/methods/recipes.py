@@ -25,6 +25,18 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+EVERY: dict[str, Any] = {
+    "lr_schedule": "cosine",
+    "min_lr": 0.0,
+    "layer_decay": 1.0,
+    "max_grad_norm": 0.0,
+    "sam_rho": 0.0,
+    "sam_adaptive": False,
+    "freeze": [],
+    "chunk": 0,
+}
+"""Of all recipes that do not say otherwise, and of runs older than the setting."""
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "lejepa": {
         "digits": {**_LEJEPA_SMALL, "epochs": 20},
@@ -49,7 +61,15 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     on data or machine stays unset where the recipe has none: `image_size`, `log_every`, `workers`.
     """
     recipes = RECIPES[config.method]
-    recipe = recipes.get(config.data.partition(":")[0], recipes["folder"])  # as shapes:multi
+    recipe = EVERY | recipes.get(config.data.partition(":")[0], recipes["folder"])  # shapes:multi
     values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     values["method_args"] = {**recipe["method_args"], **config.method_args}
-    return dataclasses.replace(config, **values)
+    config = dataclasses.replace(config, **values)
+    if config.final_weight_decay is None:
+        config.final_weight_decay = config.weight_decay
+    return config
+
+
+def completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration with the settings that came after it, as the run did without them."""
+    return dataclasses.asdict(resolve(PretrainConfig(**{**EVERY, **saved})))

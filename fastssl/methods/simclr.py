@@ -50,7 +50,7 @@ class SimCLR(nn.Module):
         std = F.normalize(z0.detach().float(), dim=1).std(dim=0).mean() * z0.shape[1] ** 0.5
         return loss, {"std": std}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, total_steps: int) -> None:
         """Nothing moves besides the weights."""
 
     def features(self, x: Tensor) -> Tensor:

@@ -93,5 +93,5 @@ class ViTSmall(nn.Module):
                 f"{tuple(x.shape)}. Resize them or build the network for that size."
             )
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions  # (B, L, dim)
-        x = torch.cat((self.cls.expand(len(x), 1, -1), x), dim=1)
+        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1)
         return self.norm(self.blocks(x)[:, 0])

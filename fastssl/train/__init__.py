@@ -2,10 +2,12 @@
 
 from .backbones import load_backbone, random_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
+from .exporting import export
 from .loop import Run, pretrain
 
 __all__ = [
     "Run",
+    "export",
     "load_backbone",
     "load_checkpoint",
     "pretrain",

@@ -14,8 +14,7 @@ from ..data import load
 from ..extras import require
 from ..models import build_backbone
 from ..random import permutation
-
-_FILE = "backbone.safetensors"
+from .weights import EXPORTED, ROLES, fit, read_weights
 
 
 def seeded_backbone(config: dict[str, Any], channels: int) -> nn.Module:
@@ -36,7 +35,7 @@ def export_backbone(backbone: nn.Module, folder: Path, config, source) -> None:
         RuntimeError: the reloaded network computes something else.
     """
     safetensors = require("safetensors.torch", "train")
-    path = folder / _FILE
+    path = folder / EXPORTED
     weights = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     metadata = {
         "format": "pt",
@@ -63,11 +62,14 @@ def export_backbone(backbone: nn.Module, folder: Path, config, source) -> None:
         )
 
 
-def load_backbone(run_path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_backbone(
+    run_path: str | Path, weights: str = "student"
+) -> tuple[nn.Module, dict[str, Any]]:
     """The trained backbone of a run, in eval mode on the CPU, and what one must know to use it.
 
     Args:
         run_path: the run's folder.
+        weights: "student", or "teacher" of a method that has one.
 
     Returns:
         backbone: (B, channels, image_size, image_size) float, as `fastssl.augment.prepare` makes
@@ -76,11 +78,16 @@ def load_backbone(run_path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             method, config (the resolved configuration as a dict).
 
     Raises:
-        FileNotFoundError: not a run, or a run that has not finished.
+        FileNotFoundError: not a run, or a run that has not finished. ValueError: no such weights.
     """
+    if weights not in ROLES:
+        raise ValueError(f'load_backbone: weights must be "student" or "teacher", got {weights!r}.')
     backbone, info = _initial(Path(run_path))
-    weights = require("safetensors.torch", "train").load_file(Path(run_path) / _FILE)
-    backbone.load_state_dict(weights)
+    state = read_weights(run_path, weights)
+    if weights == "teacher":
+        fit(backbone, state, f"{run_path}'s checkpoint", weights, caller="load_backbone")
+    else:
+        backbone.load_state_dict(state)
     return backbone.eval(), info
 
 
@@ -103,7 +110,7 @@ def random_backbone(
 
 def _initial(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The run's network at its initial weights, leaving torch's generator as it was."""
-    config_path, weights_path = folder / "config.yaml", folder / _FILE
+    config_path, weights_path = folder / "config.yaml", folder / EXPORTED
     if not config_path.is_file():
         raise FileNotFoundError(
             f"load_backbone: {folder} is not a run: it has no config.yaml. "
@@ -111,7 +118,7 @@ def _initial(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     if not weights_path.is_file():
         raise FileNotFoundError(
-            f"load_backbone: {folder} has no {_FILE}: the run has not finished. "
+            f"load_backbone: {folder} has no {EXPORTED}: the run has not finished. "
             "Resume it with resume=True (--resume) and the same out."
         )
     config = require("yaml", "train").safe_load(config_path.read_text())

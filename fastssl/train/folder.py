@@ -15,7 +15,9 @@ from .checkpoint import replacing
 from .ranks import Ranks
 
 # A run may change these when it resumes: they do not change what is computed.
-_FREE = frozenset("out workers parallel device log_every save_every keep resume".split())
+_FREE = frozenset(
+    "out workers parallel device log_every monitor trackers save_every keep resume".split()
+)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -93,6 +95,18 @@ def write_description(config: PretrainConfig, ranks: Ranks, precision: str) -> N
         "precision": precision,
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def write_bad_batch(folder: Path, batch: dict[str, Any]) -> None:
+    """bad_batch.json: the step whose loss or gradient was not finite, its images and seeds."""
+    (folder / "bad_batch.json").write_text(json.dumps(batch, indent=2) + "\n")
+
+
+def write_parts(folder: Path, source) -> None:
+    """data.json: of a mixture, what each of its sources gives; see `fastssl.data.Mixture.parts`."""
+    if hasattr(source, "parts"):
+        text = json.dumps({"epoch_size": source.epoch_size, "parts": source.parts}, indent=2)
+        (folder / "data.json").write_text(text + "\n")
 
 
 def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:

@@ -9,6 +9,8 @@ those that are there are judged:
     effective_prototypes  `ops.effective_prototypes` of the teacher's `ops.prototype_usage`, with
                           the bias of a centred teacher, without that of Sinkhorn
     student_temperature, teacher_temperature (Sinkhorn's epsilon)
+
+The monitors' feature_std, of the features before any head, is judged for every method.
 """
 
 import math
@@ -16,6 +18,9 @@ from typing import Any
 
 COLLAPSED_STD = 0.2
 """`std` below this (1 is healthy) means all projections are becoming equal."""
+COLLAPSED_FEATURE_STD = 0.03
+"""`feature_std` below this after warm-up: lower than of any random network that was met (0.07 for a
+small transformer on digits; 0.5 to 0.8 for others)."""
 FLAT_NATS = 0.01
 """A loss this near ln K is that of a student that finds all prototypes alike for every image,
 whatever its teacher says."""
@@ -86,6 +91,14 @@ class Health:
                 f"the projections are collapsing (std {std:.3f}; 1 is healthy, below "
                 f"{COLLAPSED_STD} is not): all images get nearly the same features. Try a lower lr "
                 f"than {self._lr} or more warmup_epochs."
+            )
+        spread = record.get("feature_std", 1.0)
+        if step > self._warmup and spread < COLLAPSED_FEATURE_STD:
+            news["feature_std"] = (
+                f"the features are collapsing (feature_std {spread:.3f}): the backbone gives "
+                f"nearly the same for every image. Try a lower lr than {self._lr}, more "
+                "warmup_epochs or less weight_decay, and look whether the loss has a term that "
+                "keeps images apart."
             )
         symptoms = {}
         if "prototypes" in record and step > self._warmup:

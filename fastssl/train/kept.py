@@ -10,6 +10,14 @@ from .checkpoint import link, remove, save_checkpoint, save_sharded
 from .ranks import Ranks
 
 
+def last_checkpoint(run: str | Path) -> Path | None:
+    """The newest checkpoint in a run's folder, a file or a folder; None if there is none."""
+    names = (Path(run) / "checkpoints" / name for name in ("last.pt", "last"))
+    both = [path for path in names if path.exists()]
+    # Two of them only where the run ended as it went over from one form to the other.
+    return max(both, key=_step) if len(both) == 2 else next(iter(both), None)
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run.
 
@@ -28,10 +36,7 @@ class Checkpoints:
         self.folder, self._ranks, self._keep = folder / "checkpoints", ranks, keep
 
     def last(self) -> Path | None:
-        """The newest checkpoint, of either form; None if there is none."""
-        both = [path for path in (self.folder / "last.pt", self.folder / "last") if path.exists()]
-        # Two of them only where the run ended as it went over from one form to the other.
-        return max(both, key=_step) if len(both) == 2 else next(iter(both), None)
+        return last_checkpoint(self.folder.parent)
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best checkpoint."""

@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..augment import Packed, augment
 from ..config import PretrainConfig
-from ..data import Batch, batches, epoch_order, resident
+from ..data import Batch, batches, epoch_order, epoch_size, resident
 from ..methods import method_class
 from ..random import step_seed
-from . import folder, held_out, parallel, setup
+from . import folder, held_out, parallel, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, replacing
 from .health import Health
 from .kept import Checkpoints
 from .metrics import Meter, MetricsLog, Progress, read_metrics
+from .monitors import READ_STEPS, Monitor
 from .ranks import Ranks
-from .stop import StopSignal
+from .stop import StopSignal, stopped
+from .trackers import Trackers
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Run:
     """Summary: steps, epochs, loss, seconds, images_per_s, corrupt_images, corrupt_paths."""
 
 
-def pretrain(config: PretrainConfig) -> Run:
+def pretrain(config: PretrainConfig, source=None) -> Run:
     """Pretrain a backbone without labels.
 
     One process under plain `python`; under `torchrun` one per rank, with the global batch split
@@ -48,12 +51,14 @@ def pretrain(config: PretrainConfig) -> Run:
     the weights are those of one process but for rounding. Results do not depend on `workers`; the
     order and the augmentation of the samples do not depend on the number of ranks either.
 
-    An interrupt (SIGINT or SIGTERM) finishes the current step, saves, says how to resume and raises
-    KeyboardInterrupt; a second SIGINT stops at once. A resumed run computes the same bits as one
-    that was never stopped, given the same machine and number of threads.
+    An interrupt finishes the current step, saves, says how to resume and raises: KeyboardInterrupt
+    for SIGINT, SystemExit(143) for SIGTERM; a second SIGINT stops at once. A resumed run computes
+    the same bits as one that was never stopped, given the same machine and number of threads.
 
     Args:
         config: what to do; unset fields come from the method's recipe for the data.
+        source: data given in Python in the place of `config.data`: a source, or any
+            `torch.utils.data.Dataset` (`fastssl.data.DatasetSource`).
 
     Returns:
         The run's folder and a summary; the summary is also in the folder, as summary.json.
@@ -62,14 +67,16 @@ def pretrain(config: PretrainConfig) -> Run:
         ValueError: a setting that cannot work, or one that differs from the run to be resumed.
         FileExistsError: `out` holds a run and resume is not set. FileNotFoundError: no data, or
             nothing to resume.
-        FloatingPointError: the loss is not finite.
-        OSError: the disk is full. KeyboardInterrupt: stopped from outside, after saving.
+        FloatingPointError: a loss or gradient is not finite; bad_batch.json in the run's folder
+            names the step, its images and seeds.
+        OSError: the disk is full. KeyboardInterrupt, SystemExit: stopped from outside, after
+            saving.
     """
     ranks = Ranks.start(config.device)
     try:
         devices = [ranks.device] if ranks.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            return _Training(config, ranks).run()
+            return _Training(config, ranks, source).run()
     finally:
         ranks.close()
 
@@ -77,56 +84,67 @@ def pretrain(config: PretrainConfig) -> Run:
 class _Training:
     """The state of one run in one process."""
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks):
+    def __init__(self, config: PretrainConfig, ranks: Ranks, source):
         self.ranks = ranks
-        config, source = setup.settle(config, ranks.world)
+        config, source = setup.settle(config, ranks.world, source)
         self.config, self.source = config, source
         self.out = Path(config.out)
-        self.train, self.held = held_out.split(source, config.hold_out, config.seed)
-        self.steps_per_epoch = len(self.train) // config.batch_size
+        self.drawn, self.held = held_out.split(source, config.hold_out, config.seed)
+        self.steps_per_epoch = epoch_size(self.drawn) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.precision = setup.precision(config, ranks.device)
 
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
+        self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
-        self.method = parallel.to_ranks(method, config, ranks).train()
-        self.views = self.method.views(config.image_size, source)
+        setup.freeze(method, config.freeze)
+        method = parallel.to_ranks(method, config, ranks)
+        self.method = setup.train_mode(method, config.freeze)
+        setup.encode(method, config.chunk, compiled=config.compile)
+        self.views = method.views(config.image_size, source)
         self.feed = resident(source, ranks.device)
-        self.optimizer = setup.build_optimizer(config, self.method)
+        self.optimizer = setup.build_optimizer(config, method, ranks.device)
+        self.schedule = setup.Schedule(
+            config, self.optimizer, self.steps_per_epoch, self.total_steps
+        )
+        self.update = Update(config, method, self.optimizer, ranks.device, self.precision)
+        self.monitor = Monitor(method.backbone, source, ranks, on=config.monitor)
         self.checkpoints = Checkpoints(self.out, ranks, config.keep)
         self.step, self.seconds, self.corrupt_before = 0, 0.0, {}
         if config.resume:
             self._restore()
-        self.objective = parallel.objective(self.method, config, ranks)
+        self.objective = parallel.objective(method, config, ranks)
 
-        # The step of the first loss that is not finite, 0 for none; on the device, so that no step
-        # waits for the host.
-        self.first_bad = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        warmup_steps = config.warmup_epochs * self.steps_per_epoch
-        self.health = Health(config.lr, warmup_steps, self.total_steps)
+        self.health = Health(config.lr, self.schedule.warmup_steps, self.total_steps)
 
     def run(self) -> Run:
+        settings = dataclasses.asdict(self.config)
+        self.trackers = Trackers(
+            self.config.trackers, self.out, settings, step=self.step, on=self.ranks.main
+        )
         # Every rank has looked for an earlier run before one of them writes.
         self.ranks.barrier()
         started, first_step = time.perf_counter() - self.seconds, self.step
         self.log = None
         if self.ranks.main:
             folder.write_description(self.config, self.ranks, self.precision)
+            weights.report(self.out, self.initial)
+            folder.write_parts(self.out, self.source)
             self.log = MetricsLog(self.out, self.step)
         self.progress = Progress(self.total_steps, self.step, silent=not self.ranks.main)
         self.meter = Meter()
-        with StopSignal() as stop, closing(self.progress):
+        with StopSignal() as stop, closing(self.progress), self.trackers, self.monitor:
             with closing(self._loader()) as loader:
                 for images, label, index in self.meter.waiting(loader):
                     self._train_step(images, label, index)
                     self.seconds = time.perf_counter() - started
-                    stopping = self.ranks.largest(stop.received) > 0
-                    stopping = stopping and self.step < self.total_steps
+                    received = self.ranks.largest(stop.received)
+                    stopping = received if self.step < self.total_steps else 0
                     if stopping or self._is_due(self.config.save_every * self.steps_per_epoch):
                         self._save()
                     if stopping:
                         self._say_stopped()
-                        raise KeyboardInterrupt
+                        raise stopped(stopping)
         return self._finish(trained=self.step > first_step)
 
     def _loader(self):
@@ -141,10 +159,10 @@ class _Training:
         first, done = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, config.epochs):
             order = epoch_order(
-                len(self.train), config.batch_size, seed=config.seed, epoch=epoch,
+                self.drawn, config.batch_size, seed=config.seed, epoch=epoch,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
-            yield from self.train[order[done if epoch == first else 0 :]]
+            yield from order[done if epoch == first else 0 :]
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
@@ -154,60 +172,75 @@ class _Training:
         """One update of the weights. images (B, C, H, W) or packed, label and index (B,) int64."""
         config = self.config
         epoch = self.step // self.steps_per_epoch
+        # A mixture numbers a sample's second time in an epoch otherwise, so that views differ.
+        drawn, index = index, index % len(self.source)
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
-        lr = setup.learning_rate(config, self.step, self.steps_per_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        rates = self.schedule.apply(self.step)
         views = augment(
-            images, index, self.views, seed=config.seed, epoch=epoch, channels_last=True
+            images, drawn, self.views, seed=config.seed, epoch=epoch, channels_last=True
         )
-        autocast = self.precision == "bf16"
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast):
-            loss, scalars = self.objective(Batch(views, index, label))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch = Batch(
+            views, index, label, self.step, self.total_steps, self.step / self.steps_per_epoch
+        )
+        scalars = self.update(self.objective, batch)
         self.step += 1
-        bad = ~loss.detach().isfinite() & (self.first_bad == 0)
-        self.first_bad = torch.where(bad, self.step, self.first_bad)
-        logging = self._is_due(config.log_every)
-        if logging:
-            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-            norm = parallel.whole(nn.utils.get_total_norm(gradients))
-            scalars = {**scalars, "grad_norm": norm}
-        self.optimizer.step()
-        self.method.after_step(self.step)
+        self.method.after_step(self.step, self.total_steps)
+        self.monitor.step(label, index)
         self.meter.count(config.batch_size)
-        if logging:
-            self._log(epoch, lr, {"loss": loss, **scalars})
+        if self._is_due(config.log_every):
+            self._log(epoch, rates, scalars)
         self.progress.step(self.step)
 
-    def _log(self, epoch: int, lr: float, scalars: dict[str, Tensor | float]) -> None:
+    def _log(self, epoch: int, rates: dict[str, float], scalars: dict[str, Tensor | float]) -> None:
         """One line of metrics; scalars are means over the ranks, of this step."""
-        self._refuse_bad_loss()
+        self._refuse_bad_step()
         numbers = [torch.as_tensor(x, device=self.ranks.device) for x in scalars.values()]
         means = torch.stack([x.detach().float() for x in numbers])
         values = dict(zip(scalars, self.ranks.mean(means).tolist(), strict=True))
-        record = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), "lr": lr}
+        record = {"step": self.step, "epoch": epoch, "loss": values.pop("loss"), **rates}
         record |= {**self.meter.read(), **values}
+        if self._is_due(-(-READ_STEPS // self.config.log_every) * self.config.log_every):
+            record |= self.monitor.read()
         if self.log is None:
             return
         self.log.write(record)
+        self.trackers.write(record)
         self.progress.record(record)
         for message in self.health.messages(record):
+            self.log.warn(self.step, message)
             warnings.warn(message, stacklevel=2)
 
-    def _refuse_bad_loss(self) -> None:
-        step = self.ranks.largest(int(self.first_bad))
-        if step:
-            raise FloatingPointError(
-                f"pretrain: the loss is not finite at step {step} (lr {self.config.lr}, "
-                f"{self.config.optimizer}, {self.precision}, {self.config.method_args}). Try a "
-                "lower lr, more warmup_epochs or a higher temperature; with bf16 try precision "
-                "fp32. The last checkpoint is from before that step."
-            )
+    def _refuse_bad_step(self) -> None:
+        found = self.update.watch.read()
+        step = -self.ranks.largest(-found["step"] if found else -self.total_steps - 1)
+        if step > self.total_steps:
+            return
+        config, ranks = self.config, self.ranks
+        each = ranks.gather(found)  # the loss may be finite on some ranks
+        parts = [part for part in each if part and part["step"] == step]
+        what = "loss" if any(part["what"] == "loss" for part in parts) else "gradient"
+        parameter = parts[0]["parameter"]
+        if ranks.main:
+            folder.write_bad_batch(self.out, {
+                "step": step,
+                "epoch": (step - 1) // self.steps_per_epoch,
+                "what": what,
+                "parameter": parameter,
+                "seed": config.seed,
+                "step_seeds": [step_seed(config.seed, step - 1, r) for r in range(ranks.world)],
+                "index": [part["index"] for part in parts],
+            })  # fmt: skip
+        raise FloatingPointError(
+            f"pretrain: the {what} is not finite at step {step} (lr {config.lr}, "
+            f"{config.optimizer}, {self.precision}, {config.method_args}); the first parameter "
+            f"whose gradient is not: {parameter}. Its images and seeds are in "
+            f"{self.out}/bad_batch.json. Try a lower lr, more warmup_epochs, max_grad_norm or "
+            "a higher temperature; with bf16 or fp16 try precision fp32. The last checkpoint is "
+            "from before that step."
+        )
 
     def _save(self) -> None:
-        self._refuse_bad_loss()
+        self._refuse_bad_step()
         score = self._held_out_top1()  # first: it may meet unreadable files
         corrupt = self._corrupt()
         if self.ranks.main:
@@ -218,6 +251,8 @@ class _Training:
             "step": self.step,
             "model": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "update": self.update.state_dict(),
+            "monitor": self.monitor.state_dict(),
             "seconds": self.seconds,
             "corrupt": corrupt,
             "score": score,
@@ -229,7 +264,7 @@ class _Training:
             return None
         self.method.eval()
         top1 = held_out.top1_percent(
-            self.method.features, self.source, self.train, self.held,
+            self.method.features, self.source, self.drawn.samples, self.held,
             image_size=self.config.image_size, ranks=self.ranks,
             batch_size=self.config.batch_size // self.ranks.world,
         )  # fmt: skip
@@ -246,6 +281,8 @@ class _Training:
         state = load_checkpoint(path, method=self.config.method, like=like)
         self.method.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict(state.get("update", {}))
+        self.monitor.load_state_dict(state.get("monitor", {}))
         self.step, self.seconds = state["step"], state["seconds"]
         met = state["corrupt"]  # a list of paths where the run began before reasons were kept
         self.corrupt_before = met if isinstance(met, dict) else dict.fromkeys(met, "")

@@ -11,29 +11,45 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl and metrics.csv in a run's folder.
+    """Appends records to metrics.jsonl and metrics.csv, and warnings to warnings.txt, in a run's
+    folder.
 
     Lines after `resumed_step` are dropped first, so that a resumed run repeats none.
     """
 
     def __init__(self, folder: Path, resumed_step: int):
-        self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        self._folder, self._csv = folder, folder / "metrics.csv"
+        self._jsonl, self._warnings = folder / "metrics.jsonl", folder / "warnings.txt"
         kept = [r for r in read_metrics(folder) if r["step"] <= resumed_step]
         self._jsonl.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        with open(self._csv, "w", newline="") as file:
-            if kept:
-                writer = csv.DictWriter(file, list(kept[0]))
-                writer.writeheader()
-                writer.writerows(kept)
+        self._fields = list(dict.fromkeys(key for record in kept for key in record))
+        self._rewrite_csv()
+        said = self._warnings.read_text().splitlines(True) if self._warnings.exists() else []
+        if said:
+            before = [line for line in said if int(line.split("\t")[0]) <= resumed_step]
+            self._warnings.write_text("".join(before))
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self._jsonl, "a") as file:
             file.write(json.dumps(record) + "\n")
+        unknown = [key for key in record if key not in self._fields]
+        if unknown:  # not every record has every key: the header grows
+            self._fields += unknown
+            self._rewrite_csv()
+            return
         with open(self._csv, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(record))
-            if file.tell() == 0:
+            csv.DictWriter(file, self._fields).writerow(record)
+
+    def warn(self, step: int, message: str) -> None:
+        with open(self._warnings, "a") as file:
+            file.write(f"{step}\t{' '.join(message.split())}\n")
+
+    def _rewrite_csv(self) -> None:
+        with open(self._csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._fields)
+            if self._fields:
                 writer.writeheader()
-            writer.writerow(record)
+                writer.writerows(read_metrics(self._folder))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

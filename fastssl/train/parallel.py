@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"(?:^|\.)(?:blocks|stages|layers?|encoder_layer)[._]?\d+$")
 _WHOLE = ("lars", "lamb")  # their trust ratios are of whole tensors
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """A method as DistributedDataParallel wants it: `forward` is the loss."""
 
     def __init__(self, method: nn.Module):
@@ -73,7 +73,7 @@ def to_ranks(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Modu
 
 def objective(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Module:
     """What the loop calls with a batch; its backward averages gradients over the ranks."""
-    wrapped = _Objective(method)
+    wrapped = Objective(method)
     if ranks.world > 1 and not is_sharded(config, ranks):
         return DistributedDataParallel(wrapped)
     return wrapped

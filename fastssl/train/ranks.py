@@ -85,6 +85,14 @@ class Ranks:
             x /= self.world
         return x
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Every rank's rows one after another; all have as many."""
+        if self.world == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, of any type that can be pickled."""
         values = [value] * self.world

@@ -4,6 +4,12 @@ import signal
 import threading
 
 
+def stopped(number: int) -> BaseException:
+    """What a run that a signal stopped raises. Not caught, it ends the process with 130 for SIGINT
+    and 143 for SIGTERM, as shells and schedulers know them."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
 class StopSignal:
     """While entered, the first SIGINT or a SIGTERM only sets `received`; a second SIGINT stops at
     once. Signals reach Python's main thread only; in another thread nothing is installed.
@@ -29,4 +35,4 @@ class StopSignal:
     def _handle(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
