@@ -115,8 +115,11 @@ class PretrainConfig:
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
         if isinstance(self.data, list):
             self.data = f"mix:{json.dumps(self.data)}"
+        path, _, own = self.method.rpartition(":")
+        if path.endswith(".py"):  # the same file from whatever folder a run is resumed
+            self.method = f"{Path(path).expanduser().resolve()}:{own}"
         if self.out is None:
-            self.out = f"runs/{self.method}"
+            self.out = f"runs/{own}"
         for name in filter(None, (self.trackers or "").split(",")):
             if name not in _TRACKERS:
                 hint = nearest(name, _TRACKERS)

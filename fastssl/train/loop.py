@@ -22,6 +22,7 @@ from ..random import step_seed
 from . import folder, held_out, parallel, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, replacing
+from .combinations import check_views
 from .health import Health
 from .kept import Checkpoints
 from .metrics import Meter, MetricsLog, Progress, read_metrics
@@ -97,11 +98,12 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
+        self.views = method.views(config.image_size, source)
+        check_views(backbone, config.backbone, self.views, source.channels, config.image_size)
         setup.freeze(method, config.freeze)
         method = parallel.to_ranks(method, config, ranks)
         self.method = setup.train_mode(method, config.freeze)
         setup.encode(method, config.chunk, compiled=config.compile)
-        self.views = method.views(config.image_size, source)
         self.feed = resident(source, ranks.device)
         self.optimizer = setup.build_optimizer(config, method, ranks.device)
         self.schedule = setup.Schedule(
@@ -228,7 +230,7 @@ class _Training:
                 "parameter": parameter,
                 "seed": config.seed,
                 "step_seeds": [step_seed(config.seed, step - 1, r) for r in range(ranks.world)],
-                "index": [part["index"] for part in parts],
+                "index": [part["index"] if part in parts else None for part in each],
             })  # fmt: skip
         raise FloatingPointError(
             f"pretrain: the {what} is not finite at step {step} (lr {config.lr}, "
@@ -268,7 +270,7 @@ class _Training:
             image_size=self.config.image_size, ranks=self.ranks,
             batch_size=self.config.batch_size // self.ranks.world,
         )  # fmt: skip
-        self.method.train()
+        setup.train_mode(self.method, self.config.freeze)
         if parallel.is_sharded(self.config, self.ranks):
             self.method.reshard()  # which a backward would have done
         return top1
