@@ -38,11 +38,12 @@ def split(source, share: float, seed: int) -> tuple[Any, Tensor]:
         raise ValueError(f"pretrain: hold_out must be in [0, 1), got {share}. Try 0.05.")
     if share == 0:
         return source, torch.arange(0)
-    labels = getattr(source, "labels", None)  # a mixture has none
-    if labels is None or labels.ndim != 1 or (labels < 0).any():
+    labels, mixed = getattr(source, "labels", None), hasattr(source, "draw")
+    if mixed or labels is None or labels.ndim != 1 or (labels < 0).any():
+        got = "a mixture" if mixed else f"{source.name}, which lacks labels or has several an image"
         raise ValueError(
-            "pretrain: hold_out needs one label an image, as held-out images are classified by "
-            f"their neighbours; {source.name} has not. Leave hold_out at 0: the last one counts."
+            "pretrain: hold_out needs one source with one label an image, as the images held out "
+            f"are classified by their neighbours, got {got}. Leave hold_out at 0."
         )
     order = permutation(len(source), seed, stream=SPLIT)
     count = max(1, round(share * len(source)))
