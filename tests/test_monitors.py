@@ -161,6 +161,18 @@ def test_the_cost_is_bounded_for_large_batches_and_many_classes(monkeypatch):
     assert monitor._state["weight"].numel() == 0 and "probe_top1" not in monitor.read()
 
 
+def test_no_step_waits_for_the_device():
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():  # tensors without values: what asks for one raises
+        monitor = Monitor(Identity(16), Labelled(600, 5), ALONE)
+        for _ in range(2):
+            monitor._rows = [torch.randn(100, 16)]
+            monitor.step(torch.zeros(100, dtype=torch.int64), torch.arange(100))
+        with pytest.raises(DataDependentOutputException):
+            monitor.read()
+
+
 def test_a_compiled_backbone_stays_one_graph():
     from torch._dynamo.testing import CompileCounter  # slow to import, for the ranks too
 
@@ -220,8 +232,10 @@ def few(monkeypatch):
     return run
 
 
-def test_the_weights_are_the_same_bits_without_monitors(few, tmp_path):
+def test_the_weights_are_the_same_bits_without_monitors(few, tmp_path, capsys):
     on, off = few(tmp_path / "on"), few(tmp_path / "off", monitor=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step 10/10" in line]
+    assert ["kNN" in line for line in lines] == [True, False]
     one, other = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (on, off))
     assert one["monitor"]["weight"].abs().sum() > 0 and other["monitor"] == {}
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
