@@ -311,7 +311,7 @@ def test_neighbours_leave_out_the_image_itself_and_name_other_classes():
     rows = table.split("<tr>")[2:]
     assert len(rows) == pictures.QUERIES
     assert all(row.count("<img") == 1 + pictures.NEIGHBOURS for row in rows)
-    assert "1.00 even" in rows[0], "the copy of the first query"
+    assert "1.00, even" in rows[0], "the copy of the first query"
     assert not any("1.00" in row for row in rows[1:]), "no query is its own neighbour"
 
 

@@ -323,11 +323,11 @@ def _metrics(result: dict[str, Any]) -> Iterable[tuple[str, tuple[float, float |
         for group, value in values.items():
             if group in ("protocol", "sd_percent"):
                 continue
-            unit = ", %" if group.endswith("percent") else ""
-            members = value if isinstance(value, dict) else {group: value}
+            members = value if isinstance(value, dict) else {group.removesuffix("_percent"): value}
             for name, number in members.items():
                 if isinstance(number, int | float):
-                    label = name if name.startswith(protocol) or not unit else f"{protocol}: {name}"
+                    label = name if name.startswith(protocol) else f"{protocol}: {name}"
+                    unit = ", %" if group.endswith("percent") else ""
                     yield f"{label}{unit}", (number, spread.get(name))
 
 

@@ -152,7 +152,7 @@ def _neighbours(part: _Part, h: Tensor, y: Tensor, class_names: list[str]) -> st
         for s, i in others[:NEIGHBOURS]:
             text, kind = f"{s:.2f}", ""
             if y[q] >= 0 and y[i] >= 0 and y[i] != y[q]:
-                text, kind = f"{s:.2f} {class_names[y[i]]}", ' class="other"'
+                text, kind = f"{s:.2f}, {class_names[y[i]]}", ' class="other"'
             cells.append(f"<td{kind}>{_picture(part[i][0])}{_label(text)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = "An image, and the images whose features have the largest cosine with its own."
