@@ -219,7 +219,8 @@ def _check_protocols(protocols: Sequence[str] | None, settings: dict[str, Any]) 
             raise ValueError(f"evaluate: protocols must be known ones, got {name!r}. {known}")
     if protocols is not None and not protocols:
         raise ValueError("evaluate: protocols must name at least one, got none.")
-    taken = {key for name in protocols or PROTOCOLS for key in settings_of(name)} | {"seeds"}
+    taken = {key for name in protocols or PROTOCOLS for key in settings_of(name)}
+    taken |= {"seeds"} if "draws" in taken else set()
     for key in settings:
         if key not in taken:
             raise ValueError(

@@ -102,6 +102,12 @@ def linear_sgd(
     Notes: the heads of a network without transformer blocks take its output. Under torchrun each
         rank computes its part of every batch's features; the heads are the same on all.
 
+    Example:
+        >>> from fastssl.evaluate import evaluate
+        >>> found = evaluate(torch.nn.Flatten(), "digits", ["linear-sgd"], preset="moco", epochs=1)
+        >>> found["linear-sgd"]["protocol"]["rates"]
+        (30.0,)
+
     Paper: MoCo 1911.05722, SimCLR 2002.05709, DINO 2104.14294, MAE 2111.06377, LeJEPA 2511.08544
     (arXiv); rates beside the middle of a grid are ours.
     """
