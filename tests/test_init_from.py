@@ -202,7 +202,7 @@ def test_resume_ignores_the_file_it_started_from(run, tmp_path):
     path = pretrain(config(tmp_path / "run", **settings)).path
     weights.unlink()
     pretrain(config(path, resume=True))
-    with pytest.raises(ValueError, match="init_from is .*other.pt"):
+    with pytest.raises(ValueError, match="resume goes on with the run .*other.pt"):
         pretrain(config(path, resume=True, init_from=str(tmp_path / "other.pt")))
 
 

@@ -23,6 +23,7 @@ from .diagnostics import (
     rankme,
     uniformity,
 )
+from .embed import Embedding, embed
 from .features import Split, extract, frozen, main_rank
 from .finetune import finetune
 from .groups import calibration_error, group_report
@@ -43,6 +44,7 @@ from .views import copies, group_accuracy, robustness, view_alignment
 __all__ = [
     "PROTOCOLS",
     "ConfusionMatrix",
+    "Embedding",
     "FeatureCache",
     "Inputs",
     "Split",
@@ -54,6 +56,7 @@ __all__ = [
     "clusters",
     "copy_detection",
     "diagnostics",
+    "embed",
     "evaluate",
     "extract",
     "feature_std",
