@@ -101,6 +101,10 @@ def open_network(
     Raises:
         FileNotFoundError: no such file, or not a run. ValueError: an unknown name, weights that do
             not fit, or a missing `backbone`. OSError: published weights that cannot be had.
+
+    Example:
+        >>> open_network(torch.nn.Flatten(), image_size=32).inputs.described()
+        'centre square, bilinear'
     """
     if isinstance(what, nn.Module):
         return Network(what, Inputs(image_size) if image_size else None, {"weights": "as given"})
