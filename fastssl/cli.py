@@ -2,7 +2,8 @@
 
   fastssl methods                           what can be trained
   fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
-  fastssl evaluate RUN                      measure what its features are worth
+  fastssl evaluate CKPT                     measure what its features are worth
+  fastssl report RUN [RUN ...]              one page about a run, or comparing several
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
                                             Hugging Face or ONNX
@@ -11,7 +12,7 @@
   fastssl --version
 
 `fastssl COMMAND --help` lists a command's options; for a method's own, and the
-defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and plots
+defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and reports
 go into the run's folder.
 
 Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         "methods": _methods,
         "pretrain": _pretrain,
         "evaluate": _evaluate,
+        "report": _report,
         "embed": _embed,
         "export": _export,
         "demo": _demo,
@@ -253,81 +255,130 @@ def _add(parser, name: str, help_text: str, **settings) -> None:
 def _metavar(kind) -> str:
     from .config import type_name
 
-    names = {"a whole number": "N", "a number": "X", "text": "TEXT"}
+    names = {"a whole number": "N", "a number": "X", "text": "TEXT", "a list": "LIST"}
     name = type_name(kind).removesuffix(" or none")
     choices = "|".join(name.replace(" or ", ", ").split(", "))
     return names.get(name, choices if len(choices) < 40 else "NAME")
 
 
 def _evaluate(argv: list[str]) -> int:
+    from .evaluate import PROTOCOLS, FeatureCache, evaluate, merge_results, table
+
     parser = _Parser(
         "evaluate",
-        "RUN [--data DATA] [--protocol knn,linear,kshot] [options]",
-        "Measure a run's frozen backbone on labelled images; the numbers and the full protocol\n"
-        "are merged into RUN/results.json.",
+        "CKPT [--data DATA] [--protocol knn,linear,kshot] [options]",
+        "Measure what a network's features are worth on labelled images. CKPT: a run's folder, a\n"
+        "file of weights, timm:NAME or torchvision:NAME. The numbers and the full protocol are\n"
+        "merged into RUN/results.json, or into --out.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="`digits`, `patches`, `shapes` or a folder with one"
-        " subfolder per class. Default: the images of the run.",
-    )
-    parser.add_argument(
-        "--protocol",
-        metavar="LIST",
-        type=_names,
-        default="knn,linear,kshot",
-        help="any of knn, linear, kshot, knn-loo, retrieval, diagnostics; commas between."
-        " Default: knn,linear,kshot.",
-    )
-    parser.add_argument(
-        "--shots",
-        metavar="LIST",
-        type=_numbers,
-        default="1,5,10",
-        help="labels per class for kshot. Default: 1,5,10.",
-    )
-    parser.add_argument(
-        "--random",
-        action="store_true",
-        help="also evaluate the same network before training, and show the gap.",
-    )
-    parser.add_argument("--image-size", metavar="N", type=int, help="Default: the run's.")
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        default=256,
-        help="images per forward pass. Default: 256.",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... Default: auto."
-    )
-    parser.add_argument("--plots", action="store_true", help="write plots into the run's folder.")
-    options = parser.parse(argv)
-
-    from .evaluate import evaluate, table
-
-    results = {
-        weights: evaluate(
-            options.run,
-            options.data,
-            options.protocol,
-            weights=weights,
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            device=options.device,
-            shots=options.shots,
+    add = parser.add_argument
+    add("ckpt", metavar="CKPT", help="what is evaluated")
+    add("--data", metavar="DATA", help="`digits`, `patches`, `shapes` or a folder with one"
+        " subfolder per class. Default: the images of the run.")  # fmt: skip
+    add("--protocol", metavar="LIST", type=_names, help=f"any of {', '.join(PROTOCOLS)}; commas"
+        " between. Default: knn,linear,kshot.")  # fmt: skip
+    add("--random", action="store_true",
+        help="also evaluate the same network before training, and show the gap.")  # fmt: skip
+    add("--weights", choices=("pretrained", "random"), default="pretrained", metavar="NAME",
+        help="pretrained, of timm and torchvision those published, or random."
+        " Default: pretrained.")  # fmt: skip
+    add("--backbone", metavar="NAME", help="of a file of weights that does not say whose they are:"
+        " resnet_small, timm:NAME ...")  # fmt: skip
+    add("--split", default="test", metavar="NAME", help="test, or held-out: a tenth of the"
+        " training split, for choices. Default: test.")  # fmt: skip
+    add("--labels", metavar="FILE", help="CSV file of several labels an image.")
+    add("--masks", metavar="DIR", help="folder of masks for segmentation, PNG of class numbers.")
+    add("--image-size", metavar="N", type=int, help="Default: the network's own.")
+    add("--batch-size", metavar="N", type=int, default=256,
+        help="images per forward pass. Default: 256.")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... Default: auto.")
+    add("--cache", metavar="DIR", help="kept features. Default: beside torch's cached files.")
+    add("--no-cache", action="store_true", help="compute features again and keep none.")
+    add("--out", metavar="FILE", help="JSON file for the results. Default: RUN/results.json.")
+    add("--plots", action="store_true", help="write the run's report.html.")
+    group = parser.add_argument_group("settings of protocols", "Each goes to all that have it.")
+    for name, (kind, metavar, text) in _EVALUATE_SETTINGS.items():
+        flag, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
+        group.add_argument(
+            flag, dest=name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
         )
-        for weights in (("random", "pretrained") if options.random else ("pretrained",))
-    }
+    group.add_argument(
+        "--no-augmentation",
+        dest="augmentation",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="linear-sgd on features of whole images, computed once.",
+    )
+    options = vars(parser.parse(argv))
+    known = (*_EVALUATE_SETTINGS, "augmentation")
+    settings = {name: options.pop(name) for name in known if name in options}
+
+    from .train.ranks import Ranks
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ranks = Ranks.start(options["device"]) if several else None
+    cache = None if options["no_cache"] else FeatureCache(options["cache"])
+    results = {}
+    try:
+        for weights in ("random", "pretrained") if options["random"] else (options["weights"],):
+            results[weights] = evaluate(
+                options["ckpt"],
+                options["data"],
+                options["protocol"],
+                weights=weights,
+                cache=cache,
+                device=str(ranks.device) if ranks else options["device"],
+                **{key: options[key] for key in _EVALUATE_OPTIONS},
+                **settings,
+            )
+    finally:
+        if ranks:
+            ranks.close()
+    if not _main_rank():
+        return 0
     print(table(results))
-    print(f"written to {Path(options.run, 'results.json')}")
-    if options.plots:
+    if options["out"]:
+        data = next(iter(next(iter(results.values())).values()))["protocol"]["data"]
+        for weights, found in results.items():
+            merge_results(Path(options["out"]), data, weights, found)
+        print(f"written to {options['out']}")
+    if Path(options["ckpt"], "results.json").is_file():
+        print(f"written to {Path(options['ckpt'], 'results.json')}")
+    if options["plots"]:
         from .report import report
 
-        print("\n".join(str(path) for path in report(options.run, options.data)))
+        print(report(options["ckpt"], data=options["data"]))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _Parser(
+        "report",
+        "RUN [RUN ...] [--out FILE] [options]",
+        "Write one HTML page, complete in itself: curves, warnings, results, settings, and of a\n"
+        "single run views, neighbours and a map of its features; of several a comparison.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="Default: RUN/report.html; of several runs comparison.html beside the first.",
+    )
+    parser.add_argument(
+        "--data", metavar="DATA", help="images for neighbours and map. Default: those of the run."
+    )
+    parser.add_argument(
+        "--no-images",
+        dest="images",
+        action="store_false",
+        help="leave out what needs the images and the network.",
+    )
+    parser.add_argument("--tsne", action="store_true", help="also a map by t-SNE (scikit-learn).")
+    options = vars(parser.parse(argv))
+
+    from .report import report
+
+    print(report(*options.pop("runs"), **options))
     return 0
 
 
@@ -430,11 +481,46 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(name) for name in _names(text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers, got {text!r}") from None
+def _list_of(kind: type, words: str):
+    def numbers(text: str) -> list:
+        try:
+            return [kind(name) for name in _names(text)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
+
+    return numbers
+
+
+_numbers, _floats = _list_of(int, "whole numbers"), _list_of(float, "numbers")
+_EVALUATE_OPTIONS = ("backbone", "split", "labels", "masks", "image_size", "batch_size")
+# Type, metavar and help of what protocols take; their defaults are in their docstrings.
+_EVALUATE_SETTINGS = {
+    "seeds": (int, "N", "runs or draws of each number, for mean and deviation."),
+    "ks": (_numbers, "LIST", "neighbours of knn and knn-loo; k of retrieval's recall@k."),
+    "metric": (str, "NAME", "of knn: cosine or l2. Default: cosine."),
+    "votes": (str, "NAME", "of knn: softmax, distance or uniform. Default: softmax."),
+    "temperature": (float, "X", "of softmax votes. Default: 0.07."),
+    "l2_grid": (_floats, "LIST", "candidates of linear and multilabel."),
+    "shots": (_numbers, "LIST", "labels per class for kshot and finetune. Default: 1,5,10."),
+    "shares": (_floats, "LIST", "of the labels, for subset and finetune: 0.01,0.1 for 1 and 10 %."),
+    "preset": (str, "NAME", "of linear-sgd: moco, simclr, dino, mae, lejepa. Default: simclr."),
+    "rates": (_floats, "LIST", "learning rates of linear-sgd, one head each."),
+    "weight_decays": (_floats, "LIST", "of linear-sgd, one head each."),
+    "last_blocks": (_numbers, "LIST", "numbers of last blocks for linear-sgd, one head each."),
+    "recipe": (str, "NAME", "of finetune: vit, cnn, simclr, swav. Default: by the network."),
+    "epochs": (int, "N", "of linear-sgd, finetune and segmentation."),
+    "train_batch_size": (int, "N", "of linear-sgd, finetune and segmentation."),
+    "lr": (float, "X", "of finetune and segmentation."),
+    "weight_decay": (float, "X", "of finetune and segmentation."),
+    "layer_decay": (float, "X", "of finetune: rate of a block over that of the next."),
+    "drop_path": (float, "X", "of finetune."),
+    "mixup": (float, "X", "of finetune; needs torchvision."),
+    "cutmix": (float, "X", "of finetune; needs torchvision."),
+    "precision": (str, "NAME", "of finetune: fp32, bf16, auto."),
+    "disturbances": (_names, "LIST", "of robustness. Default: all."),
+    "shifts": (_names, "LIST", "data sets robustness scores too."),
+    "groups": (str, "FILE", "CSV file, image and group, for groups. Default: classes."),
+}
 
 
 def _demo(argv: list[str]) -> int:

@@ -105,6 +105,9 @@ class PretrainConfig:
     """Epochs between two checkpoints; the last step is always saved."""
     keep: int = 1
     """The newest checkpoints that stay."""
+    hold_out: float = 0.0
+    """Share of the images not trained on; the checkpoint by whose features they are classified best
+    stays too."""
     resume: bool = False
     """Go on with the run in `out` instead of starting a fresh one."""
 
@@ -131,7 +134,7 @@ class PretrainConfig:
 
 _TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
-_LEAST |= {"save_every": 1, "keep": 1, "workers": 0, "seed": 0}
+_LEAST |= {"save_every": 1, "keep": 1, "hold_out": 0, "workers": 0, "seed": 0}
 _LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
 _LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}
 

@@ -29,8 +29,8 @@ def linear(progress: float, start: float, end: float) -> float:
 
     Example:
         >>> from fastssl import schedules
-        >>> [schedules.linear(epoch / 30, 0.04, 0.07) for epoch in (0, 15, 30, 99)]
-        [0.04, 0.055, 0.07, 0.07]
+        >>> [schedules.linear(epoch / 30, 0.0, 1.0) for epoch in (0, 15, 30, 99)]
+        [0.0, 0.5, 1.0, 1.0]
     """
     progress = _clamp(progress)
     return start * (1 - progress) + end * progress

@@ -74,7 +74,7 @@ def failure(capsys, *argv):
         ("pretrain simclr --lr -1", "lr must be a finite number >= 0, got -1.0"),
         ("pretrain --config nix.yaml", "cannot read nix.yaml: No such file"),
         ("pretrain --resume --out nix", "--out must be a run to resume, got 'nix'"),
-        ("evaluate", "the following arguments are required: RUN"),
+        ("evaluate", "the following arguments are required: CKPT"),
         ("evaluate nix", "nix is not a run"),
         ("evaluate nix --protocol kn", "got 'kn'. Did you mean 'knn'?"),
         ("evaluate nix --batch-size x", "argument --batch-size: invalid int value: 'x'"),
@@ -159,17 +159,17 @@ def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path, capsys):
     assert f"{file}: lr must be a number or none, got 'fast'" in message
 
 
-def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys):
+def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     argv = ["evaluate", str(run), "--data", "digits", "--protocol", "knn, diagnostics"]
+    argv += ["--cache", str(tmp_path)]
     assert main([*argv, "--random", "--plots"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["top-1,", "%", "random", "pretrained", "gap"]
     assert "knn-20" in out and "rankme" in out and "linear" not in out
     results = json.loads((run / "results.json").read_text())["digits"]
     assert set(results) == {"random", "pretrained"}
-    for name in ("training", "probes", "embedding"):
-        assert str(run / f"{name}.png") in out and (run / f"{name}.png").stat().st_size > 5000
+    assert str(run / "report.html") in out and (run / "report.html").stat().st_size > 5000
 
 
 def test_every_option_is_in_one_group_of_the_help(capsys):
@@ -258,13 +258,13 @@ def test_demo_compares_every_gap_with_its_bound(tmp_path, capsys, monkeypatch, g
 
     monkeypatch.setattr(demo, "pretrain", lambda config: None)
     monkeypatch.setattr(demo, "evaluate", scores)
-    monkeypatch.setattr(demo, "report", lambda run: [run / "probes.png"])
+    monkeypatch.setattr(demo, "report", lambda run: run / "report.html")
     assert demo.demo(tmp_path) is not bool(failing)
     out = capsys.readouterr().out
     verdicts = [line for line in out.splitlines() if line.startswith(("pass  ", "FAIL  "))]
     assert len(verdicts) == 4
     assert [line[6:].split(":")[0] for line in verdicts if line.startswith("FAIL")] == failing
-    assert str(tmp_path / "patches-0" / "probes.png") in out
+    assert str(tmp_path / "patches-0" / "report.html") in out
 
 
 def test_bugs_keep_their_traceback(monkeypatch):

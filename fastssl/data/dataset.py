@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ class DatasetSource(ImageSource):
     of 0 and 1. The first and last sample are read at once, to see what they are.
 
     What raises an exception when asked for counts as unreadable. Random transforms of the data
-    set's own are drawn in threads and follow no seed: leave them to the views.
+    set's own are drawn in threads and follow no seed: leave them to the views. All labels, and
+    the number of classes, are known by `dataset.targets` if its ends agree with the samples;
+    otherwise who asks for `labels`, as evaluation does, has the data set read once from end to end.
 
     Args:
         dataset: with `len` and `[i]`, which may be called from several threads.
@@ -64,10 +67,8 @@ class DatasetSource(ImageSource):
         if len(dataset) < 1:
             raise ValueError(f"load: data set {kind} must hold samples, got length {len(dataset)}.")
         self._dataset = dataset
-        class_names = class_names or getattr(dataset, "classes", None) or ()
-        # Labels come with the samples; what stands here is asked for only by position.
-        labels = torch.full((len(dataset),), -1)
-        super().__init__(name or f"python:{kind}", labels, class_names, image_size, max_side)
+        class_names = class_names or getattr(dataset, "classes", None)
+        super().__init__(name or f"python:{kind}", None, class_names, image_size, max_side)
         self.mirror = mirror
         self._room = 0  # the data set may keep them itself
         self._form = None
@@ -81,12 +82,25 @@ class DatasetSource(ImageSource):
                 ) from error
             self._form = self._form or (len(image), image.dtype)
         self.channels = self._form[0]
-        targets = getattr(dataset, "targets", None)
-        if targets is not None and len(targets) == len(dataset):
-            self.labels = torch.as_tensor(targets).long()
-            if not class_names and self.labels.ndim == 1:
-                class_names = number_names(int(self.labels.max()), f"targets of {kind}")
-                self.class_names, self.num_classes = class_names, len(class_names)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) or (N, classes) int64."""
+        ends = [torch.as_tensor(self[i][1]) for i in (0, len(self) - 1)]
+        targets = _targets(self._dataset)
+        if targets is not None and len(targets) == len(self):
+            if all(torch.equal(a, b) for a, b in zip(ends, targets[[0, -1]], strict=True)):
+                return targets
+        return torch.stack([torch.as_tensor(self[i][1]) for i in range(len(self))])
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        labels = self.labels
+        largest = labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max())
+        return number_names(largest, f"labels of {self.name}")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
 
     def where(self, i: int) -> str:
         return f"{self.name}[{i}]"
@@ -162,6 +176,18 @@ class DatasetSource(ImageSource):
                 f"1, got {label!r}. Number the classes from 0 on."
             )
         return whole.long() if whole.ndim else int(whole)
+
+
+def _targets(dataset: Any) -> Tensor | None:
+    """The labels of all samples, as torchvision's data sets have them."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = _targets(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+    targets = getattr(dataset, "targets", None)
+    try:
+        return None if targets is None else torch.as_tensor(targets).long()
+    except (TypeError, ValueError, RuntimeError):  # boxes, names: no class numbers
+        return None
 
 
 class HuggingFaceSource(ImageSource):

@@ -29,7 +29,8 @@ class Listing:
 
     def files(self, folder: str) -> list[str]:
         """Paths of the images directly in a folder."""
-        return [os.path.join(self.root, folder, name) for name in self.folders[folder][1]]
+        start = os.path.join(self.root, folder, "")
+        return [start + name for name in self.folders[folder][1]]
 
     def below(self, folder: str) -> list[str]:
         """Paths of all images below a folder, sorted by the parts of their paths."""

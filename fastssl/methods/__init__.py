@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .byol import BYOL
 from .lejepa import LeJEPA
 from .simclr import SimCLR
 
-METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR, "lejepa": LeJEPA}
+METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR, "byol": BYOL, "lejepa": LeJEPA}
 
-__all__ = ["METHODS", "LeJEPA", "SimCLR", "method_class"]
+__all__ = ["BYOL", "METHODS", "LeJEPA", "SimCLR", "method_class"]
 
 
 def method_class(name: str) -> type[nn.Module]:

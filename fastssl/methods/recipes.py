@@ -15,6 +15,16 @@ _SIMCLR_SMALL = {
     "method_args": {"temperature": 0.2},
 }
 
+_BYOL_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 256,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 1.0,
+    "method_args": {"hidden_dim": 512, "out_dim": 128},
+}
+
 _LEJEPA_SMALL = {
     "backbone": "resnet_small",
     "batch_size": 256,
@@ -41,6 +51,12 @@ _OWN = {**_SIMCLR_SMALL, "lr": 1e-3, "epochs": 20, "method_args": {}}
 """Of methods without recipes, which are those in a file of one's own."""
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "byol": {
+        "digits": {**_BYOL_SMALL, "epochs": 20},
+        "patches": {**_BYOL_SMALL, "epochs": 20},
+        "shapes": {**_BYOL_SMALL, "epochs": 10},
+        "folder": {**_BYOL_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
     "lejepa": {
         "digits": {**_LEJEPA_SMALL, "epochs": 20},
         "patches": {**_LEJEPA_SMALL, "epochs": 20},

@@ -8,13 +8,13 @@ head has no normalisation after its last layer; images of up to 64 pixels get mi
 blur.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..augment import View, simclr, small
 from ..data import Batch
 from ..losses import NTXentLoss
 from ..models import mlp
+from .blocks import spread
 
 
 class SimCLR(nn.Module):
@@ -47,8 +47,7 @@ class SimCLR(nn.Module):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z0, z1 = (self.head(self.backbone(x)) for x in batch.views)  # z = g(f(x)), (B, out_dim)
         loss = self.ntxent(z0, z1)  # eq. 1, mean over both views
-        std = F.normalize(z0.detach().float(), dim=1).std(dim=0).mean() * z0.shape[1] ** 0.5
-        return loss, {"std": std}
+        return loss, {"std": spread(z0)}
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Nothing moves besides the weights."""

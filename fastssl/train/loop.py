@@ -19,7 +19,7 @@ from ..config import PretrainConfig
 from ..data import Batch, batches, epoch_order, epoch_size, resident
 from ..methods import method_class
 from ..random import step_seed
-from . import folder, parallel, setup, weights
+from . import folder, held_out, parallel, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, replacing
 from .combinations import check_views
@@ -90,7 +90,9 @@ class _Training:
         config, source = setup.settle(config, ranks.world, source)
         self.config, self.source = config, source
         self.out = Path(config.out)
-        self.steps_per_epoch = epoch_size(source) // config.batch_size
+        self.train, self.held = held_out.split(source, config.hold_out, config.seed)
+        images = len(self.train) if len(self.held) else epoch_size(source)
+        self.steps_per_epoch = images // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.precision = setup.precision(config, ranks.device)
 
@@ -160,10 +162,12 @@ class _Training:
         first, done = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, config.epochs):
             order = epoch_order(
-                self.source, config.batch_size, seed=config.seed, epoch=epoch,
+                len(self.train) if len(self.held) else self.source, config.batch_size,
+                seed=config.seed, epoch=epoch,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
-            yield from order[done if epoch == first else 0 :]
+            order = order[done if epoch == first else 0 :]
+            yield from self.train[order] if len(self.held) else order
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
@@ -229,7 +233,7 @@ class _Training:
                 "parameter": parameter,
                 "seed": config.seed,
                 "step_seeds": [step_seed(config.seed, step - 1, r) for r in range(ranks.world)],
-                "index": [part["index"] for part in parts],
+                "index": [part["index"] if part in parts else None for part in each],
             })  # fmt: skip
         raise FloatingPointError(
             f"pretrain: the {what} is not finite at step {step} (lr {config.lr}, "
@@ -242,6 +246,7 @@ class _Training:
 
     def _save(self) -> None:
         self._refuse_bad_step()
+        score = self._held_out_top1()  # first: it may meet unreadable files
         corrupt = self._corrupt()
         if self.ranks.main:
             folder.write_corrupt(self.out, corrupt)
@@ -255,9 +260,23 @@ class _Training:
             "monitor": self.monitor.state_dict(),
             "seconds": self.seconds,
             "corrupt": corrupt,
-            "score": None,
+            "score": score,
         }
         self.checkpoints.save(state, sharded=parallel.is_sharded(self.config, self.ranks))
+
+    def _held_out_top1(self) -> float | None:
+        if not len(self.held):
+            return None
+        self.method.eval()
+        top1 = held_out.top1_percent(
+            self.method.features, self.source, self.train, self.held,
+            image_size=self.config.image_size, ranks=self.ranks,
+            batch_size=self.config.batch_size // self.ranks.world,
+        )  # fmt: skip
+        setup.train_mode(self.method, self.config.freeze)
+        if parallel.is_sharded(self.config, self.ranks):
+            self.method.reshard()  # which a backward would have done
+        return top1
 
     def _restore(self) -> None:
         path = self.checkpoints.last()
@@ -306,6 +325,9 @@ class _Training:
                 "corrupt_images": len(corrupt),
                 "corrupt_paths": list(corrupt),
             }
+            if len(self.held):
+                step, top1 = self.checkpoints.best()
+                summary |= {"best_step": step, "best_held_out_top1_percent": top1}
             with replacing(summary_path) as file:
                 file.write(f"{json.dumps(summary, indent=2)}\n".encode())
         self.ranks.barrier()

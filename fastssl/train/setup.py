@@ -29,7 +29,7 @@ from ..optim import (
     param_groups_layer_decay,
 )
 from ..optim.blockwise import Blockwise
-from . import folder, weights
+from . import folder, held_out, weights
 from .combinations import check_backbone, check_bf16, check_combinations
 
 
@@ -66,7 +66,8 @@ def settle(config: PretrainConfig, world: int, source=None):
     )
     if config.image_size is None:
         check_backbone(config.backbone, source.image_size)
-    images, batch_size = epoch_size(source), config.batch_size
+    train, held = held_out.split(source, config.hold_out, config.seed)
+    images, batch_size = len(train) if len(held) else epoch_size(source), config.batch_size
     if batch_size > images >= 2 * world:
         batch_size = images // world * world
         warnings.warn(

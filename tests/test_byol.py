@@ -1,0 +1,164 @@
+import math
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.config import PretrainConfig
+from fastssl.data import Batch, load
+from fastssl.dist import SyncBatchNorm
+from fastssl.methods import BYOL
+from fastssl.methods.blocks import encode, spread
+from fastssl.methods.recipes import resolve
+from fastssl.models import ResNetSmall
+from fastssl.train import load_checkpoint, pretrain, setup
+from fastssl.train.loop import Objective
+from fastssl.train.metrics import read_metrics
+from fastssl.train.update import Update
+
+CPU = torch.device("cpu")
+
+
+def byol(**arguments):
+    torch.manual_seed(0)
+    return BYOL(ResNetSmall(1, 8, 16), hidden_dim=16, out_dim=8, **arguments)
+
+
+def batch(step=0, count=16, sizes=(8, 8)):
+    generator = torch.Generator().manual_seed(step)
+    views = [torch.randn(count, 1, size, size, generator=generator) for size in sizes]
+    return Batch(views, torch.arange(count), torch.full((count,), -1), step, 10)
+
+
+def test_loss_is_the_papers():
+    method = byol().eval()
+    for p in method.teacher.parameters():  # another network than the student
+        p.add_(0.1 * torch.randn_like(p))
+    x0, x1 = batch().views
+    loss, scalars = method.loss(batch())
+    terms = []
+    for x, other in ((x0, x1), (x1, x0)):
+        p = F.normalize(method.predictor(method.projector(method.backbone(x))), dim=1)
+        t = F.normalize(method.teacher.projector(method.teacher.backbone(other)), dim=1)
+        terms.append((p - t).square().sum(1).mean())
+    torch.testing.assert_close(loss, (terms[0] + terms[1]) / 2)
+    assert 0 < loss < 4 and 0 < scalars["std"] < 1.2
+    loss.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+def test_views_follow_the_data():
+    pytest.importorskip("sklearn")
+    assert len(set(byol().views(8, load("digits")))) == 1
+    first, second = byol().views(96, load("digits"))
+    assert first != second and first.size == 96
+
+
+def test_teacher_follows_more_slowly_and_stands_at_the_end():
+    method = byol(momentum=0.5)
+    student, teacher = method.backbone.conv.weight, method.teacher.backbone.conv.weight
+    with torch.no_grad():
+        student.add_(1.0)
+    for step in (1, 5, 10):
+        m = 1 - 0.5 * (math.cos(math.pi * step / 10) + 1) / 2
+        want = m * teacher + (1 - m) * student
+        method.after_step(step, 10)
+        torch.testing.assert_close(teacher, want)
+    assert torch.equal(want, teacher)  # m = 1
+
+
+def test_teacher_is_saved_and_not_optimized():
+    method = byol()
+    optimizer = setup.build_optimizer(resolve(PretrainConfig(method="byol")), method, CPU)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in method.teacher.parameters()}
+    assert optimized == {id(p) for p in method.parameters() if p.requires_grad}
+    keys = set(method.state_dict())
+    assert {f"backbone.{name}" for name in method.backbone.state_dict()} < keys
+    assert {f"ema.module.{name}" for name in method.teacher.state_dict()} < keys
+    parts = ("backbone.", "projector.", "predictor.", "ema.module.")
+    assert all(name.startswith(parts) for name in keys)
+
+
+def test_views_of_a_size_share_a_forward():
+    seen = []
+
+    def network(x):
+        seen.append(tuple(x.shape))
+        return x.mean((2, 3)).expand(-1, 5) * torch.arange(5.0)
+
+    views = batch(count=3, sizes=(8, 4, 8, 6, 4)).views
+    out = encode(network, views)
+    assert seen == [(6, 1, 8, 8), (6, 1, 4, 4), (3, 1, 6, 6)]
+    for x, y in zip(views, out, strict=True):
+        torch.testing.assert_close(y, network(x))
+
+
+def test_spread_tells_collapse_from_health():
+    z = torch.randn(2000, 16)
+    assert spread(z) == pytest.approx(1, abs=0.02) and spread(z[:1].repeat(9, 1)) < 1e-6
+
+
+def digits(out, **changes):
+    values = {"method": "byol", "data": "digits", "out": str(out), "device": "cpu"}
+    values |= {"epochs": 1, "batch_size": 128, "log_every": 1}
+    values["method_args"] = {"hidden_dim": 64, "out_dim": 16, "momentum": 0.9}
+    return PretrainConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("settings", [{}, {"sam_rho": 0.05}], ids=["plain", "sam"])
+def test_resumed_run_has_the_same_bits(tmp_path, monkeypatch, settings):
+    pytest.importorskip("sklearn")
+    whole, real = pretrain(digits(tmp_path / "whole", **settings)), BYOL.after_step
+
+    def interrupt(self, step, total_steps):
+        real(self, step, total_steps)
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BYOL, "after_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(digits(tmp_path / "part", **settings))
+    part = pretrain(digits(tmp_path / "part", resume=True, **settings))
+    one, two = (load_checkpoint(run.path / "checkpoints" / "last.pt") for run in (whole, part))
+    assert all(torch.equal(x, two["model"][name]) for name, x in one["model"].items())
+    name = "stages.0.conv1.weight"
+    assert not torch.equal(
+        one["model"][f"backbone.{name}"], one["model"][f"ema.module.backbone.{name}"]
+    )
+    curves = [[record["loss"] for record in read_metrics(run.path)] for run in (whole, part)]
+    assert curves[0] == curves[1] and curves[0][-1] < curves[0][0]
+
+
+def trained(method, objective, part=slice(None)):
+    config = resolve(PretrainConfig(method="byol", optimizer="sgd", lr=0.02, weight_decay=0.0))
+    setup.train_mode(method, [])
+    optimizer = setup.build_optimizer(config, method, CPU)
+    update = Update(config, method, optimizer, CPU, "fp32")
+    for step in range(3):
+        whole = batch(step)
+        views = [x[part] for x in whole.views]
+        update(objective, Batch(views, whole.index[part], whole.label[part], step, 10))
+        method.after_step(step + 1, 10)
+    return method.state_dict()
+
+
+def distributed(group):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    method = SyncBatchNorm.convert_sync_batchnorm(byol(momentum=0.5))
+    part = slice(rank * 16 // world, (rank + 1) * 16 // world)
+    return trained(method, DistributedDataParallel(Objective(method)), part)
+
+
+def test_four_ranks_have_the_weights_and_the_teacher_of_one_process(ranks):
+    method = byol(momentum=0.5)
+    want = trained(method, Objective(method))
+    for got in ranks.run(distributed, 4):
+        assert got.keys() == want.keys()
+        for name, x in want.items():
+            torch.testing.assert_close(got[name], x, atol=1e-4, rtol=1e-3)
