@@ -314,6 +314,7 @@ def _evaluate(argv: list[str]) -> int:
     settings = {name: options.pop(name) for name in known if name in options}
 
     from .train.ranks import Ranks
+    from .train.weights import split_role
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = Ranks.start(options["device"]) if several else None
@@ -342,12 +343,13 @@ def _evaluate(argv: list[str]) -> int:
         for weights, found in results.items():
             merge_results(Path(options["out"]), data, weights, found)
         print(f"written to {options['out']}")
-    if Path(options["ckpt"], "results.json").is_file():
-        print(f"written to {Path(options['ckpt'], 'results.json')}")
+    run, _ = split_role(options["ckpt"])
+    if Path(run, "results.json").is_file():
+        print(f"written to {Path(run, 'results.json')}")
     if options["plots"]:
         from .report import report
 
-        print(report(options["ckpt"], data=options["data"]))
+        print(report(run, data=options["data"]))
     return 0
 
 
