@@ -3,7 +3,7 @@
   fastssl methods                           what can be trained
   fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
   fastssl evaluate CKPT                     measure what its features are worth
-  fastssl report RUN [RUN ...]              one page about a run, or comparing several
+  fastssl report RUN [RUN ...]              one page on a run, or on several
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
                                             Hugging Face or ONNX
@@ -12,8 +12,8 @@
   fastssl --version
 
 `fastssl COMMAND --help` lists a command's options; for a method's own, and the
-defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and reports
-go into the run's folder.
+defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and
+reports go into the run's folder.
 
 Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
 on stderr; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), both saved.
@@ -161,7 +161,7 @@ def _pretrain(argv: list[str]) -> int:
 # The fields of `PretrainConfig` as the help lists them; those that are new come last.
 _GROUPS = {
     "the run": "out resume seed save_every keep log_every monitor trackers",
-    "images": "image_size max_side workers",
+    "images": "image_size max_side workers hold_out",
     "network": "backbone init_from freeze",
     "optimisation": "epochs batch_size chunk optimizer lr lr_schedule warmup_epochs min_lr"
     " layer_decay weight_decay final_weight_decay max_grad_norm sam_rho sam_adaptive",
@@ -266,7 +266,7 @@ def _evaluate(argv: list[str]) -> int:
 
     parser = _Parser(
         "evaluate",
-        "CKPT [--data DATA] [--protocol knn,linear,kshot] [options]",
+        "CKPT [--data DATA] [--protocol LIST] [options]",
         "Measure what a network's features are worth on labelled images. CKPT: a run's folder, a\n"
         "file of weights, timm:NAME or torchvision:NAME. The numbers and the full protocol are\n"
         "merged into RUN/results.json, or into --out.",
@@ -440,10 +440,15 @@ def _export(argv: list[str]) -> int:
 def _embed(argv: list[str]) -> int:
     parser = _Parser(
         "embed",
-        "RUN FOLDER --out FILE [options]",
+        "WHAT FOLDER --out FILE [options]",
         "Write the features of every image below a folder, in the order of their names.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "what",
+        metavar="WHAT",
+        help="a run's folder or a file of weights (each may end in :teacher), or timm:NAME or"
+        " torchvision:NAME for what they publish",
+    )
     parser.add_argument("folder", metavar="FOLDER", help="images, in subfolders too")
     parser.add_argument(
         "--out",
@@ -452,9 +457,9 @@ def _embed(argv: list[str]) -> int:
         help=".npz (arrays features, paths) or .safetensors (features; paths in the metadata).",
     )
     parser.add_argument(
-        "--weights", default="student", help="student, or the method's teacher. Default: student."
+        "--backbone", metavar="NAME", help="of a file that does not say which network it is of."
     )
-    parser.add_argument("--image-size", metavar="N", type=int, help="Default: the run's.")
+    parser.add_argument("--image-size", metavar="N", type=int, help="Default: the network's own.")
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=256, help="images per pass. Default: 256."
     )
@@ -469,7 +474,7 @@ def _embed(argv: list[str]) -> int:
     from .evaluate import embed
 
     out = options["out"]
-    embedding = embed(options.pop("run"), options.pop("folder"), options.pop("out"), **options)
+    embedding = embed(options.pop("what"), options.pop("folder"), options.pop("out"), **options)
     N, D = embedding.features.shape
     print(f"{out}: {N} images, {D} features")
     for name, reason in embedding.corrupt.items():
