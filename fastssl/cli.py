@@ -3,7 +3,7 @@
   fastssl methods                           what can be trained
   fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
   fastssl evaluate CKPT                     measure what its features are worth
-  fastssl report RUN [RUN ...]              a page about a run, or several
+  fastssl report RUN [RUN ...]              one page on a run, or on several
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
                                             Hugging Face or ONNX
@@ -12,8 +12,8 @@
   fastssl --version
 
 `fastssl COMMAND --help` lists a command's options; for a method's own, and the
-defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and the
-report go into the run's folder.
+defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and
+reports go into the run's folder.
 
 Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
 on stderr; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), both saved.
@@ -161,7 +161,7 @@ def _pretrain(argv: list[str]) -> int:
 # The fields of `PretrainConfig` as the help lists them; those that are new come last.
 _GROUPS = {
     "the run": "out resume seed save_every keep log_every monitor trackers",
-    "images": "image_size max_side workers",
+    "images": "image_size max_side workers hold_out",
     "network": "backbone init_from freeze",
     "optimisation": "epochs batch_size chunk optimizer lr lr_schedule warmup_epochs min_lr"
     " layer_decay weight_decay final_weight_decay max_grad_norm sam_rho sam_adaptive",
@@ -314,7 +314,6 @@ def _evaluate(argv: list[str]) -> int:
     settings = {name: options.pop(name) for name in known if name in options}
 
     from .train.ranks import Ranks
-    from .train.weights import split_role
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = Ranks.start(options["device"]) if several else None
@@ -343,13 +342,12 @@ def _evaluate(argv: list[str]) -> int:
         for weights, found in results.items():
             merge_results(Path(options["out"]), data, weights, found)
         print(f"written to {options['out']}")
-    run, _ = split_role(options["ckpt"])
-    if Path(run, "results.json").is_file():
-        print(f"written to {Path(run, 'results.json')}")
+    if Path(options["ckpt"], "results.json").is_file():
+        print(f"written to {Path(options['ckpt'], 'results.json')}")
     if options["plots"]:
         from .report import report
 
-        print(report(run, data=options["data"]))
+        print(report(options["ckpt"], data=options["data"]))
     return 0
 
 
@@ -442,10 +440,15 @@ def _export(argv: list[str]) -> int:
 def _embed(argv: list[str]) -> int:
     parser = _Parser(
         "embed",
-        "RUN FOLDER --out FILE [options]",
+        "WHAT FOLDER --out FILE [options]",
         "Write the features of every image below a folder, in the order of their names.",
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "what",
+        metavar="WHAT",
+        help="a run's folder or a file of weights (each may end in :teacher), or timm:NAME or"
+        " torchvision:NAME for what they publish",
+    )
     parser.add_argument("folder", metavar="FOLDER", help="images, in subfolders too")
     parser.add_argument(
         "--out",
@@ -454,9 +457,9 @@ def _embed(argv: list[str]) -> int:
         help=".npz (arrays features, paths) or .safetensors (features; paths in the metadata).",
     )
     parser.add_argument(
-        "--weights", default="student", help="student, or the method's teacher. Default: student."
+        "--backbone", metavar="NAME", help="of a file that does not say which network it is of."
     )
-    parser.add_argument("--image-size", metavar="N", type=int, help="Default: the run's.")
+    parser.add_argument("--image-size", metavar="N", type=int, help="Default: the network's own.")
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=256, help="images per pass. Default: 256."
     )
@@ -471,7 +474,7 @@ def _embed(argv: list[str]) -> int:
     from .evaluate import embed
 
     out = options["out"]
-    embedding = embed(options.pop("run"), options.pop("folder"), options.pop("out"), **options)
+    embedding = embed(options.pop("what"), options.pop("folder"), options.pop("out"), **options)
     N, D = embedding.features.shape
     print(f"{out}: {N} images, {D} features")
     for name, reason in embedding.corrupt.items():

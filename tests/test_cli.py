@@ -123,7 +123,7 @@ def test_help_of_every_command(capsys, monkeypatch):
         ],
         "pretrain lejepa x": ["Passes over the images. Default: 100.", "normalisation are left"],
         "export": ["--format FORMAT", "safetensors and onnx"],
-        "embed": ["RUN FOLDER", "arrays features, paths"],
+        "embed": ["WHAT FOLDER", "arrays features, paths"],
         "methods": ["fastssl methods"],
         "demo": ["--out DIR"],
         "info": ["which kernel"],

@@ -10,6 +10,8 @@ from torch import nn
 from fastssl.augment import prepare
 from fastssl.data import decode
 from fastssl.evaluate import embed
+from fastssl.evaluate.networks import open_network
+from fastssl.models import build_backbone
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -52,6 +54,19 @@ def test_files(folder, tmp_path):
         assert torch.equal(file.get_tensor("features"), embedding.features)
         assert json.loads(file.metadata()["paths"]) == embedding.paths
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["h.npz", "h.safetensors"]
+
+
+def test_a_file_of_weights_and_its_own_normalisation(folder, tmp_path):
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    vit = build_backbone("timm:test_vit", 3, 32).eval()
+    torch.save({"module." + name: w for name, w in vit.state_dict().items()}, tmp_path / "w.pth")
+    name = str(tmp_path / "w.pth")
+    embedding = embed(name, folder, backbone="timm:test_vit", image_size=32)
+    inputs = open_network(name, image_size=32, backbone="timm:test_vit").inputs
+    x = torch.cat([inputs(decode(folder / path, 96)[None]) for path in embedding.paths])
+    with torch.no_grad():
+        torch.testing.assert_close(embedding.features, vit(x))
 
 
 def test_messages(folder, tmp_path):

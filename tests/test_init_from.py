@@ -126,6 +126,12 @@ def test_other_shapes_are_refused_by_name(backbone, trained):
         fit(backbone, trained, "file")
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(backbone, trained):
+    trained["bn.bias"] = torch.full_like(trained["bn.bias"], torch.nan)
+    with pytest.raises(ValueError, match="holds NaN or infinity in 'model.bn.bias'"):
+        fit(backbone, below("model.", trained), "file")
+
+
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 3), (1, 3), (3, 6)])
 def test_first_filters_answer_alike_to_a_grey_image(old, new):
     source, target = build_backbone("resnet_small", old, 8), build_backbone("resnet_small", new, 8)
@@ -248,6 +254,12 @@ def test_published_weights(monkeypatch, tmp_path):
         published("vit_small", "timm")
     with pytest.raises(ValueError, match="publishes no weights for 'test_nothing'"):
         published("timm:test_nothing", "timm")
+
+    made, vit = timm.create_model("test_vit"), build_backbone("timm:test_vit", 3, 160)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made if pretrained else None)
+    record = fit(vit, published("timm:test_vit", "timm"), "timm")
+    assert record["loaded"] == record["of"] and record["unused"] == ["head.weight", "head.bias"]
+    assert_loaded(vit, made.state_dict())
 
     def offline(*args, **kwargs):
         raise OSError("no route to host")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..augment import pack, prepare
+from ..augment import pack
 from ..data import decode
 from ..data.images import EXTENSIONS, PASSING
 from ..extras import require
 from .features import frozen
+from .networks import open_network
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,28 @@ class Embedding:
 
 
 def embed(
-    run_or_backbone: str | os.PathLike | nn.Module,
+    what: str | os.PathLike | nn.Module,
     folder: str | os.PathLike,
     out: str | os.PathLike | None = None,
     *,
-    weights: str = "student",
+    backbone: str | None = None,
     image_size: int | None = None,
     batch_size: int = 256,
     workers: int = 4,
     device: str = "auto",
 ) -> Embedding:
     """Features of every image below a folder, without augmentation: the backbone's output for the
-    centre square, in eval mode and float32.
+    centre square, normalised as it is used to, in eval mode and float32.
 
     Args:
-        run_or_backbone: a run's folder, or a module from (B, C, S, S) float32 to (B, D).
+        what: a run's folder or a file of weights, either with `:teacher` at its end for the moving
+            average; `timm:NAME` or `torchvision:NAME` for what they publish; or a module from
+            (B, C, S, S) float32 to (B, D).
         folder: images, also in folders below it. Those below a hidden folder are passed over.
         out: a .npz file (arrays `features` and `paths`) or a .safetensors file (`features`, and in
             its metadata `paths`, a JSON list); None: none is written.
-        weights: of a run: "student", or "teacher" of a method that has one.
-        image_size: S in pixels; default: the run's.
+        backbone: name of the network that a file is of, where it does not say so itself.
+        image_size: S in pixels; default: the network's own.
         batch_size: images per forward pass; bounds the memory. workers: threads that decode.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
 
@@ -59,7 +62,7 @@ def embed(
     Raises:
         FileNotFoundError: no such folder or run, or no image that can be read.
         ValueError: a module without image_size or whose output is not (B, D), a run of images that
-            are not RGB, or a wrong ending of out.
+            are not RGB, weights that do not fit, or a wrong ending of out.
         RuntimeError: the backbone changed its weights or BatchNorm statistics meanwhile.
 
     Example:
@@ -70,30 +73,25 @@ def embed(
     """
     if out is not None and Path(out).suffix not in (".npz", ".safetensors"):
         raise ValueError(f"embed: out must end in .npz or .safetensors, got {str(out)!r}.")
-    if isinstance(run_or_backbone, nn.Module):
-        backbone = run_or_backbone
-        if image_size is None:
-            raise ValueError("embed: image_size must be given with a module, got None.")
-    else:
-        from ..train import load_backbone
-
-        backbone, info = load_backbone(run_or_backbone, weights)
-        image_size = image_size or info["image_size"]
-        if info["channels"] != 3:
-            raise ValueError(
-                "embed: the run must be of images with 3 channels, as files are read, got "
-                f"{info['channels']} ({info['source']}). Give extract() the source instead."
-            )
+    network = open_network(what, image_size=image_size, backbone=backbone)
+    inputs = network.inputs
+    if inputs is None:
+        raise ValueError("embed: image_size must be given with a module, got None.")
+    if inputs.channels not in (3, None):
+        raise ValueError(
+            f"embed: {what} must take images of 3 channels, as files are read, got "
+            f"{inputs.channels}. Give extract() the source instead."
+        )
     root = Path(folder).expanduser()
     paths = _images(root)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone.to(device)
+    model = network.backbone.to(device)
     rows, names, corrupt = [], [], {}
-    with frozen(backbone), ThreadPoolExecutor(max(1, workers)) as threads:
+    with frozen(model), ThreadPoolExecutor(max(1, workers)) as threads:
         for start in range(0, len(paths), batch_size):
             part, images = paths[start : start + batch_size], []
-            read = threads.map(lambda path: _read(path, 3 * image_size), part)
+            read = threads.map(lambda path: _read(path, 3 * inputs.size), part)
             for path, image in zip(part, read, strict=True):
                 name = path.relative_to(root).as_posix()
                 if isinstance(image, str):
@@ -102,8 +100,8 @@ def embed(
                     images.append(image)
                     names.append(name)
             if images:
-                x = prepare(pack(images), image_size)
-                rows.append(_rows(backbone(x.to(device)), len(images)))
+                x = inputs(pack(images)).to(device)
+                rows.append(_rows(model(x), len(images)))
     if not rows:
         name, reason = next(iter(corrupt.items()))
         raise FileNotFoundError(

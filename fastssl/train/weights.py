@@ -194,8 +194,8 @@ def fit(
         resized, missing and unused (lists of names).
 
     Raises:
-        ValueError: fewer than half of the backbone's tensors have a match, one has another shape,
-            or there is no teacher.
+        ValueError: fewer than half of the backbone's tensors have a match, one has another shape or
+            is not finite, or there is no teacher.
     """
     own = backbone.state_dict()
     style, plan, prefix = _match(weights, own, f"{caller}: {where}", role)
@@ -212,6 +212,11 @@ def fit(
                 misfits.append(f"{name} is {got}, the backbone has {tuple(target.shape)}")
                 continue
             resized.append(name)
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{caller}: {where} holds NaN or infinity in {prefix + parts[0]!r}: the network "
+                "has diverged. Take an earlier checkpoint."
+            )
         loaded[name] = value
     if misfits:
         raise ValueError(
