@@ -3,7 +3,7 @@
   fastssl methods                           what can be trained
   fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
   fastssl evaluate CKPT                     measure what its features are worth
-  fastssl report RUN [RUN ...]              one page about a run, or comparing several
+  fastssl report RUN [RUN ...]              one page: curves, results, pictures
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
                                             Hugging Face or ONNX
