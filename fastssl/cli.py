@@ -12,8 +12,8 @@
   fastssl --version
 
 `fastssl COMMAND --help` lists a command's options; for a method's own, and the
-defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and reports
-go into the run's folder.
+defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and
+reports go into the run's folder.
 
 Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
 on stderr; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), both saved.

@@ -160,6 +160,23 @@ def test_an_unfinished_run_says_what_is_missing(copy, tmp_path):
     assert "Augmented views" not in read_page(report(copy, images=False)).text
 
 
+def test_a_run_that_diverged_says_so_until_it_goes_on(copy):
+    bad = {"step": 9, "what": "gradient", "parameter": "head.0.weight"}
+    (copy / "bad_batch.json").write_text(json.dumps(bad))
+    text = "the gradient was not finite at step 9 (first parameter: head.0.weight)"
+    assert text in read_page(report(copy, images=False)).text
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "epoch": 0, "loss": 1.0}) + "\n")
+    assert text not in read_page(report(copy, images=False)).text
+
+
+def test_the_best_of_held_out_images(copy):
+    summary = json.loads((copy / "summary.json").read_text())
+    summary |= {"best_step": 3, "best_held_out_top1_percent": 91.25}
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert "91.2 % at step 3 best held-out" in read_page(report(copy, images=False)).text
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="report: .* is not a run: it has no config.yaml"):
         report(tmp_path)
