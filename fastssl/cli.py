@@ -3,7 +3,7 @@
   fastssl methods                           what can be trained
   fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
   fastssl evaluate CKPT                     measure what its features are worth
-  fastssl report RUN [RUN ...]              one page: curves, results, pictures
+  fastssl report RUN [RUN ...]              a page about a run, or several
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
                                             Hugging Face or ONNX
@@ -12,8 +12,8 @@
   fastssl --version
 
 `fastssl COMMAND --help` lists a command's options; for a method's own, and the
-defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and
-reports go into the run's folder.
+defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and the
+report go into the run's folder.
 
 Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
 on stderr; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), both saved.
@@ -266,7 +266,7 @@ def _evaluate(argv: list[str]) -> int:
 
     parser = _Parser(
         "evaluate",
-        "CKPT [--data DATA] [--protocol knn,linear,kshot] [options]",
+        "CKPT [--data DATA] [--protocol LIST] [options]",
         "Measure what a network's features are worth on labelled images. CKPT: a run's folder, a\n"
         "file of weights, timm:NAME or torchvision:NAME. The numbers and the full protocol are\n"
         "merged into RUN/results.json, or into --out.",
@@ -314,6 +314,7 @@ def _evaluate(argv: list[str]) -> int:
     settings = {name: options.pop(name) for name in known if name in options}
 
     from .train.ranks import Ranks
+    from .train.weights import split_role
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = Ranks.start(options["device"]) if several else None
@@ -342,12 +343,13 @@ def _evaluate(argv: list[str]) -> int:
         for weights, found in results.items():
             merge_results(Path(options["out"]), data, weights, found)
         print(f"written to {options['out']}")
-    if Path(options["ckpt"], "results.json").is_file():
-        print(f"written to {Path(options['ckpt'], 'results.json')}")
+    run, _ = split_role(options["ckpt"])
+    if Path(run, "results.json").is_file():
+        print(f"written to {Path(run, 'results.json')}")
     if options["plots"]:
         from .report import report
 
-        print(report(options["ckpt"], data=options["data"]))
+        print(report(run, data=options["data"]))
     return 0
 
 

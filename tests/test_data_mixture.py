@@ -48,6 +48,12 @@ def test_samples_labels_and_numbers():
     assert mixture.labels.tolist() == mixture.batch(torch.arange(11))[1].tolist()
     assert mixture.class_names == ("0/a", "0/b", "0/c", "2/a", "2/z")
 
+    unnamed = DatasetSource([(torch.zeros(1, 4, 4, dtype=torch.uint8), 1)] * 2)
+    assert unnamed.labels.tolist() == [1, 1]
+    assert Mixture([unnamed, tensors(2)]).labels.tolist() == [-1, -1, 0, 1]
+    mixture = Mixture([unnamed, unnamed])
+    assert mixture.labels.tolist() == mixture.batch(torch.arange(4))[1].tolist() == [-1] * 4
+
     multi = ShapesSource("shapes:multi", size=4, image_size=16)
     mixture = Mixture([multi, ShapesSource("shapes", size=4, image_size=16)])
     assert mixture.batch(torch.arange(8))[1].tolist() == [-1] * 8 and mixture.num_classes == 0

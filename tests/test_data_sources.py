@@ -273,8 +273,6 @@ def test_nothing_is_unpickled(tmp_path):
     for name in ("a.npz", "b.pt", "c.npz"):
         with pytest.raises(ValueError, match=f"{name} must hold numbers by name, readable without"):
             load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "d.npz")
 
 
 # ------------------------------------------------------------------------- Python's data sets
@@ -321,11 +319,12 @@ def test_labels_and_classes_of_torchvision():
     pairs = [(x, 1), (x, 0), (x, 2)]
     source = load(Samples(pairs, targets=[1, 7, 2], classes=["cat", "dog", "ant"]))
     assert source.labels.tolist() == [1, 7, 2] and source.class_names == ("cat", "dog", "ant")
+    assert load(Samples(pairs, targets=[1, 7, 2])).num_classes == 8
     for targets in (None, [1, 0], [1, 0, 3], ["a", "b", "c"]):  # those are not of the samples
         source = load(Samples(pairs, targets=targets))
-        assert source.labels.tolist() == [1, 0, 2] and source.class_names == ("0", "1", "2")
-    part = torch.utils.data.Subset(Samples(pairs, targets=[1, 7, 2]), [2, 1, 0])
-    assert load(part).labels.tolist() == [2, 7, 1]
+        assert source.labels.tolist() == [1, 0, 2] and source.class_names == ()
+    part = torch.utils.data.Subset(Samples(pairs, targets=[1, 7, 2]), [2, 0])
+    assert load(part).labels.tolist() == [2, 1]
     several = load([(x, [0, 1]), (x, [1, 1])])
     assert several.labels.tolist() == [[0, 1], [1, 1]] and several.num_classes == 2
     datasets = pytest.importorskip("torchvision.datasets")
@@ -339,6 +338,10 @@ def test_unreadable_samples_of_a_data_set():
     with pytest.warns(UserWarning, match=r"python:Samples\[1\] \(OSError: broken file\)"):
         assert torch.equal(source[1][0], x + 1)
     assert source.corrupt == {"python:Samples[1]": "OSError: broken file"}
+    with pytest.warns(UserWarning, match="cannot read"):
+        assert load(Samples([OSError("broken file"), x])).channels == 3
+    with pytest.raises(ZeroDivisionError):
+        load(Samples([ZeroDivisionError(), x]))
 
 
 X = torch.zeros(3, 4, 4, dtype=torch.uint8)
@@ -357,6 +360,7 @@ X = torch.zeros(3, 4, 4, dtype=torch.uint8)
         (Samples([X - 0.5]), ValueError, r"\[0\] must lie in \[0, 1\] without NaN, got -0.5"),
         (Samples([{"pixels": X}]), ValueError, "an image under image, img.*got the keys pixels"),
         (Samples([(X, "cat")]), ValueError, r"label of python:Samples\[0\] must be .* got 'cat'"),
+        (Samples([(X, ["a"])]), ValueError, r"vector of 0 and 1, got \['a'\]"),
         (Samples([(X, 0.5)]), ValueError, "whole number or a vector of 0 and 1, got 0.5"),
         (Samples([X, X[:1]]), ValueError, r"\[1\] must have 3 channels .* got 1 of torch.uint8"),
     ],
@@ -427,7 +431,12 @@ def test_without_hugging_face(monkeypatch):
         load("hf:cifar10")
 
 
-def test_unknown_prefixes():
+def test_unknown_files_and_prefixes(tmp_path):
+    listed(tmp_path / "train.csv", "x")
+    with pytest.raises(FileNotFoundError, match="no file trian.csv in .*Did you mean 'train.csv'"):
+        load(tmp_path / "trian.csv")
+    with pytest.raises(FileNotFoundError, match="no file a.npz in .*/none[.]$"):
+        load(tmp_path / "none" / "a.npz")
     with pytest.raises(ValueError, match="known prefix, got 'shard:x'. Did you mean 'shards'"):
         load("shard:x")
 

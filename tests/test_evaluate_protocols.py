@@ -577,7 +577,8 @@ def test_settings_go_to_the_protocols_that_take_them():
     assert results["kshot"]["protocol"]["draws"] == 4
     with pytest.raises(ValueError, match="takes 'metrics'. Did you mean 'metric'"):
         evaluate(Net(), data, ["knn"], metrics="l2")
-    with pytest.raises(ValueError, match="no protocol asked for takes 'recipe'"):
-        evaluate(Net(), data, ["knn"], recipe="vit")
+    for settings in ({"recipe": "vit"}, {"seeds": 2}):
+        with pytest.raises(ValueError, match=f"no protocol asked for takes '{[*settings][0]}'"):
+            evaluate(Net(), data, ["knn"], **settings)
     with pytest.raises(ValueError, match='split must be "test" or "held-out"'):
         evaluate(Net(), data, split="val")

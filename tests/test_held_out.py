@@ -7,7 +7,7 @@ import torch
 
 from fastssl.augment import prepare
 from fastssl.config import PretrainConfig
-from fastssl.data import TensorSource
+from fastssl.data import Mixture, TensorSource, epoch_order
 from fastssl.evaluate.knn import knn
 from fastssl.methods import SimCLR
 from fastssl.models import ResNetSmall
@@ -29,24 +29,29 @@ def source(n=120, classes=4):
 
 def test_split():
     data = source()
-    train, held = held_out.split(data, 0.1, seed=3)
-    assert len(held) == 12 and sorted([*train.tolist(), *held.tolist()]) == [*range(120)]
+    rest, held = held_out.split(data, 0.1, seed=3)
+    assert len(held) == 12 and sorted([*rest.samples.tolist(), *held.tolist()]) == [*range(120)]
     assert torch.equal(held_out.split(data, 0.1, seed=3)[1], held)
     assert not torch.equal(held_out.split(data, 0.1, seed=4)[1], held)
-    assert torch.equal(held_out.split(data, 0.0, seed=3)[0], torch.arange(120))
+    assert held_out.split(data, 0.0, seed=3)[0] is data
     assert len(held_out.split(data, 1e-9, seed=3)[1]) == 1
+    orders = [epoch_order(rest, 12, seed=0, epoch=epoch) for epoch in range(2)]
+    assert all(sorted(o.flatten().tolist()) == rest.samples.tolist() for o in orders)
+    assert not torch.equal(*orders)
     with pytest.raises(ValueError, match=r"hold_out must be in \[0, 1\), got 1.0"):
         held_out.split(data, 1.0, seed=3)
     unlabelled = TensorSource("x", data.images, torch.full((120,), -1), [])
-    with pytest.raises(ValueError, match="hold_out needs one label an image.*; x has not"):
+    with pytest.raises(ValueError, match="one label an image.*got x, which lacks"):
         held_out.split(unlabelled, 0.1, seed=3)
-    assert len(held_out.split(unlabelled, 0.0, seed=3)[0]) == 120
+    with pytest.raises(ValueError, match="got a mixture"):
+        held_out.split(Mixture([data, data]), 0.1, seed=3)
 
 
 def test_top1_is_that_of_knn_and_the_same_for_any_ranks(monkeypatch):
     torch.manual_seed(0)
     backbone, data = ResNetSmall(3, 16).eval(), source()
-    train, held = held_out.split(data, 0.2, seed=0)
+    rest, held = held_out.split(data, 0.2, seed=0)
+    train = rest.samples
     settings = {"image_size": 16, "batch_size": 16}
     seen = []
 

@@ -12,6 +12,7 @@ from fastssl.config import PretrainConfig
 from fastssl.methods import METHODS
 from fastssl.methods.recipes import RECIPES
 from fastssl.train import load_backbone, pretrain
+from fastssl.train.metrics import read_metrics
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -62,7 +63,8 @@ def train(folder, parallel):
             PretrainConfig(
                 method=name, data=f"{folder}/images", out=f"{folder}/{parallel}/{name}_{backbone}",
                 parallel="ddp" if parallel == "one" else parallel, backbone=backbone, device="cpu",
-                image_size=8, batch_size=8, epochs=epochs, lr=1e-3, workers=0,
+                image_size=8, batch_size=8, epochs=epochs, lr=1e-3, max_grad_norm=1.0, workers=0,
+                log_every=5,
             )
         )  # fmt: skip
     if world == 1 or dist.get_rank() == 0:
@@ -93,6 +95,14 @@ def test_two_processes_follow_the_curve_of_one(folder, parallel, case):
         # Rounding grows from step to step: in fp32 from 1e-5 to 1e-2.
         bound = 1e-8 if case[2] == 64 else 10 ** (-5 + 3 * (step - 1) / 19)
         assert x == pytest.approx(y, rel=bound), step
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_is_logged_is_of_all_ranks(folder, parallel):
+    runs_of = (read_metrics(folder / name / "simclr64_vit_small") for name in ("one", parallel))
+    for want, got in zip(*runs_of, strict=True):
+        for name in ("step", "loss", "grad_norm", "rankme"):
+            assert got[name] == pytest.approx(want[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("backbone", ["vit_small", "resnet_small"])

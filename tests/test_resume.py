@@ -106,9 +106,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, w
 VIT = {"backbone": "vit_small", "keep": 2, "hold_out": 0.1}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_a_killed_run_in_shards_goes_on_to_the_same_bits(train, tmp_path, optimizer):
-    settings = {"parallel": "fsdp", "optimizer": optimizer, **VIT}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", **VIT},
+        {"optimizer": "adamw8bit", **VIT},
+        {"method": "byol", "sam_rho": 0.05, "max_grad_norm": 1.0, "keep": 2, "hold_out": 0.1},
+    ],
+    ids=["adamw", "adamw8bit", "teacher"],
+)
+def test_a_killed_run_in_shards_goes_on_to_the_same_bits(train, tmp_path, settings):
+    settings = {"parallel": "fsdp", **settings}
     whole = train.never_stopped(2, **settings)
     names = {path.name for path in (whole / "checkpoints").iterdir()}
     assert names == {"last", "best", "step_00000003", "step_00000006"}

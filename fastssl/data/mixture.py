@@ -49,8 +49,9 @@ class Mixture:
             samples of a source in the subset than it has, other channels or dtypes.
 
     Notes: labels stay as they are if all sources have the same classes; otherwise those of a source
-        come behind those of the sources before it, and its classes are called `number/name`. If
-        they differ and some have several labels an image, all are -1.
+        come behind those of the sources before it, and its classes are called `number/name`. They
+        are -1 of sources that name no classes; and all are, if classes differ and some sources have
+        several labels an image.
 
     Example:
         >>> from fastssl.data import ShapesSource
@@ -114,9 +115,9 @@ class Mixture:
         return image, self._label(part, label), i
 
     def _label(self, part: int, label: int | Tensor) -> int | Tensor:
-        if self._offsets is None:
-            return -1
         offset = self._offsets[part]
+        if offset is None:
+            return -1
         return label if isinstance(label, Tensor) or label < 0 else label + offset
 
     def batch(self, index: Tensor) -> tuple[Packed, Tensor]:
@@ -147,10 +148,11 @@ class Mixture:
     @cached_property
     def labels(self) -> Tensor:
         """(N,) or (N, classes) int64."""
-        if self._offsets is None:
-            return torch.full((len(self),), -1)
         parts = []
         for part, source in enumerate(self.sources):
+            if self._offsets[part] is None:
+                parts.append(torch.full((int(self._sizes[part]),), -1))
+                continue
             y = source.labels.cpu()
             y = y if self._subset is None else y[self._subset[part]]
             parts.append(y if y.ndim > 1 else y.where(y < 0, y + self._offsets[part]))
@@ -239,15 +241,15 @@ def _whole(quotas: Tensor) -> Tensor:
     return result
 
 
-def _classes(sources) -> tuple[list[int] | None, tuple[str, ...]]:
-    """What is added to the labels of each source, None for no labels at all; and the names."""
-    names = [source.class_names for source in sources]
+def _classes(sources) -> tuple[list[int | None], tuple[str, ...]]:
+    """What is added to the labels of each source, None where they count for none; and the names."""
+    names = [tuple(source.class_names) for source in sources]
     several = [isinstance(source[0][1], Tensor) for source in sources]
-    if len({*zip(map(tuple, names), several, strict=True)}) == 1:
-        return [0] * len(sources), tuple(names[0])
+    if names[0] and len({*zip(names, several, strict=True)}) == 1:
+        return [0] * len(sources), names[0]
     if any(several):
-        return None, ()
-    offsets = [sum(map(len, names[:i])) for i in range(len(names))]
+        return [None] * len(sources), ()
+    offsets = [sum(map(len, names[:i])) if own else None for i, own in enumerate(names)]
     return offsets, tuple(f"{i}/{name}" for i, part in enumerate(names) for name in part)
 
 

@@ -110,6 +110,7 @@ _ON_IMAGES = {
     "groups": group_accuracy,
 }
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
+_DEFAULT = ("knn", "linear", "kshot")
 _ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}
 _GIVEN |= {"h", "y", "task"}
@@ -195,7 +196,7 @@ def evaluate(
     task = Task(opened, train, test, inputs, batch_size, device, cache)
     several = train.labels.ndim == 2
     if protocols is None:
-        protocols = ("multilabel",) if several else ("knn", "linear", "kshot")
+        protocols = ("multilabel",) if several else _DEFAULT
     for name in protocols:
         if several and name not in _ANY_LABELS:
             raise ValueError(
@@ -205,7 +206,7 @@ def evaluate(
     results = {}
     for name in protocols:
         result = _run(name, task, settings)
-        result["protocol"] = opened.about | _common(task, split) | result["protocol"]
+        result["protocol"] = opened.about | _common(name, task, split) | result["protocol"]
         results[name] = result
         if opened.run and main_rank():  # at once: an error in one does not cost the others
             key = train.source.name if split == "test" else f"{train.source.name} (held-out)"
@@ -222,7 +223,9 @@ def _check_protocols(protocols: Sequence[str] | None, settings: dict[str, Any]) 
             raise ValueError(f"evaluate: protocols must be known ones, got {name!r}. {known}")
     if protocols is not None and not protocols:
         raise ValueError("evaluate: protocols must name at least one, got none.")
-    taken = {key for name in protocols or PROTOCOLS for key in settings_of(name)} | {"seeds"}
+    asked = (*_DEFAULT, "multilabel") if protocols is None else protocols
+    taken = {key for name in asked for key in settings_of(name)}
+    taken |= {"seeds"} if "draws" in taken else set()
     for key in settings:
         if key not in taken:
             raise ValueError(
@@ -288,19 +291,23 @@ def _check_channels(opened: Network, source) -> None:
         )
 
 
-def _common(task: Task, split: str) -> dict[str, Any]:
+def _common(name: str, task: Task, split: str) -> dict[str, Any]:
+    """What the protocols' numbers depend on beside their own settings."""
     source = task.train.source
-    return {
+    once = name in _ON_FEATURES or name in ("robustness", "groups")
+    common = {
         "data": source.name,
         "train_images": len(task.train),
         "test_images": len(task.test),
         "scored": "test split" if split == "test" else "a tenth of the training split, held out",
         "image_size": task.inputs.size,
-        "features": "backbone output, eval mode, float32, centre squares without augmentation",
         "inputs": task.inputs.described(),
         "weights_digest": task.weights_digest,
         "versions": {"fastssl": __version__, "torch": torch.__version__},
     } | task.feature_dim
+    if once:
+        common["features"] = "backbone output, eval mode, float32, without augmentation"
+    return common
 
 
 def read_results(run: str | os.PathLike) -> dict[str, dict[str, dict[str, Any]]]:

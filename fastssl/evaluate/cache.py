@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..data.cache import cache_path
 from ..extras import require
 
@@ -37,7 +38,14 @@ class FeatureCache:
         digest = hashlib.blake2b(digest_size=16)
         if not _add_data(digest, split.source):
             return None
-        parts = [weights, description, split.source.name, str(inputs), torch.__version__]
+        parts = [
+            weights,
+            description,
+            split.source.name,
+            str(inputs),
+            __version__,
+            torch.__version__,
+        ]
         digest.update(json.dumps(parts, sort_keys=True).encode())
         _add_tensor(digest, split.index)
         return digest.hexdigest()

@@ -142,16 +142,21 @@ def forward(
     mine = split.index.tensor_split(world)[rank]
     order = mine.split(batch_size) if len(mine) else ()
     for images, y, index in loaded(split.source, order, device):
-        h = backbone(inputs(images, index=index).to(device))
-        if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != len(index):
-            got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(
-                f"evaluate: backbone must return features (B, D) = ({len(index)}, D), "
-                f"got {got}. Pool the feature map, or return one tensor."
-            )
-        features.append(h.float().cpu())
+        features.append(features_of(backbone, inputs(images, index=index).to(device)).cpu())
         labels.append(y.cpu())
     return gather_rows(features), gather_rows(labels)
+
+
+def features_of(backbone: nn.Module, x: Tensor) -> Tensor:
+    """(B, D) float32 of inputs x (B, C, S, S)."""
+    h = backbone(x)
+    if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != len(x):
+        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(
+            f"evaluate: backbone must return features (B, D) = ({len(x)}, D), "
+            f"got {got}. Pool the feature map, or return one tensor."
+        )
+    return h.float()
 
 
 def loaded(source, order: Iterable[Tensor], device) -> Iterator[tuple[Any, Tensor, Tensor]]:

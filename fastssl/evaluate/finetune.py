@@ -118,6 +118,12 @@ def finetune(
         RandAugment and random erasing are left out. Drop path skips a block as a whole, attention
         and MLP together, by a hook: any backbone's. Under torchrun the runs are dealt out to ranks.
 
+    Example:
+        >>> from fastssl.evaluate import evaluate
+        >>> found = evaluate(torch.nn.Flatten(), "digits", ["finetune"], epochs=1, seeds=1)
+        >>> found["finetune"]["protocol"]["recipe_name"]
+        'cnn'
+
     Paper: MAE, arXiv 2111.06377; SimCLR, arXiv 2002.05709; SwAV, arXiv 2006.09882.
     """
     check_one_label("finetune", task.train, task.test)

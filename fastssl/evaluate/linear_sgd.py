@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data import epoch_order
 from ..extras import nearest
 from ..optim import LARS
-from .features import Split, frozen, top1_percent
+from .features import frozen, top1_percent
 from .layers import LastBlocks, transformer_blocks
 from .linear import held_out
 from .task import Task, check_one_label, over_seeds
@@ -101,6 +101,12 @@ def linear_sgd(
 
     Notes: the heads of a network without transformer blocks take its output. Under torchrun each
         rank computes its part of every batch's features; the heads are the same on all.
+
+    Example:
+        >>> from fastssl.evaluate import evaluate
+        >>> found = evaluate(torch.nn.Flatten(), "digits", ["linear-sgd"], preset="moco", epochs=1)
+        >>> found["linear-sgd"]["protocol"]["rates"]
+        (30.0,)
 
     Paper: MoCo 1911.05722, SimCLR 2002.05709, DINO 2104.14294, MAE 2111.06377, LeJEPA 2511.08544
     (arXiv); rates beside the middle of a grid are ours.
@@ -213,12 +219,12 @@ def _train(
     with frozen(net):
         for epoch in range(p.epochs):
             order = epoch_order(len(positions), batch_size, seed=seed, epoch=epoch)
-            for step, batch in enumerate(order):
-                if whole is None:
-                    part: Split = split[batch]
-                    h, y = task.view_features(net, part, view, seed=seed, epoch=epoch)
-                else:
-                    h, y = (x[positions[batch]] for x in whole)
+            if whole is None:
+                numbers = [split.index[batch] for batch in order]
+                pairs = task.view_batches(net, numbers, view, seed=seed, epoch=epoch)
+            else:
+                pairs = ((whole[0][positions[b]], whole[1][positions[b]]) for b in order)
+            for step, (h, y) in enumerate(pairs):
                 if heads is None:
                     classes = task.num_classes
                     heads = Heads(h.shape[1], classes, grid, columns, p, scale, seed, task.device)

@@ -61,8 +61,10 @@ class Inputs:
 
     def described(self) -> str:
         part = "centre square" if self.crop == 1 else f"centre square of {self.crop:g} of the side"
-        given = "" if self.mean is None else f", mean {self.mean}, std {self.std}"
-        return f"{part}, {self.interpolation}{given}"
+        given = f"mean {self.mean}, std {self.std}"
+        if self.mean is None:
+            given = "ImageNet's mean and std for three channels, else 0.5"
+        return f"{part}, {self.interpolation}, {given}"
 
 
 @dataclass
@@ -101,6 +103,10 @@ def open_network(
     Raises:
         FileNotFoundError: no such file, or not a run. ValueError: an unknown name, weights that do
             not fit, or a missing `backbone`. OSError: published weights that cannot be had.
+
+    Example:
+        >>> open_network(torch.nn.Flatten(), image_size=32).inputs.size
+        32
     """
     if isinstance(what, nn.Module):
         return Network(what, Inputs(image_size) if image_size else None, {"weights": "as given"})

@@ -46,6 +46,17 @@ def segmentation_probe(
     Memory: maps of the training split, if they take at most 1 GiB, else they are computed again in
         every epoch.
 
+    Notes: under torchrun every rank computes all of it.
+
+    Example:
+        >>> from fastssl.data import ShapesSource
+        >>> from fastssl.evaluate import evaluate
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten())
+        >>> data = [ShapesSource("shapes", split, size=32) for split in ("train", "test")]
+        >>> found = evaluate(net, data, ["segmentation"], epochs=1)["segmentation"]
+        >>> sorted(found["percent"])
+        ['dice', 'dice_by_image', 'miou', 'pixel_accuracy']
+
     Paper: the linear protocol of DINOv2, arXiv 2304.07193, and BEiT's data handling; 40,000 steps
     of 16 crops of 512 pixels there.
     """

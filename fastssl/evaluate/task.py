@@ -1,7 +1,7 @@
 """What protocols that go back to the images receive, and the spread of several seeds."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from ..augment import View, augment
 from .cache import FeatureCache
-from .features import Split, extract, fingerprint, forward
+from .features import (
+    Split,
+    extract,
+    features_of,
+    fingerprint,
+    forward,
+    gather_rows,
+    loaded,
+    process,
+)
 from .networks import Inputs, Network
 
 
@@ -67,6 +76,30 @@ class Task:
             return augment(self.inputs.colour(images), index, [view], seed=seed, epoch=epoch)[0]
 
         return forward(backbone, split, inputs, self.batch_size, self.device)
+
+    def view_batches(
+        self, backbone: nn.Module, order: list[Tensor], view: View, *, seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and labels of an augmented view of each of these batches of training images, on
+        the device; the caller freezes `backbone`.
+
+        Args:
+            order: numbers of samples in the source, for each batch, which may be larger than what
+                goes through the network at a time.
+        """
+        rank, world = process()
+        batches = [index.tensor_split(world)[rank].split(self.batch_size) for index in order]
+        batches = [[part for part in parts if len(part)] for parts in batches]
+        stream = loaded(self.train.source, (p for parts in batches for p in parts), self.device)
+        for parts in batches:
+            features, labels = [], []
+            for _ in parts:
+                images, y, index = next(stream)
+                colour = self.inputs.colour(images)
+                x = augment(colour, index, [view], seed=seed, epoch=epoch)[0]
+                features.append(features_of(backbone, x))
+                labels.append(y)
+            yield gather_rows(features), gather_rows(labels)
 
     def disturbed_features(self, split: Split, specs: Sequence, seed: int) -> tuple[Tensor, Tensor]:
         """Features and labels where `specs` were done to the centre squares; see `prepare`."""

@@ -1,6 +1,7 @@
 """Images held out of training, by which the best checkpoint is chosen."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +14,40 @@ NEIGHBOURS, BANK = 20, 20_000
 """Of the kNN, and of the images trained on those that it may choose among."""
 
 
-def split(source, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sample numbers to train on and to hold out, in their order: the same in every epoch, for any
-    number of ranks, and after a resume.
+class Rest:
+    """The samples of a source that are trained on, for `fastssl.data.epoch_order`."""
+
+    def __init__(self, samples: Tensor):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def draw(self, seed: int, epoch: int) -> Tensor:
+        return self.samples[permutation(len(self), seed, epoch=epoch)]
+
+
+def split(source, share: float, seed: int) -> tuple[Any, Tensor]:
+    """What to draw epochs from, `source` itself or the `Rest` of it, and the samples held out: the
+    same in every epoch, for any number of ranks, and after a resume.
 
     Raises:
         ValueError: a share out of range; images without a label each.
     """
     if not 0 <= share < 1:
         raise ValueError(f"pretrain: hold_out must be in [0, 1), got {share}. Try 0.05.")
-    n = len(source)
     if share == 0:
-        return torch.arange(n), torch.arange(0)
-    labels = getattr(source, "labels", None)  # a mixture has none of its own
-    if labels is None or labels.ndim != 1 or (labels < 0).any():
+        return source, torch.arange(0)
+    labels, mixed = getattr(source, "labels", None), hasattr(source, "draw")
+    if mixed or labels is None or labels.ndim != 1 or (labels < 0).any():
+        got = "a mixture" if mixed else f"{source.name}, which lacks labels or has several an image"
         raise ValueError(
-            "pretrain: hold_out needs one label an image, as held-out images are classified by "
-            f"their neighbours; {source.name} has not. Leave hold_out at 0: the last one counts."
+            "pretrain: hold_out needs one source with one label an image, as the images held out "
+            f"are classified by their neighbours, got {got}. Leave hold_out at 0."
         )
-    order = permutation(n, seed, stream=SPLIT)
-    held = max(1, round(share * n))
-    return order[held:].sort().values, order[:held].sort().values
+    order = permutation(len(source), seed, stream=SPLIT)
+    count = max(1, round(share * len(source)))
+    return Rest(order[count:].sort().values), order[:count].sort().values
 
 
 def top1_percent(

@@ -90,9 +90,8 @@ class _Training:
         config, source = setup.settle(config, ranks.world, source)
         self.config, self.source = config, source
         self.out = Path(config.out)
-        self.train, self.held = held_out.split(source, config.hold_out, config.seed)
-        images = len(self.train) if len(self.held) else epoch_size(source)
-        self.steps_per_epoch = images // config.batch_size
+        self.drawn, self.held = held_out.split(source, config.hold_out, config.seed)
+        self.steps_per_epoch = epoch_size(self.drawn) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.precision = setup.precision(config, ranks.device)
 
@@ -162,12 +161,10 @@ class _Training:
         first, done = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, config.epochs):
             order = epoch_order(
-                len(self.train) if len(self.held) else self.source, config.batch_size,
-                seed=config.seed, epoch=epoch,
+                self.drawn, config.batch_size, seed=config.seed, epoch=epoch,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
-            order = order[done if epoch == first else 0 :]
-            yield from self.train[order] if len(self.held) else order
+            yield from order[done if epoch == first else 0 :]
 
     def _is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done now."""
@@ -269,7 +266,7 @@ class _Training:
             return None
         self.method.eval()
         top1 = held_out.top1_percent(
-            self.method.features, self.source, self.train, self.held,
+            self.method.features, self.source, self.drawn.samples, self.held,
             image_size=self.config.image_size, ranks=self.ranks,
             batch_size=self.config.batch_size // self.ranks.world,
         )  # fmt: skip

@@ -66,8 +66,8 @@ def settle(config: PretrainConfig, world: int, source=None):
     )
     if config.image_size is None:
         check_backbone(config.backbone, source.image_size)
-    train, held = held_out.split(source, config.hold_out, config.seed)
-    images, batch_size = len(train) if len(held) else epoch_size(source), config.batch_size
+    drawn, _ = held_out.split(source, config.hold_out, config.seed)
+    images, batch_size = epoch_size(drawn), config.batch_size
     if batch_size > images >= 2 * world:
         batch_size = images // world * world
         warnings.warn(
