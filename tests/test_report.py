@@ -249,6 +249,13 @@ def test_every_axis_has_ticks_inside(values, log):
     assert all(10 - 1e-6 <= axis(tick) <= 200 + 1e-6 for tick in ticks)
 
 
+def test_ticks_are_short_enough_for_their_place():
+    values = [0.0, 1.5e-4, 5e-4, 0.0015, 0.25, 12, 9999, 15_000, 2.5e6, -3e-5, 1e9]
+    assert [charts._tick(value) for value in values] == [
+        "0", "1.5e-4", "5e-4", "0.0015", "0.25", "12", "9999", "15k", "2.5M", "-3e-5", "1G",
+    ]  # fmt: skip
+
+
 def test_long_runs_are_thinned_to_means():
     noisy = Series("a", range(100_000), [float(i % 2) for i in range(100_000)])
     (points,) = coordinates(line_chart("t", [noisy], x_label="x", y_label="y")).values()

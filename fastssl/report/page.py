@@ -162,7 +162,7 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
 
 def _headline(run: RunFiles) -> str:
     config = run.config
-    data = Path(str(config["data"])).name
+    data = pictures.data_name(str(config["data"]))
     return f"{config['method']} on {data}, {config['backbone']}, {_state(run)}"
 
 
@@ -323,7 +323,7 @@ def _results(runs: Sequence[RunFiles]) -> str:
             f"<pre>{escape(json.dumps(_protocols(result), indent=2))}</pre></details>"
             for head, result in columns.items()
         )
-        title = escape(f"On {Path(data).name}")
+        title = escape(f"On {pictures.data_name(data)}")
         parts.append(
             f"<h3>{title}</h3>{_grid(['metric', *columns, *['gap'] * gap], rows)}{protocols}"
         )
