@@ -120,7 +120,9 @@ class PretrainConfig:
             self.method = f"{Path(path).expanduser().resolve()}:{own}"
         if self.out is None:
             self.out = f"runs/{own}"
-        for name in filter(None, (self.trackers or "").split(",")):
+        names = [name.strip() for name in (self.trackers or "").split(",") if name.strip()]
+        self.trackers = ",".join(names) or None
+        for name in names:
             if name not in _TRACKERS:
                 hint = nearest(name, _TRACKERS)
                 raise ValueError(f"config: trackers must be known ones, got {name!r}. {hint}")

@@ -125,6 +125,7 @@ def test_help_of_every_command(capsys, monkeypatch):
         "export": ["--format FORMAT", "safetensors and onnx"],
         "embed": ["WHAT FOLDER", "arrays features, paths"],
         "methods": ["fastssl methods"],
+        "report": ["RUN [RUN ...]", "--no-images"],
         "demo": ["--out DIR"],
         "info": ["which kernel"],
     }

@@ -364,6 +364,8 @@ def test_a_missing_or_unknown_tracker(few, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install \"fastssl-kernels\[mlflow\]\""):
         few(tmp_path / "run", trackers="mlflow")
     assert not (tmp_path / "run").exists(), "said before anything is written"
+    assert PretrainConfig(trackers=" wandb, mlflow,").trackers == "wandb,mlflow"
+    assert PretrainConfig(trackers="").trackers is None
     with pytest.raises(ValueError, match="trackers must be known ones, got 'tensorbord'. Did you"):
         PretrainConfig(trackers="wandb,tensorbord")
 

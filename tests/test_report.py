@@ -160,6 +160,23 @@ def test_an_unfinished_run_says_what_is_missing(copy, tmp_path):
     assert "Augmented views" not in read_page(report(copy, images=False)).text
 
 
+def test_a_run_that_diverged_says_so_until_it_goes_on(copy):
+    bad = {"step": 9, "what": "gradient", "parameter": "head.0.weight"}
+    (copy / "bad_batch.json").write_text(json.dumps(bad))
+    text = "the gradient was not finite at step 9 (first parameter: head.0.weight)"
+    assert text in read_page(report(copy, images=False)).text
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "epoch": 0, "loss": 1.0}) + "\n")
+    assert text not in read_page(report(copy, images=False)).text
+
+
+def test_the_best_of_held_out_images(copy):
+    summary = json.loads((copy / "summary.json").read_text())
+    summary |= {"best_step": 3, "best_held_out_top1_percent": 91.25}
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert "91.2 % at step 3 best held-out" in read_page(report(copy, images=False)).text
+
+
 def test_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="report: .* is not a run: it has no config.yaml"):
         report(tmp_path)
@@ -230,6 +247,13 @@ def test_every_axis_has_ticks_inside(values, log):
     ticks = axis.ticks()
     assert 1 <= len(ticks) <= 12 and len({charts._tick(t) for t in ticks}) == len(ticks)
     assert all(10 - 1e-6 <= axis(tick) <= 200 + 1e-6 for tick in ticks)
+
+
+def test_ticks_are_short_enough_for_their_place():
+    values = [0.0, 1.5e-4, 5e-4, 0.0015, 0.25, 12, 9999, 15_000, 2.5e6, -3e-5, 1e9]
+    assert [charts._tick(value) for value in values] == [
+        "0", "1.5e-4", "5e-4", "0.0015", "0.25", "12", "9999", "15k", "2.5M", "-3e-5", "1G",
+    ]  # fmt: skip
 
 
 def test_long_runs_are_thinned_to_means():

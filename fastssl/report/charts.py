@@ -187,7 +187,10 @@ def _tick(value: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= max(size, 1e4):
             return f"{value / size:g}{unit}"
-    return f"{value:.6g}" if value == 0 or abs(value) >= 1e-4 else f"{value:.3g}"
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.6g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _number(value: float) -> str:

@@ -49,9 +49,20 @@ def read(folder: Path) -> RunFiles:
         _json(folder / "summary.json"),
         _json(folder / "environment.json"),
         read_results(folder),
-        [line.partition("\t")[2] for line in _lines(folder / "warnings.txt")],
+        [line.partition("\t")[2] for line in _lines(folder / "warnings.txt")] + _stop(folder),
         _lines(folder / "corrupt.txt"),
     )
+
+
+def _stop(folder: Path) -> list[str]:
+    """That a loss or gradient was not finite, in a sentence, unless the run has since gone on."""
+    bad, records = _json(folder / "bad_batch.json"), read_metrics(folder)
+    if not bad or (records and records[-1]["step"] >= bad["step"]):
+        return []
+    return [
+        f"stopped: the {bad['what']} was not finite at step {bad['step']} (first parameter: "
+        f"{bad['parameter']}); bad_batch.json names the images"
+    ]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -151,7 +162,7 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
 
 def _headline(run: RunFiles) -> str:
     config = run.config
-    data = Path(str(config["data"])).name
+    data = pictures.data_name(str(config["data"]))
     return f"{config['method']} on {data}, {config['backbone']}, {_state(run)}"
 
 
@@ -177,6 +188,9 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         for key, name in (("knn_top1", "online kNN"), ("probe_top1", "online probe"))
         if key in last
     ]
+    if "best_held_out_top1_percent" in run.summary:
+        best = f"{run.summary['best_held_out_top1_percent']:.1f} %"
+        facts.append(("best held-out", f"{best} at step {run.summary['best_step']}"))
     if "rankme" in last:
         facts.append(("RankMe", _number(last["rankme"])))
     rate = run.summary.get("images_per_s", last.get("images_per_s"))
@@ -309,7 +323,7 @@ def _results(runs: Sequence[RunFiles]) -> str:
             f"<pre>{escape(json.dumps(_protocols(result), indent=2))}</pre></details>"
             for head, result in columns.items()
         )
-        title = escape(f"On {Path(data).name}")
+        title = escape(f"On {pictures.data_name(data)}")
         parts.append(
             f"<h3>{title}</h3>{_grid(['metric', *columns, *['gap'] * gap], rows)}{protocols}"
         )

@@ -46,6 +46,11 @@ def sections(folder: Path, config: dict[str, Any], data: str | None, tsne: bool)
     return "".join(parts)
 
 
+def data_name(data: str) -> str:
+    """A data set's name, short: of a path the last part."""
+    return "a mixture" if data.startswith("mix:") else Path(data).name
+
+
 def _views(config: dict[str, Any]) -> str:
     """Images and their views in the first epoch, as the network gets them but for normalisation."""
     size = config["image_size"]
@@ -115,7 +120,7 @@ def _features(folder: Path, config: dict[str, Any], data: str | None, tsne: bool
             note="Of centred features. A sudden fall to nothing means that dimensions are unused.",
         )
     )
-    where = escape(f"{len(h)} {split} images of {Path(source.name).name}")
+    where = escape(f"{len(h)} {split} images of {data_name(source.name)}")
     return (
         f"<p>Features of {where}: the network before and after training.</p>"
         f'<div class="charts">{"".join(charts)}</div>'

@@ -36,7 +36,7 @@ class Trackers:
         step: int = 0,
         on: bool = True,
     ):
-        self._names = [name for name in (names or "").split(",") if name]
+        self._names = names.split(",") if names else []
         for name in self._names:
             require(name, name)
         self._opening = (folder, settings, step) if on else None
@@ -112,7 +112,12 @@ def _wandb(folder: Path, settings, step: int, id: str | None):
     import wandb
 
     run = wandb.init(
-        project="fastssl", name=folder.name, dir=folder, config=settings, id=id, resume="allow"
+        project="fastssl",
+        name=folder.resolve().name,
+        dir=folder,
+        config=settings,
+        id=id,
+        resume="allow",
     )
     return lambda numbers, step: run.log(numbers, step=step), run.finish, run.id
 
@@ -126,7 +131,7 @@ def _mlflow(folder: Path, settings, step: int, id: str | None):
     if id is None:
         experiment = client.get_experiment_by_name("fastssl")
         number = experiment.experiment_id if experiment else client.create_experiment("fastssl")
-        id = client.create_run(number, run_name=folder.name).info.run_id
+        id = client.create_run(number, run_name=folder.resolve().name).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in settings.items()]
         client.log_batch(id, params=params)
 
