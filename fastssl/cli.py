@@ -1,12 +1,22 @@
 """fastssl: self-supervised learning from the command line.
 
-  fastssl pretrain METHOD [DATA] --out RUN    learn a backbone from images without labels
-  fastssl evaluate RUN                        measure what its features are worth
-  fastssl demo                                the whole loop on two small data sets, in minutes
-  fastssl info                                versions, hardware, and which kernels are used
+  fastssl methods                           what can be trained
+  fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
+  fastssl evaluate CKPT                     measure what its features are worth
+  fastssl report RUN [RUN ...]              a page about a run, or several
+  fastssl embed RUN FOLDER --out FILE       features of all images in a folder
+  fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
+                                            Hugging Face or ONNX
+  fastssl demo                              the whole loop on small data sets
+  fastssl info                              versions, hardware, kernels in use
   fastssl --version
 
-`fastssl COMMAND --help` lists a command's options. Results and plots go into the run's folder.
+`fastssl COMMAND --help` lists a command's options; for a method's own, and the
+defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and the
+report go into the run's folder.
+
+Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
+on stderr; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), both saved.
 """
 
 import argparse
@@ -14,7 +24,9 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     SIGTERM stopped and that can be resumed.
     """
     argv = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    commands = {"pretrain": _pretrain, "evaluate": _evaluate, "demo": _demo, "info": _info}
+    commands = {
+        "methods": _methods,
+        "pretrain": _pretrain,
+        "evaluate": _evaluate,
+        "report": _report,
+        "embed": _embed,
+        "export": _export,
+        "demo": _demo,
+        "info": _info,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -62,11 +83,13 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, usage: str, description: str):
         formatter = argparse.RawDescriptionHelpFormatter
+        width = min(96, shutil.get_terminal_size().columns - 2)
+        paragraphs = (textwrap.fill(text, width) for text in description.split("\n\n"))
         super().__init__(
             prog=f"fastssl {command}",
             usage=f"fastssl {command} {usage}",
-            description=description,
-            formatter_class=lambda prog: formatter(prog, max_help_position=28, width=96),
+            description="\n\n".join(paragraphs),
+            formatter_class=lambda prog: formatter(prog, max_help_position=26, width=width),
             allow_abbrev=False,
         )
 
@@ -107,7 +130,8 @@ def _pretrain(argv: list[str]) -> int:
         method, argv = argv[0], argv[1:]
     else:
         method = base.get("method")
-    parser = _pretrain_parser(method)
+    data = argv[0] if argv and not argv[0].startswith("-") else base.get("data")
+    parser = _pretrain_parser(method, data)
     options = vars(parser.parse(argv))
     if method is None:
         parser.error("METHOD is missing: give it first, or in --config")
@@ -134,38 +158,77 @@ def _pretrain(argv: list[str]) -> int:
     return 0
 
 
-def _pretrain_parser(method: str | None) -> _Parser:
+# The fields of `PretrainConfig` as the help lists them; those that are new come last.
+_GROUPS = {
+    "the run": "out resume seed save_every keep log_every monitor trackers",
+    "images": "image_size max_side workers",
+    "network": "backbone init_from freeze",
+    "optimisation": "epochs batch_size chunk optimizer lr lr_schedule warmup_epochs min_lr"
+    " layer_decay weight_decay final_weight_decay max_grad_norm sam_rho sam_adaptive",
+    "machine": "device precision compile parallel",
+}
+
+
+def _pretrain_parser(method: str | None, data: str | None) -> _Parser:
     """Options made of the fields of `PretrainConfig` and the keyword arguments of the method."""
-    from .config import PretrainConfig, field_help
+    from .config import PretrainConfig, field_help, type_name
     from .methods import METHODS
 
+    own = (method or "").rpartition(":")[2]
     parser = _Parser(
         "pretrain",
         "METHOD [DATA] [--out RUN] [options]",
-        f"Learn a backbone from images without labels. METHOD: {', '.join(METHODS)}.\n"
-        "Options that are not given come from --config, then from the method's recipe for the data."
-        "\nAn interrupted run (Ctrl-C) is saved; go on with: fastssl pretrain --resume --out RUN",
+        f"Learn a backbone from images without labels. METHOD: {', '.join(METHODS)} (`fastssl "
+        "methods` tells what they are), or FILE.py:CLASS, a method of your own. What is not given "
+        "comes from --config, then from the method's recipe for the data."
+        + (f" The defaults below are those of {own} on {data or 'digits'}." if own else "")
+        + "\n\nAn interrupted run is saved; go on with: fastssl pretrain --resume --out RUN",
     )
-    text = field_help()
+    text, recipe = field_help(), _recipe(method, data)
     parser.add_argument("data", nargs="?", default=argparse.SUPPRESS, help=text["data"])
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options override.")
-    for field in fields(PretrainConfig):
-        if field.name in ("method", "data", "method_args"):
-            continue
-        help_text = " ".join(text[field.name].split())
-        if bool in (field.type, *get_args(field.type)):
-            action = argparse.BooleanOptionalAction if field.default else "store_true"
-            _add(parser, field.name, help_text, action=action)
-            continue
-        if field.default is not None:
-            help_text += f" Default: {field.default}."
-        _add(parser, field.name, help_text.strip(), metavar=_metavar(field.type))
+    known = {f.name: f for f in fields(PretrainConfig)}
+    groups = {title: names.split() for title, names in _GROUPS.items()}
+    listed = {"method", "data", "method_args"}.union(*groups.values())
+    groups["more"] = [name for name in known if name not in listed]
+    for title, names in groups.items():
+        group = parser.add_argument_group(title) if names else None
+        for name in names:
+            help_text = " ".join(text[name].split())
+            kind = known[name].type
+            if bool in (kind, *get_args(kind)):
+                on = known[name].default
+                action = argparse.BooleanOptionalAction if on else "store_true"
+                _add(group, name, help_text, action=action)
+                continue
+            if _metavar(kind) == "NAME":
+                help_text = f"{type_name(kind).removesuffix(' or none')}. {help_text}"
+            default = recipe.get(name, known[name].default)
+            if default is not None:
+                help_text += f" Default: {default}."
+            _add(group, name, help_text.strip(), metavar=_metavar(kind))
     if method is None:
         return parser
-    group = parser.add_argument_group(f"options of {method}", "The recipe may set other defaults.")
+    group = parser.add_argument_group(f"options of {own}")
     for name, (kind, default, text) in _method_options(method).items():
-        _add(group, name, f"{text} Default: {default}.".strip(), metavar=_metavar(kind))
+        default = recipe["method_args"].get(name, default)
+        if default is not None:
+            text = f"{text} Default: {default}.".strip()
+        _add(group, name, text, metavar=_metavar(kind))
     return parser
+
+
+def _recipe(method: str | None, data: str | None) -> dict:
+    """What unset fields become: of the method's recipe for the data, by default `digits`."""
+    from .config import PretrainConfig
+    from .methods import method_class
+    from .methods.recipes import resolve
+
+    if method is None:
+        return {}
+    method_class(method)  # refuses unknown names
+    config = vars(resolve(PretrainConfig(method=method, data=data or "digits")))
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _method_options(method: str) -> dict[str, tuple[type, object, str]]:
@@ -194,78 +257,225 @@ def _metavar(kind) -> str:
 
     names = {"a whole number": "N", "a number": "X", "text": "TEXT", "a list": "LIST"}
     name = type_name(kind).removesuffix(" or none")
-    return names.get(name, "|".join(name.replace(" or ", ", ").split(", ")))
+    choices = "|".join(name.replace(" or ", ", ").split(", "))
+    return names.get(name, choices if len(choices) < 40 else "NAME")
 
 
 def _evaluate(argv: list[str]) -> int:
+    from .evaluate import PROTOCOLS, FeatureCache, evaluate, merge_results, table
+
     parser = _Parser(
         "evaluate",
-        "RUN [--data DATA] [--protocol knn,linear,kshot] [options]",
-        "Measure a run's frozen backbone on labelled images; the numbers and the full protocol\n"
-        "are merged into RUN/results.json.",
+        "CKPT [--data DATA] [--protocol LIST] [options]",
+        "Measure what a network's features are worth on labelled images. CKPT: a run's folder, a\n"
+        "file of weights, timm:NAME or torchvision:NAME. The numbers and the full protocol are\n"
+        "merged into RUN/results.json, or into --out.",
+    )
+    add = parser.add_argument
+    add("ckpt", metavar="CKPT", help="what is evaluated")
+    add("--data", metavar="DATA", help="`digits`, `patches`, `shapes` or a folder with one"
+        " subfolder per class. Default: the images of the run.")  # fmt: skip
+    add("--protocol", metavar="LIST", type=_names, help=f"any of {', '.join(PROTOCOLS)}; commas"
+        " between. Default: knn,linear,kshot.")  # fmt: skip
+    add("--random", action="store_true",
+        help="also evaluate the same network before training, and show the gap.")  # fmt: skip
+    add("--weights", choices=("pretrained", "random"), default="pretrained", metavar="NAME",
+        help="pretrained, of timm and torchvision those published, or random."
+        " Default: pretrained.")  # fmt: skip
+    add("--backbone", metavar="NAME", help="of a file of weights that does not say whose they are:"
+        " resnet_small, timm:NAME ...")  # fmt: skip
+    add("--split", default="test", metavar="NAME", help="test, or held-out: a tenth of the"
+        " training split, for choices. Default: test.")  # fmt: skip
+    add("--labels", metavar="FILE", help="CSV file of several labels an image.")
+    add("--masks", metavar="DIR", help="folder of masks for segmentation, PNG of class numbers.")
+    add("--image-size", metavar="N", type=int, help="Default: the network's own.")
+    add("--batch-size", metavar="N", type=int, default=256,
+        help="images per forward pass. Default: 256.")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... Default: auto.")
+    add("--cache", metavar="DIR", help="kept features. Default: beside torch's cached files.")
+    add("--no-cache", action="store_true", help="compute features again and keep none.")
+    add("--out", metavar="FILE", help="JSON file for the results. Default: RUN/results.json.")
+    add("--plots", action="store_true", help="write the run's report.html.")
+    group = parser.add_argument_group("settings of protocols", "Each goes to all that have it.")
+    for name, (kind, metavar, text) in _EVALUATE_SETTINGS.items():
+        flag, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
+        group.add_argument(
+            flag, dest=name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
+        )
+    group.add_argument(
+        "--no-augmentation",
+        dest="augmentation",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="linear-sgd on features of whole images, computed once.",
+    )
+    options = vars(parser.parse(argv))
+    known = (*_EVALUATE_SETTINGS, "augmentation")
+    settings = {name: options.pop(name) for name in known if name in options}
+
+    from .train.ranks import Ranks
+    from .train.weights import split_role
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ranks = Ranks.start(options["device"]) if several else None
+    cache = None if options["no_cache"] else FeatureCache(options["cache"])
+    results = {}
+    try:
+        for weights in ("random", "pretrained") if options["random"] else (options["weights"],):
+            results[weights] = evaluate(
+                options["ckpt"],
+                options["data"],
+                options["protocol"],
+                weights=weights,
+                cache=cache,
+                device=str(ranks.device) if ranks else options["device"],
+                **{key: options[key] for key in _EVALUATE_OPTIONS},
+                **settings,
+            )
+    finally:
+        if ranks:
+            ranks.close()
+    if not _main_rank():
+        return 0
+    print(table(results))
+    if options["out"]:
+        data = next(iter(next(iter(results.values())).values()))["protocol"]["data"]
+        for weights, found in results.items():
+            merge_results(Path(options["out"]), data, weights, found)
+        print(f"written to {options['out']}")
+    run, _ = split_role(options["ckpt"])
+    if Path(run, "results.json").is_file():
+        print(f"written to {Path(run, 'results.json')}")
+    if options["plots"]:
+        from .report import report
+
+        print(report(run, data=options["data"]))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _Parser(
+        "report",
+        "RUN [RUN ...] [--out FILE] [options]",
+        "Write one HTML page, complete in itself: curves, warnings, results, settings, and of a\n"
+        "single run views, neighbours and a map of its features; of several a comparison.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="Default: RUN/report.html; of several runs comparison.html beside the first.",
+    )
+    parser.add_argument(
+        "--data", metavar="DATA", help="images for neighbours and map. Default: those of the run."
+    )
+    parser.add_argument(
+        "--no-images",
+        dest="images",
+        action="store_false",
+        help="leave out what needs the images and the network.",
+    )
+    parser.add_argument("--tsne", action="store_true", help="also a map by t-SNE (scikit-learn).")
+    options = vars(parser.parse(argv))
+
+    from .report import report
+
+    print(report(*options.pop("runs"), **options))
+    return 0
+
+
+def _methods(argv: list[str]) -> int:
+    _Parser("methods", "", "Print what can be trained, with papers and tuned data.").parse(argv)
+    from .methods import METHODS
+    from .methods.recipes import RECIPES
+
+    for name, method in METHODS.items():
+        text = " ".join(sys.modules[method.__module__].__doc__.split())
+        sentence = text.partition(": ")[2].partition(". ")[0]
+        paper = re.search(r"arXiv [\d.]*\d", text)
+        recipes = f"recipes: {', '.join(RECIPES[name])}"
+        lines = [f"{method.__name__}: {sentence}.", f"{paper[0]}; {recipes}" if paper else recipes]
+        for line in lines:
+            print(textwrap.fill(line, 78, initial_indent=f"{name:12}", subsequent_indent=" " * 12))
+            name = ""
+    print("\nOptions and defaults: fastssl pretrain METHOD DATA --help")
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = _Parser(
+        "export",
+        "RUN --format FORMAT --out FILE [--weights teacher]",
+        "Write a run's backbone for another library, read it back there and compare\n"
+        "the features. The built-in backbones (resnet_small, vit_small) exist nowhere\n"
+        "else: for them there are only safetensors and onnx.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="`digits`, `patches`, `shapes` or a folder with one"
-        " subfolder per class. Default: the images of the run.",
+        "--format",
+        required=True,
+        help="safetensors (the backbone's own names), timm, torchvision, hf (a folder for"
+        " AutoModel.from_pretrained) or onnx.",
     )
     parser.add_argument(
-        "--protocol",
-        metavar="LIST",
-        type=_names,
-        default="knn,linear,kshot",
-        help="any of knn, linear, kshot, knn-loo, retrieval, diagnostics; commas between."
-        " Default: knn,linear,kshot.",
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="a .safetensors or .pth file; for onnx .onnx; for hf a new folder.",
     )
     parser.add_argument(
-        "--shots",
-        metavar="LIST",
-        type=_numbers,
-        default="1,5,10",
-        help="labels per class for kshot. Default: 1,5,10.",
+        "--weights", default="student", help="student, or the method's teacher. Default: student."
+    )
+    options = parser.parse(argv)
+
+    from .train import export
+
+    done = export(options.run, options.format, options.out, options.weights)
+    print(f"{done['path']}: {done['weights']} of {done['backbone']}, {done['tensors']} tensors")
+    if done["difference"] is None:
+        print(f"not read back: {options.format} cannot be imported here")
+    else:
+        print(f"read back: features differ by {done['difference']:.1e} of the largest")
+    return 0
+
+
+def _embed(argv: list[str]) -> int:
+    parser = _Parser(
+        "embed",
+        "RUN FOLDER --out FILE [options]",
+        "Write the features of every image below a folder, in the order of their names.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("folder", metavar="FOLDER", help="images, in subfolders too")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help=".npz (arrays features, paths) or .safetensors (features; paths in the metadata).",
     )
     parser.add_argument(
-        "--random",
-        action="store_true",
-        help="also evaluate the same network before training, and show the gap.",
+        "--weights", default="student", help="student, or the method's teacher. Default: student."
     )
     parser.add_argument("--image-size", metavar="N", type=int, help="Default: the run's.")
     parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        default=256,
-        help="images per forward pass. Default: 256.",
+        "--batch-size", metavar="N", type=int, default=256, help="images per pass. Default: 256."
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=4, help="decoding threads. Default: 4."
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... Default: auto."
     )
-    parser.add_argument("--plots", action="store_true", help="write plots into the run's folder.")
-    options = parser.parse(argv)
+    options = vars(parser.parse(argv))
 
-    from .evaluate import evaluate, table
+    from .evaluate import embed
 
-    results = {
-        weights: evaluate(
-            options.run,
-            options.data,
-            options.protocol,
-            weights=weights,
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            device=options.device,
-            shots=options.shots,
-        )
-        for weights in (("random", "pretrained") if options.random else ("pretrained",))
-    }
-    print(table(results))
-    print(f"written to {Path(options.run, 'results.json')}")
-    if options.plots:
-        from .report import report
-
-        print("\n".join(str(path) for path in report(options.run, options.data)))
+    out = options["out"]
+    embedding = embed(options.pop("run"), options.pop("folder"), options.pop("out"), **options)
+    N, D = embedding.features.shape
+    print(f"{out}: {N} images, {D} features")
+    for name, reason in embedding.corrupt.items():
+        print(f"left out: {name} ({reason})", file=sys.stderr)
     return 0
 
 
@@ -273,11 +483,46 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(name) for name in _names(text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers, got {text!r}") from None
+def _list_of(kind: type, words: str):
+    def numbers(text: str) -> list:
+        try:
+            return [kind(name) for name in _names(text)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
+
+    return numbers
+
+
+_numbers, _floats = _list_of(int, "whole numbers"), _list_of(float, "numbers")
+_EVALUATE_OPTIONS = ("backbone", "split", "labels", "masks", "image_size", "batch_size")
+# Type, metavar and help of what protocols take; their defaults are in their docstrings.
+_EVALUATE_SETTINGS = {
+    "seeds": (int, "N", "runs or draws of each number, for mean and deviation."),
+    "ks": (_numbers, "LIST", "neighbours of knn and knn-loo; k of retrieval's recall@k."),
+    "metric": (str, "NAME", "of knn: cosine or l2. Default: cosine."),
+    "votes": (str, "NAME", "of knn: softmax, distance or uniform. Default: softmax."),
+    "temperature": (float, "X", "of softmax votes. Default: 0.07."),
+    "l2_grid": (_floats, "LIST", "candidates of linear and multilabel."),
+    "shots": (_numbers, "LIST", "labels per class for kshot and finetune. Default: 1,5,10."),
+    "shares": (_floats, "LIST", "of the labels, for subset and finetune: 0.01,0.1 for 1 and 10 %."),
+    "preset": (str, "NAME", "of linear-sgd: moco, simclr, dino, mae, lejepa. Default: simclr."),
+    "rates": (_floats, "LIST", "learning rates of linear-sgd, one head each."),
+    "weight_decays": (_floats, "LIST", "of linear-sgd, one head each."),
+    "last_blocks": (_numbers, "LIST", "numbers of last blocks for linear-sgd, one head each."),
+    "recipe": (str, "NAME", "of finetune: vit, cnn, simclr, swav. Default: by the network."),
+    "epochs": (int, "N", "of linear-sgd, finetune and segmentation."),
+    "train_batch_size": (int, "N", "of linear-sgd, finetune and segmentation."),
+    "lr": (float, "X", "of finetune and segmentation."),
+    "weight_decay": (float, "X", "of finetune and segmentation."),
+    "layer_decay": (float, "X", "of finetune: rate of a block over that of the next."),
+    "drop_path": (float, "X", "of finetune."),
+    "mixup": (float, "X", "of finetune; needs torchvision."),
+    "cutmix": (float, "X", "of finetune; needs torchvision."),
+    "precision": (str, "NAME", "of finetune: fp32, bf16, auto."),
+    "disturbances": (_names, "LIST", "of robustness. Default: all."),
+    "shifts": (_names, "LIST", "data sets robustness scores too."),
+    "groups": (str, "FILE", "CSV file, image and group, for groups. Default: classes."),
+}
 
 
 def _demo(argv: list[str]) -> int:

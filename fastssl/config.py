@@ -105,6 +105,9 @@ class PretrainConfig:
     """Epochs between two checkpoints; the last step is always saved."""
     keep: int = 1
     """The newest checkpoints that stay."""
+    hold_out: float = 0.0
+    """Share of the images not trained on; the checkpoint by whose features they are classified best
+    stays too."""
     resume: bool = False
     """Go on with the run in `out` instead of starting a fresh one."""
 
@@ -112,8 +115,11 @@ class PretrainConfig:
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
         if isinstance(self.data, list):
             self.data = f"mix:{json.dumps(self.data)}"
+        path, _, own = self.method.rpartition(":")
+        if path.endswith(".py"):  # the same file from whatever folder a run is resumed
+            self.method = f"{Path(path).expanduser().resolve()}:{own}"
         if self.out is None:
-            self.out = f"runs/{self.method}"
+            self.out = f"runs/{own}"
         for name in filter(None, (self.trackers or "").split(",")):
             if name not in _TRACKERS:
                 hint = nearest(name, _TRACKERS)
@@ -128,7 +134,7 @@ class PretrainConfig:
 
 _TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
-_LEAST |= {"save_every": 1, "keep": 1, "workers": 0, "seed": 0}
+_LEAST |= {"save_every": 1, "keep": 1, "hold_out": 0, "workers": 0, "seed": 0}
 _LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
 _LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}
 

@@ -36,7 +36,7 @@ def demo(out: str | Path = "runs/demo") -> bool:
         )
     started = time.perf_counter()
     rows = [["data", "seed", "weights", *SHOWN]]
-    verdicts, plots, passed = [], [], True
+    verdicts, reports, passed = [], [], True
     for data, seed in RUNS:
         print(f"SimCLR on {data}, seed {seed}", flush=True)
         path = out / f"{data}-{seed}"
@@ -52,11 +52,11 @@ def demo(out: str | Path = "runs/demo") -> bool:
         verdicts.append(
             f"{verdict}  {data}, seed {seed}: {metric} gap {gap[metric]:+.1f}, bound {least:+.1f}"
         )
-        plots += report(path)
+        reports.append(report(path))
     print(f"\nTop-1 accuracy of frozen features, %\n\n{align(rows, left=3)}\n")
     print("\n".join(verdicts))
-    print(f"\n{time.perf_counter() - started:.0f} s. Plots:")
-    print("\n".join(str(plot) for plot in plots))
+    print(f"\n{time.perf_counter() - started:.0f} s. Reports:")
+    print("\n".join(map(str, reports)))
     return passed
 
 

@@ -9,8 +9,8 @@ from multiprocessing.connection import wait
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    "fastssl.train fastssl.methods PIL.Image yaml safetensors.torch torch._dynamo "  # by optimizers
+_context.set_forkserver_preload(  # torch._dynamo: by optimizers
+    "pytest fastssl.train fastssl.methods PIL.Image yaml safetensors.torch torch._dynamo "
     "torch.distributed.fsdp torch.distributed.checkpoint torch.distributed.tensor".split()
 )
 

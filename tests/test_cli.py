@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import signal
@@ -5,12 +6,15 @@ import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import yaml
 
 import fastssl
 from fastssl import cli, demo, extension
 from fastssl.cli import main
+from fastssl.config import PretrainConfig
+from fastssl.methods import METHODS
 
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
@@ -23,6 +27,22 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["pretrain", "simclr", "digits", "--out", str(out), *TINY]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def rgb_run(tmp_path_factory):
+    """A run of six images in two folders, one more of which is broken."""
+    Image = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("rgb")
+    for name in "ab":
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            colour = (80 * number, 200, 40 if name == "a" else 240)
+            Image.new("RGB", (20, 16), colour).save(folder / "images" / name / f"{number}.png")
+    argv = ["--out", str(folder / "run"), "--image-size", "16", "--batch-size", "4", *TINY]
+    assert main(["pretrain", "simclr", str(folder / "images"), *argv]) == 0
+    (folder / "images" / "b" / "broken.png").write_text("not a picture")
+    return folder / "run", folder / "images"
 
 
 def settings(run):
@@ -54,12 +74,19 @@ def failure(capsys, *argv):
         ("pretrain simclr --lr -1", "lr must be a finite number >= 0, got -1.0"),
         ("pretrain --config nix.yaml", "cannot read nix.yaml: No such file"),
         ("pretrain --resume --out nix", "--out must be a run to resume, got 'nix'"),
-        ("evaluate", "the following arguments are required: RUN"),
+        ("evaluate", "the following arguments are required: CKPT"),
         ("evaluate nix", "nix is not a run"),
         ("evaluate nix --protocol kn", "got 'kn'. Did you mean 'knn'?"),
         ("evaluate nix --batch-size x", "argument --batch-size: invalid int value: 'x'"),
         ("evaluate nix --shots 1,x", "argument --shots: must be whole numbers, got '1,x'"),
         ("evaluate nix --batch-size 0", "batch_size must be >= 1, got 0"),
+        ("export nix --out x.pth", "the following arguments are required: --format"),
+        ("export nix --format tim --out x.pth", "got 'tim'. Did you mean 'timm'?"),
+        ("export nix --format timm --out x.pth", "nix is not a run"),
+        ("embed nix", "the following arguments are required: FOLDER, --out"),
+        ("embed nix here --out x.csv", "out must end in .npz or .safetensors, got 'x.csv'"),
+        ("embed nix here --out x.npz", "nix is not a run"),
+        ("methods all", "unexpected argument 'all'"),
         ("demo now", "unexpected argument 'now'"),
         ("info --all", "unknown option --all"),
     ],
@@ -78,15 +105,26 @@ def test_missing_folder_and_existing_run(capsys, tmp_path, run):
     assert "already holds a run" in message and "--resume" in message
 
 
-def test_help_of_every_command(capsys):
+def test_help_of_every_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["--help"]) == 0
-    assert "fastssl pretrain METHOD" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fastssl pretrain METHOD" in out and "Exit codes: 0 done" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert main([]) == 2
     assert "fastssl pretrain METHOD" in capsys.readouterr().err
     wanted = {
         "pretrain simclr": ["--temperature X", "tau of the NT-Xent loss", "--batch-size N"],
         "pretrain": ["METHOD: simclr", "--config FILE"],
         "evaluate": ["--protocol LIST", "--random", "Default: knn,linear,kshot."],
+        "pretrain lejepa digits": [
+            "those of lejepa on digits",
+            "SIGReg in the loss. Default: 0.02.",
+        ],
+        "pretrain lejepa x": ["Passes over the images. Default: 100.", "normalisation are left"],
+        "export": ["--format FORMAT", "safetensors and onnx"],
+        "embed": ["RUN FOLDER", "arrays features, paths"],
+        "methods": ["fastssl methods"],
         "demo": ["--out DIR"],
         "info": ["which kernel"],
     }
@@ -95,7 +133,7 @@ def test_help_of_every_command(capsys):
             main([*command.split(), "--help"])
         out = capsys.readouterr().out
         assert stopped.value.code == 0
-        assert all(len(line) <= 100 for line in out.splitlines())
+        assert [line for line in out.splitlines()[1:] if len(line) > 80] == []
         words = " ".join(out.split())
         assert [text for text in texts if text not in words] == [], command
 
@@ -121,17 +159,57 @@ def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path, capsys):
     assert f"{file}: lr must be a number or none, got 'fast'" in message
 
 
-def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys):
+def test_evaluate_prints_the_table_and_writes_results_and_plots(run, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     argv = ["evaluate", str(run), "--data", "digits", "--protocol", "knn, diagnostics"]
+    argv += ["--cache", str(tmp_path)]
     assert main([*argv, "--random", "--plots"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["top-1,", "%", "random", "pretrained", "gap"]
     assert "knn-20" in out and "rankme" in out and "linear" not in out
     results = json.loads((run / "results.json").read_text())["digits"]
     assert set(results) == {"random", "pretrained"}
-    for name in ("training", "probes", "embedding"):
-        assert str(run / f"{name}.png") in out and (run / f"{name}.png").stat().st_size > 5000
+    assert str(run / "report.html") in out and (run / "report.html").stat().st_size > 5000
+
+
+def test_every_option_is_in_one_group_of_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "simclr", "--help"])
+    out = capsys.readouterr().out
+    names = {f.name for f in dataclasses.fields(PretrainConfig)} - {"method", "data", "method_args"}
+    for name in names:
+        assert len(re.findall(rf"^  --{name.replace('_', '-')}(?![-\w])", out, re.MULTILINE)) == 1
+    assert not set(" ".join(cli._GROUPS.values()).split()) - names
+
+
+def test_methods_are_told_with_paper_and_recipes(capsys, monkeypatch):
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    for name in METHODS:
+        assert re.search(rf"^{name} +\w+: .+", out, re.MULTILINE)
+    assert "simclr      SimCLR: two views" in out and "arXiv 2002.05709; recipes: digits" in out
+    assert out.count("arXiv") == len(METHODS)
+
+
+def test_export_and_embed(rgb_run, tmp_path, capsys):
+    run, images = rgb_run
+    assert (
+        main(["export", str(run), "--format", "safetensors", "--out", str(tmp_path / "a.pth")]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "a.pth: student of resnet_small" in out and "features differ by 0.0e+00" in out
+    assert "exists" in failure(
+        capsys, "export", run, "--format", "timm", "--out", tmp_path / "a.pth"
+    )
+    out = tmp_path / "features.npz"
+    assert main(["embed", str(run), str(images), "--out", str(out), "--batch-size", "3"]) == 0
+    printed = capsys.readouterr()
+    assert f"{out}: 6 images, 128 features" in printed.out
+    assert "left out: b/broken.png (UnidentifiedImageError" in printed.err
+    written = numpy.load(out)
+    assert written["paths"].tolist() == [f"{c}/{n}.png" for c in "ab" for n in range(3)]
+    assert written["features"].shape == (6, 128) and written["features"].dtype == "float32"
 
 
 def test_info_names_versions_and_every_implementation(capsys, monkeypatch):
@@ -180,13 +258,13 @@ def test_demo_compares_every_gap_with_its_bound(tmp_path, capsys, monkeypatch, g
 
     monkeypatch.setattr(demo, "pretrain", lambda config: None)
     monkeypatch.setattr(demo, "evaluate", scores)
-    monkeypatch.setattr(demo, "report", lambda run: [run / "probes.png"])
+    monkeypatch.setattr(demo, "report", lambda run: run / "report.html")
     assert demo.demo(tmp_path) is not bool(failing)
     out = capsys.readouterr().out
     verdicts = [line for line in out.splitlines() if line.startswith(("pass  ", "FAIL  "))]
     assert len(verdicts) == 4
     assert [line[6:].split(":")[0] for line in verdicts if line.startswith("FAIL")] == failing
-    assert str(tmp_path / "patches-0" / "probes.png") in out
+    assert str(tmp_path / "patches-0" / "report.html") in out
 
 
 def test_bugs_keep_their_traceback(monkeypatch):

@@ -12,6 +12,8 @@ from fastssl.config import PretrainConfig
 from fastssl.models import build_backbone
 from fastssl.models.keys import names_in
 from fastssl.train import load_backbone, pretrain
+from fastssl.train.checkpoint import save_sharded
+from fastssl.train.ranks import Ranks
 from fastssl.train.weights import _channels, fit, published, read_weights, split_role, summary
 
 pytest.importorskip("yaml")
@@ -195,6 +197,17 @@ def test_a_checkpoint_of_ours_and_a_bare_state_dict(run, tmp_path):
         assert_loaded(backbone, expected)
 
 
+def test_folders_of_weights(trained, tmp_path):
+    (tmp_path / "hub").mkdir()
+    save_file(trained, tmp_path / "hub" / "model.safetensors")
+    state = {"model": below("backbone.", trained), "step": 3}
+    save_sharded(tmp_path / "step_3", state, Ranks(0, 1, torch.device("cpu"), False))
+    for folder in ("hub", "step_3"):
+        backbone = build_backbone("resnet_small", 1, 8)
+        fit(backbone, read_weights(tmp_path / folder), folder)
+        assert_loaded(backbone, trained)
+
+
 def test_resume_ignores_the_file_it_started_from(run, tmp_path):
     weights = tmp_path / "start.safetensors"
     save_file(load_backbone(run)[0].state_dict(), weights)
@@ -202,7 +215,7 @@ def test_resume_ignores_the_file_it_started_from(run, tmp_path):
     path = pretrain(config(tmp_path / "run", **settings)).path
     weights.unlink()
     pretrain(config(path, resume=True))
-    with pytest.raises(ValueError, match="init_from is .*other.pt"):
+    with pytest.raises(ValueError, match="resume goes on with the run .*other.pt"):
         pretrain(config(path, resume=True, init_from=str(tmp_path / "other.pt")))
 
 

@@ -69,7 +69,7 @@ def test_recipes_fill_every_field_and_nothing_else(name, data):
     config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args={"out_dim": 7}))
     assert config.lr == 0.5 and config.method_args["out_dim"] == 7
     unset = {name for name, value in vars(config).items() if value is None}
-    assert unset == {"image_size", "log_every", "max_side", "workers"}
+    assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
     assert set(RECIPES[name]) == {"digits", "patches", "shapes", "folder"}
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
 

@@ -32,8 +32,23 @@ def test_sizes_a_backbone_cannot_take():
         build_backbone("resnet_small", 3, 4)
     with pytest.raises(ValueError, match="multiple of the patch size 3, got 28"):
         build_backbone("vit_small", 3, 28)
-    with pytest.raises(ValueError, match="must be 16 x 16"):
-        build_backbone("vit_small", 3, 16)(torch.zeros(1, 3, 32, 32))
+    vit = build_backbone("vit_small", 3, 16)
+    for height, width in ((16, 32), (15, 15)):
+        with pytest.raises(ValueError, match="must be squares of a multiple of 2 pixels"):
+            vit(torch.zeros(1, 3, height, width))
+
+
+def test_transformers_take_crops_of_other_sizes():
+    vit = build_backbone("vit_small", 3, 32).eval()
+    crop = torch.rand(2, 3, 16, 16)
+    assert vit(crop).shape == (2, 96)
+    # A crop of half the side has the positions of the whole, every second one between them.
+    torch.testing.assert_close(sincos_positions(8, 16, spread=8), sincos_positions(8, 16))
+    by_hand = sincos_positions(4, 16, spread=8)[5, 8:12]  # x of the second column: 2.5
+    torch.testing.assert_close(by_hand, (2.5 * 10000.0 ** -torch.arange(0, 1, 0.25)).sin())
+    pytest.importorskip("timm")
+    vit = build_backbone("timm:test_vit", 3, 64).eval()
+    assert vit(torch.rand(2, 3, 32, 32)).shape == (2, vit.feature_dim)
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:resnet18"])

@@ -16,7 +16,7 @@ from torch import nn
 from fastssl import evaluate
 from fastssl.config import PretrainConfig
 from fastssl.data import TensorSource
-from fastssl.methods import SimCLR
+from fastssl.methods import METHODS, SimCLR
 from fastssl.train import load_checkpoint, monitors, pretrain, save_checkpoint
 from fastssl.train.health import Health
 from fastssl.train.metrics import MetricsLog, read_metrics
@@ -161,19 +161,32 @@ def test_the_cost_is_bounded_for_large_batches_and_many_classes(monkeypatch):
     assert monitor._state["weight"].numel() == 0 and "probe_top1" not in monitor.read()
 
 
-@pytest.mark.parametrize("where", ["hook", "compiled"])
-def test_the_hook_lives_inside_a_compiled_graph(where):
+def test_no_step_waits_for_the_device():
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():  # tensors without values: what asks for one raises
+        monitor = Monitor(Identity(16), Labelled(600, 5), ALONE)
+        for _ in range(2):
+            monitor._rows = [torch.randn(100, 16)]
+            monitor.step(torch.zeros(100, dtype=torch.int64), torch.arange(100))
+        with pytest.raises(DataDependentOutputException):
+            monitor.read()
+
+
+def test_a_compiled_backbone_stays_one_graph():
+    from torch._dynamo.testing import CompileCounter  # slow to import, for the ranks too
+
     h, y = clusters()
-    monitor = Monitor(Identity(16), Labelled(600, 5), ALONE)
-    call = monitor._backbone
-    if where == "compiled":
-        call = torch.compile(lambda x: monitor._backbone(x) * 2, backend="eager", fullgraph=True)
-    with monitor:
+    backbone, counter = nn.Linear(16, 16), CompileCounter()
+    backbone.feature_dim = 16
+    backbone.compile(backend=counter, dynamic=False)
+    with Monitor(backbone, Labelled(600, 5), ALONE) as monitor:
         for step in range(3):
             index = step * 100 + torch.arange(100)
-            call(h[index])
+            for _ in range(10):  # views, each for itself
+                backbone(h[index])
             monitor.step(y[index], index)
-    assert monitor._seen == 300
+    assert monitor._seen == 300 and counter.frame_count == 1
 
 
 def sharded(group, h, y):
@@ -219,8 +232,10 @@ def few(monkeypatch):
     return run
 
 
-def test_the_weights_are_the_same_bits_without_monitors(few, tmp_path):
+def test_the_weights_are_the_same_bits_without_monitors(few, tmp_path, capsys):
     on, off = few(tmp_path / "on"), few(tmp_path / "off", monitor=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step 10/10" in line]
+    assert ["kNN" in line for line in lines] == [True, False]
     one, other = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (on, off))
     assert one["monitor"]["weight"].abs().sum() > 0 and other["monitor"] == {}
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -229,11 +244,19 @@ def test_the_weights_are_the_same_bits_without_monitors(few, tmp_path):
     assert numbers & set(read_metrics(off)[-1]) == {"peak_memory_mb"}
 
 
+@pytest.mark.parametrize(
+    "changes", [*({"method": name} for name in METHODS), {"backbone": "vit_small", "chunk": 5}]
+)
+def test_every_method_is_watched(few, tmp_path, changes):
+    record = read_metrics(few(tmp_path / "run", **changes))[-1]
+    assert {"probe_top1", "knn_top1", "rankme", "feature_std"} <= set(record)
+
+
 def test_a_resumed_run_measures_the_same(few, tmp_path, monkeypatch):
     whole = few(tmp_path / "whole")
     with monkeypatch.context() as patch:
 
-        def stop(self, step, *rest):
+        def stop(self, step, total_steps):
             if step == 7:
                 raise RuntimeError("as if killed")
 

@@ -216,6 +216,19 @@ def test_fresh_run_does_not_overwrite_and_resume_needs_a_run(whole, tmp_path, ti
         pretrain(tiny(tmp_path, resume=True))
 
 
+def test_a_setting_that_came_after_the_run(whole, tmp_path, tiny):
+    shutil.copytree(whole.path, tmp_path / "old")
+    path = tmp_path / "old" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("seed:", "keep:", "max_side:"))]
+    assert len(kept) == len(lines) - 3
+    path.write_text("".join(kept))
+    assert pretrain(tiny(tmp_path / "old", resume=True, keep=3)).metrics == whole.metrics
+    path.write_text("".join(kept))
+    with pytest.raises(ValueError, match="seed is 4, the run has 0. Leave"):
+        pretrain(tiny(tmp_path / "old", resume=True, seed=4))
+
+
 def test_resume_names_the_changed_settings(whole, tiny):
     with pytest.raises(
         ValueError, match="lr is 0.1, the run has 0.003; seed is 4, the run has 0. Leave"

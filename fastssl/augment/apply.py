@@ -123,26 +123,45 @@ def augment(
     return (results, params) if return_params else results
 
 
-def prepare(images: Tensor | Packed, size: int) -> Tensor:
+def prepare(
+    images: Tensor | Packed,
+    size: int,
+    *,
+    crop: float = 1.0,
+    interpolation: str = "bilinear",
+    specs: Sequence = (),
+    index: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
     """The centre square of images as network input, without randomness: for evaluation and export.
 
     Args:
         images: as `augment` takes them.
         size: side of the result in pixels.
+        crop: side of the centre square as a share of the image's shorter side, in (0, 1].
+        interpolation: "bilinear" or "bicubic".
+        specs: what a `View` may hold behind its crop: other numbers to normalise with than those of
+            `Normalize()`, or disturbances to be tested against, which are random functions of
+            (seed, index) with index (B,) as for `augment`, of the place in the batch without it.
 
     Returns:
         (B, C, size, size) float32, resized with antialiasing where the size differs, normalised.
     """
-    view = View(Resize(size), Normalize())
+    if not any(isinstance(spec, Normalize) for spec in specs):
+        specs = (*specs, Normalize())
+    view = View(Resize(size, interpolation), *specs)
     packed, frames = _packed(images)
     sizes = packed.sizes  # (N, 2), of all frames
-    index = torch.arange(len(sizes), device=sizes.device)
+    index = torch.arange(len(sizes) // frames) if index is None else index
+    index = index.to(sizes.device).repeat_interleave(frames)
     spec = _spec((tuple(view.numbers()),), sizes.device)
-    params = torch.ops.fastssl.view_parameters(index, sizes, spec, 0, 0)
+    params = torch.ops.fastssl.view_parameters(index, sizes, spec, seed, 0)
     side = sizes.amin(1, keepdim=True)
     corner = ((sizes - side) // 2).flip(1)  # x, y
+    if crop != 1:
+        corner, side = corner + (1 - crop) / 2 * side, crop * side
     params[0, :, X0 : Y1 + 1] = torch.cat([corner, corner + side], 1).to(params.dtype)
-    (x,) = augment(packed, index, [view], seed=0, epoch=0, params=params)
+    (x,) = augment(packed, index, [view], seed=seed, epoch=0, params=params)
     clips = isinstance(images, Tensor) and images.dim() == 5
     return x.unflatten(0, (len(x) // frames, frames)) if clips else x
 

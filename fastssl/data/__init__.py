@@ -100,9 +100,14 @@ def load(
             f"{nearest(prefix, (*_PREFIXES, 'mix', 'shapes'))}"
         )
     suffix = os.path.splitext(name)[1].lower()
-    if not os.path.isdir(name):
-        if suffix in _SUFFIXES:
-            return _SUFFIXES[suffix](name, split, image_size, max_side)
+    if suffix in (*_SUFFIXES, *_TENSORS) and not os.path.isdir(name):
+        folder, base = os.path.split(os.path.abspath(os.path.expanduser(name)))
+        if not os.path.isfile(os.path.join(folder, base)):
+            there = os.listdir(folder) if os.path.isdir(folder) else ()
+            others = [file for file in there if file.endswith(suffix)]
+            hint = nearest(base, others) if others else ""
+            raise FileNotFoundError(f"load: no file {base} in {folder}. {hint}".rstrip())
         if suffix in _TENSORS:
             return tensor_file(name, split)
+        return _SUFFIXES[suffix](name, split, image_size, max_side)
     return FolderSource(name, split, image_size, max_side)

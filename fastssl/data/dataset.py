@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ class DatasetSource(ImageSource):
     of 0 and 1. The first and last sample are read at once, to see what they are.
 
     What raises an exception when asked for counts as unreadable. Random transforms of the data
-    set's own are drawn in threads and follow no seed: leave them to the views.
+    set's own are drawn in threads and follow no seed: leave them to the views. All labels are known
+    from `dataset.targets` if its ends agree with the samples; otherwise who asks for `labels`, as
+    evaluation does, has the data set read once from end to end.
 
     Args:
         dataset: with `len` and `[i]`, which may be called from several threads.
         name: how the run's files call it.
-        class_names: default: `dataset.classes`, or numbers.
+        class_names: default: `dataset.classes`, or numbers up to the largest of `targets`. Without
+            any of them there are labels, but no classes that a monitor could tell apart.
         mirror: whether a mirror image still shows the same thing (not so for digits and text).
         image_size, max_side: see `ImageSource`; `max_side` for Pillow's images.
 
@@ -64,29 +68,41 @@ class DatasetSource(ImageSource):
         if len(dataset) < 1:
             raise ValueError(f"load: data set {kind} must hold samples, got length {len(dataset)}.")
         self._dataset = dataset
-        class_names = class_names or getattr(dataset, "classes", None) or ()
-        # Labels come with the samples; what stands here is asked for only by position.
-        labels = torch.full((len(dataset),), -1)
-        super().__init__(name or f"python:{kind}", labels, class_names, image_size, max_side)
+        super().__init__(name or f"python:{kind}", None, None, image_size, max_side)
         self.mirror = mirror
         self._room = 0  # the data set may keep them itself
         self._form = None
-        for i in {0, len(dataset) - 1}:
+        ends = []
+        for i in (0, len(dataset) - 1):
             try:
-                image, _ = self._load(i)
+                image, label = self._load(i)
             except IndexError as error:
                 raise ValueError(
                     f"load: data set {kind} must give a sample for each number below its length "
                     f"{len(dataset)}, got IndexError for {i}: {error}."
                 ) from error
+            except OSError:  # a broken file; what fails otherwise is no file
+                image, label, _ = self[i]
             self._form = self._form or (len(image), image.dtype)
+            ends.append(torch.as_tensor(label))
         self.channels = self._form[0]
-        targets = getattr(dataset, "targets", None)
-        if targets is not None and len(targets) == len(dataset):
-            self.labels = torch.as_tensor(targets).long()
-            if not class_names and self.labels.ndim == 1:
-                class_names = number_names(int(self.labels.max()), f"targets of {kind}")
-                self.class_names, self.num_classes = class_names, len(class_names)
+        self._targets = _targets(dataset, ends)
+        class_names = class_names or getattr(dataset, "classes", None)
+        if class_names is None and ends[0].ndim:
+            class_names = number_names(len(ends[0]) - 1, f"labels of {self.name}")
+        elif class_names is None and self._targets is not None:
+            class_names = number_names(int(self._targets.max()), f"targets of {self.name}")
+        self.class_names = tuple(class_names or ())
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) or (N, classes) int64."""
+        if self._targets is not None:
+            return self._targets
+        return torch.stack([torch.as_tensor(self[i][1]) for i in range(len(self))])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
 
     def where(self, i: int) -> str:
         return f"{self.name}[{i}]"
@@ -126,11 +142,9 @@ class DatasetSource(ImageSource):
         if isinstance(image, Tensor) and image.ndim == 2:
             image = image[None]
         if not isinstance(image, Tensor) or image.ndim != 3:
-            got = (
-                f"{image.dtype} {tuple(image.shape)}"
-                if hasattr(image, "dtype")
-                else (type(image).__name__)
-            )
+            got = type(image).__name__
+            if isinstance(image, Tensor):
+                got = f"{image.dtype} {tuple(image.shape)}"
             raise Misfit(
                 f"load: {self.where(i)} must be an image of Pillow, a tensor (C, H, W) or an array "
                 f"(H, W, C), got {got}."
@@ -151,17 +165,32 @@ class DatasetSource(ImageSource):
     def _label(self, i: int, label: Any) -> int | Tensor:
         if label is None:
             return -1
-        whole = (
-            torch.as_tensor(label)
-            if isinstance(label, (int, Tensor, np.generic, np.ndarray, list))
-            else None
-        )
+        try:
+            whole = torch.as_tensor(label)
+        except (TypeError, ValueError, RuntimeError):
+            whole = None
         if whole is None or whole.is_floating_point() or whole.ndim > 1:
             raise Misfit(
                 f"load: the label of {self.where(i)} must be a whole number or a vector of 0 and "
                 f"1, got {label!r}. Number the classes from 0 on."
             )
         return whole.long() if whole.ndim else int(whole)
+
+
+def _targets(dataset: Any, ends: list[Tensor]) -> Tensor | None:
+    """All labels, as torchvision's data sets have them; None where they are not the samples'."""
+    whole = getattr(dataset, "dataset", None) if hasattr(dataset, "indices") else dataset
+    targets = getattr(whole, "targets", None)
+    try:
+        labels = torch.as_tensor(targets).long()
+    except (TypeError, ValueError, RuntimeError):  # none, boxes, names
+        return None
+    if whole is not dataset:  # torch.utils.data.Subset
+        labels = labels[torch.as_tensor(dataset.indices)]
+    if len(labels) != len(dataset):
+        return None
+    fit = (torch.equal(a, b) for a, b in zip(ends, labels[[0, -1]], strict=True))
+    return labels if all(fit) else None
 
 
 class HuggingFaceSource(ImageSource):

@@ -63,9 +63,11 @@ def _list_split(found: Listing, split: str) -> tuple[tuple[str, ...], list[str],
     names = tuple(name for name, paths in images.items() if paths or explicit)
     loose = found.files(top)
     if not any(images.values()) and not loose:
+        tars = any(name.endswith(".tar") for name in os.listdir(root))
         raise FileNotFoundError(
             f"load: no images in {root}. Expected files ending in "
             f"{', '.join(sorted(EXTENSIONS))}, directly or in one subfolder a class."
+            + (f" Its tar files are read by the name shards:{root}." if tars else "")
         )
     if not names and split == "test" and not explicit:
         raise FileNotFoundError(

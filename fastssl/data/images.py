@@ -39,8 +39,8 @@ class ImageSource:
 
     Args:
         name: with this `fastssl.data.load` opens it again.
-        labels: (N,) int64, -1 where there is none.
-        class_names: one name a class.
+        labels: (N,) int64, -1 where there is none; None for a kind that finds them out itself.
+        class_names: one name a class; None likewise.
         image_size: side in pixels of the views to be made; default 64.
         max_side: longer sides are reduced to this many pixels; default 3 `image_size`, so that a
             crop of 8 % of a photograph is enlarged about one and a half times.
@@ -53,8 +53,8 @@ class ImageSource:
     def __init__(
         self,
         name: str,
-        labels: Tensor,
-        class_names: Sequence[str],
+        labels: Tensor | None,
+        class_names: Sequence[str] | None,
         image_size: int | None,
         max_side: int | None,
     ):
@@ -62,9 +62,10 @@ class ImageSource:
         if max_side is not None and max_side < 1:
             raise ValueError(f"load: max_side must be at least 1 pixel, got {max_side}.")
         self.name = name
-        self.labels = labels
-        self.class_names = tuple(class_names)
-        self.num_classes = len(self.class_names)
+        if labels is not None:
+            self.labels = labels
+        if class_names is not None:
+            self.class_names = tuple(class_names)
         self.image_size = image_size or 64
         self.max_side = max_side or 3 * self.image_size
         self._kept: dict[int, Tensor] = {}
@@ -87,6 +88,10 @@ class ImageSource:
         """Images, packed since they differ in size, and labels (B, ...) int64 of `index` (B,)."""
         images, labels, _ = zip(*(self[i] for i in index.tolist()), strict=True)
         return pack(images), torch.stack([torch.as_tensor(label) for label in labels])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def corrupt(self) -> dict[str, str]:

@@ -29,7 +29,8 @@ class Listing:
 
     def files(self, folder: str) -> list[str]:
         """Paths of the images directly in a folder."""
-        return [os.path.join(self.root, folder, name) for name in self.folders[folder][1]]
+        start = os.path.join(self.root, folder, "")
+        return [start + name for name in self.folders[folder][1]]
 
     def below(self, folder: str) -> list[str]:
         """Paths of all images below a folder, sorted by the parts of their paths."""
@@ -82,9 +83,9 @@ def _scan(root: str, folder: str, known: dict, taken_at: int):
     path = os.path.join(root, folder)
     status = os.stat(path)
     identity = status.st_dev, status.st_ino
-    entry = known.get(folder)
-    if entry and entry[0] == status.st_mtime_ns < taken_at - _FRESH_NS:
-        return identity, entry
+    before = known.get(folder)
+    if before and before[0] == status.st_mtime_ns < taken_at - _FRESH_NS:
+        return identity, before
     files, folders = [], []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -104,8 +105,7 @@ def _remembered(path: os.PathLike, root: str) -> tuple[dict, int]:
             record = json.load(file)
         if (record["version"], record["root"]) != (_VERSION, root):
             return {}, 0
-        return {key: (int(m), list(f), list(d)) for key, (m, f, d) in record["folders"].items()}, (
-            int(record["time"])
-        )
+        folders = {key: (int(m), list(f), list(d)) for key, (m, f, d) in record["folders"].items()}
+        return folders, int(record["time"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, 0

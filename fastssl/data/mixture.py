@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -48,14 +49,15 @@ class Mixture:
             samples of a source in the subset than it has, other channels or dtypes.
 
     Notes: labels stay as they are if all sources have the same classes; otherwise those of a source
-        come behind those of the sources before it, and its classes are called `number/name`. If
-        they differ and some have several labels an image, all are -1.
+        come behind those of the sources before it, and its classes are called `number/name`. They
+        are -1 of sources that name no classes; and all are, if classes differ and some sources have
+        several labels an image.
 
     Example:
-        >>> from fastssl.data import Mixture, load
-        >>> mixture = Mixture([load("shapes"), load("shapes:inverted")], weights=[3, 1])
-        >>> [part["an_epoch"] for part in mixture.parts]
-        [6144, 2048]
+        >>> from fastssl.data import ShapesSource
+        >>> parts = [ShapesSource(name, size=8) for name in ("shapes", "shapes:inverted")]
+        >>> [part["an_epoch"] for part in Mixture(parts, weights=[3, 1]).parts]
+        [12, 4]
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class Mixture:
         seed: int = 0,
     ):
         self.sources = tuple(sources)
-        _check(self.sources, weights, temperature, mode, size)
+        _check_settings(len(self.sources), weights, temperature, mode, size, seed)
+        _check_sources(self.sources)
         sizes = torch.tensor([len(source) for source in self.sources])
         if weights is None:
             weights = sizes.double() ** (1.0 if temperature is None else temperature)
@@ -112,9 +115,9 @@ class Mixture:
         return image, self._label(part, label), i
 
     def _label(self, part: int, label: int | Tensor) -> int | Tensor:
-        if self._offsets is None:
-            return -1
         offset = self._offsets[part]
+        if offset is None:
+            return -1
         return label if isinstance(label, Tensor) or label < 0 else label + offset
 
     def batch(self, index: Tensor) -> tuple[Packed, Tensor]:
@@ -141,6 +144,19 @@ class Mixture:
             drawn.append(order[epoch * q - first * n :][:q])
         drawn = torch.cat(drawn)
         return drawn[permutation(len(drawn), seed, epoch=epoch)]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) or (N, classes) int64."""
+        parts = []
+        for part, source in enumerate(self.sources):
+            if self._offsets[part] is None:
+                parts.append(torch.full((int(self._sizes[part]),), -1))
+                continue
+            y = source.labels.cpu()
+            y = y if self._subset is None else y[self._subset[part]]
+            parts.append(y if y.ndim > 1 else y.where(y < 0, y + self._offsets[part]))
+        return torch.cat(parts)
 
     @property
     def corrupt(self) -> dict[str, str]:
@@ -184,7 +200,8 @@ def open_mixture(text: str, split: str, open_source) -> Mixture:
         if key not in ("temperature", "mode", "size", "seed"):
             hint = nearest(str(key), ("sources", "temperature", "mode", "size", "seed"))
             raise ValueError(f"{where}: unknown setting {key!r}. {hint}")
-    parts = [part if isinstance(part, dict) else {"data": part} for part in listed or ()]
+    listed_parts = listed if isinstance(listed, list) else []
+    parts = [part if isinstance(part, dict) else {"data": part} for part in listed_parts]
     if not parts or any(
         not isinstance(part.get("data"), str) or part.keys() - {"data", "weight"} for part in parts
     ):
@@ -195,6 +212,7 @@ def open_mixture(text: str, split: str, open_source) -> Mixture:
     if any("weight" in part for part in parts):
         options["weights"] = [part.get("weight", 1) for part in parts]
     names = (part["data"] for part in parts)
+    _check_settings(len(parts), **options)  # before large sources are opened
     options = {} if split == "test" else options
     return Mixture([open_source(_from(base, name)) for name in names], **options)
 
@@ -223,19 +241,44 @@ def _whole(quotas: Tensor) -> Tensor:
     return result
 
 
-def _classes(sources) -> tuple[list[int] | None, tuple[str, ...]]:
-    """What is added to the labels of each source, None for no labels at all; and the names."""
-    names = [source.class_names for source in sources]
-    several = [source.labels.ndim > 1 for source in sources]
-    if len({*zip(map(tuple, names), several, strict=True)}) == 1:
-        return [0] * len(sources), tuple(names[0])
+def _classes(sources) -> tuple[list[int | None], tuple[str, ...]]:
+    """What is added to the labels of each source, None where they count for none; and the names."""
+    names = [tuple(source.class_names) for source in sources]
+    several = [isinstance(source[0][1], Tensor) for source in sources]
+    if names[0] and len({*zip(names, several, strict=True)}) == 1:
+        return [0] * len(sources), names[0]
     if any(several):
-        return None, ()
-    offsets = [sum(map(len, names[:i])) for i in range(len(names))]
+        return [None] * len(sources), ()
+    offsets = [sum(map(len, names[:i])) if own else None for i, own in enumerate(names)]
     return offsets, tuple(f"{i}/{name}" for i, part in enumerate(names) for name in part)
 
 
-def _check(sources, weights, temperature, mode, size) -> None:
+def _check_settings(
+    count: int, weights=None, temperature=None, mode="weights", size=None, seed=0
+) -> None:
+    if mode not in _MODES:
+        raise ValueError(f"mix: mode must be one of {', '.join(_MODES)}, got {mode!r}.")
+    if weights is not None and temperature is not None:
+        raise ValueError("mix: weights and temperature exclude each other, got both.")
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"mix: weights must be one a source, {count}, got {len(weights)}.")
+    for weight in weights or ():
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ValueError(f"mix: weights must be numbers above 0, got {weight!r}.")
+    if temperature is not None and not (
+        isinstance(temperature, (int, float)) and 0 <= temperature <= 1
+    ):
+        raise ValueError(f"mix: temperature must be from 0 to 1, got {temperature!r}.")
+    if mode == "weights" and size is not None:
+        raise ValueError(
+            f"mix: size is for the modes size_matched and epoch_equalised, got {size}."
+        )
+    for name, value, least in (("size", 1 if size is None else size, 1), ("seed", seed, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"mix: {name} must be a whole number from {least} on, got {value!r}.")
+
+
+def _check_sources(sources) -> None:
     if not sources:
         raise ValueError("mix: sources must be at least one, got none.")
     for source in sources:
@@ -244,25 +287,6 @@ def _check(sources, weights, temperature, mode, size) -> None:
             raise ValueError(
                 f"mix: sources must be data sources, got {got}. Open each by fastssl.data.load."
             )
-    if mode not in _MODES:
-        raise ValueError(f"mix: mode must be one of {', '.join(_MODES)}, got {mode!r}.")
-    if weights is not None and temperature is not None:
-        raise ValueError("mix: weights and temperature exclude each other, got both.")
-    for weight in weights or ():
-        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ValueError(f"mix: weights must be numbers above 0, got {weight!r}.")
-    if temperature is not None and not (
-        isinstance(temperature, (int, float)) and 0 <= temperature <= 1
-    ):
-        raise ValueError(f"mix: temperature must be from 0 to 1, got {temperature!r}.")
-    if weights is not None and len(weights) != len(sources):
-        raise ValueError(f"mix: weights must be one a source, {len(sources)}, got {len(weights)}.")
-    if mode == "weights" and size is not None:
-        raise ValueError(
-            f"mix: size is for the modes size_matched and epoch_equalised, got {size}."
-        )
-    if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(f"mix: size must be a whole number from 1 on, got {size!r}.")
     first = sources[0][0][0]
     for source in sources[1:]:
         image = source[0][0]

@@ -121,11 +121,6 @@ class ShapesSource(TensorSource):
             labels = F.one_hot(shape + 1, len(SHAPE_NAMES) + 1).amax(1)[:, 1:]
         super().__init__(name, images, labels, SHAPE_NAMES)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int | Tensor, int]:
-        """As any source; of `shapes:multi` the label is (8,) int64, 1 for each class shown."""
-        label = self.labels[i]
-        return self.images[i], label if label.ndim else int(label), i
-
     def captions(self, index: Tensor) -> list[str]:
         """A sentence for each of samples `index` (B,): size, colour, shape and place.
 

@@ -35,8 +35,9 @@ class ShardSource(ImageSource):
     resumes exactly, at any step, as from a folder. They have to lie on a disk, not in a stream.
 
     Args:
-        path: a tar file; a folder of them, where those whose names begin with `test` or `val` are
-            the test split if others begin with `train`; or a pattern with `{000000..000012}`,
+        path: a tar file; a folder of them, where those whose names begin with `test` or `val`, or
+            that lie in a folder of such a name, are the test split if others are `train`; or a
+            pattern with `{000000..000012}`,
             `{a,b}`, `*` or `?`, whose test split has `test` or `val` in the place of `train`.
         split: "train" or "test".
         image_size, max_side: see `ImageSource`.
@@ -80,7 +81,7 @@ class ShardSource(ImageSource):
 
     def _bytes(self, i: int, offset: int, size: int) -> bytes:
         # Opened anew: threads share no position, and thousands of shards no limit of open files.
-        with open(self.shards[self._shard[i]], "rb", buffering=0) as file:
+        with open(self.shards[self._shard[i]], "rb") as file:
             file.seek(int(self._table[i, offset]))
             return file.read(int(self._table[i, size]))
 
@@ -88,9 +89,11 @@ class ShardSource(ImageSource):
 def _find(spec: str, split: str) -> list[str]:
     """The shards of one split, in a fixed order."""
     if os.path.isdir(spec):
-        names = [
-            name for name in sorted(os.listdir(spec)) if re.search(r"\.tar$|\.tar\.|\.tgz$", name)
-        ]
+        names = sorted(os.listdir(spec))
+        if "train" in names and os.path.isdir(os.path.join(spec, "train")):
+            names = [os.path.join(part, name) for part in names for name in _tars(spec, part)]
+        else:
+            names = _tars(spec)
         parts = {
             part: [n for n in names if n.startswith(part)] for part in ("train", "test", "val")
         }
@@ -125,6 +128,12 @@ def _find(spec: str, split: str) -> list[str]:
             + ". Check the path and the numbers in braces."
         )
     return found
+
+
+def _tars(*path: str) -> list[str]:
+    folder = os.path.join(*path)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if re.search(r"\.tar$|\.tar\.|\.tgz$", name))
 
 
 def _braces(pattern: str) -> list[str]:

@@ -63,8 +63,10 @@ class TensorSource:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
-        return self.images[i], int(self.labels[i]), i
+    def __getitem__(self, i: int) -> tuple[Tensor, int | Tensor, int]:
+        """Image, label (a vector, where there are several an image), and i."""
+        label = self.labels[i]
+        return self.images[i], label if label.ndim else int(label), i
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and labels (B, ...) int64 of samples `index` (B,), where they lie."""

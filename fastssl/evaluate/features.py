@@ -1,12 +1,19 @@
 """Features of a frozen backbone, extracted once and shared by every protocol."""
 
 import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..augment import prepare
+from ..data import TensorSource, batches
+from .cache import FeatureCache
+from .networks import Inputs
 
 
 def fingerprint(module: nn.Module) -> dict[str, str]:
@@ -50,42 +57,151 @@ def frozen(module: nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class Split:
+    """Some images of a source, by their numbers in it."""
+
+    source: Any
+    index: Tensor
+
+    @classmethod
+    def whole(cls, source) -> "Split":
+        return cls(source, torch.arange(len(source)))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, positions: Tensor) -> "Split":
+        return Split(self.source, self.index[positions])
+
+    @property
+    def labels(self) -> Tensor:
+        return self.source.labels.cpu()[self.index]
+
+
 def extract(
-    backbone: nn.Module, source, image_size: int, batch_size: int = 256, device="cpu"
+    backbone: nn.Module,
+    source,
+    image_size: int | Inputs,
+    batch_size: int = 256,
+    device="cpu",
+    cache: FeatureCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of every image of `source`, in its order, without augmentation.
 
     Args:
         backbone: maps (B, C, S, S) float32 to (B, D). It is moved to `device`.
-        source: a data source, see `fastssl.data.load`.
-        image_size: S, side of the network's input in pixels (`fastssl.augment.prepare`).
+        source: a data source, see `fastssl.data.load`, or a `Split` of one.
+        image_size: S, side of the network's input in pixels (`fastssl.augment.prepare`), or all
+            that is to be done to the images.
         batch_size: images per forward pass; bounds the memory.
         device: where the backbone computes.
+        cache: where features of the same weights and images are kept and looked for.
 
     Returns:
-        h, float32 (N, D), and y, int64 (N,), both on the CPU.
+        h, float32 (N, D), and y, int64 (N,) or (N, classes), both on the CPU.
 
     Raises:
         ValueError: for an empty source or features that are not (B, D).
         RuntimeError: if the backbone changes its weights or buffers meanwhile.
+
+    Notes: under torchrun each rank computes its part, and all of them return the whole.
     """
-    if len(source) == 0:
-        raise ValueError(f"evaluate: data must hold images, got an empty split of {source.name!r}.")
+    split = source if isinstance(source, Split) else Split.whole(source)
+    inputs = Inputs(image_size) if isinstance(image_size, int) else image_size
+    if len(split) == 0:
+        raise ValueError(
+            f"evaluate: data must hold images, got an empty split of {split.source.name!r}."
+        )
+    key = cache.key(fingerprint(backbone), str(backbone), split, inputs) if cache else None
+    found = cache.load(key) if key else None
+    if on_all_ranks(found is not None):
+        return found
     backbone.to(device)
-    features, labels = [], []
     with frozen(backbone):
-        for index in torch.arange(len(source)).split(batch_size):
-            images, y = source.batch(index)
-            h = backbone(prepare(images, image_size).to(device))
-            if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != len(index):
-                got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-                raise ValueError(
-                    f"evaluate: backbone must return features (B, D) = ({len(index)}, D), "
-                    f"got {got}. Pool the feature map, or return one tensor."
-                )
-            features.append(h.float().cpu())
-            labels.append(y)
-    return torch.cat(features), torch.cat(labels)
+        h, y = forward(backbone, split, inputs, batch_size, device)
+    if key and main_rank():
+        cache.save(key, h, y)
+    return h, y
+
+
+def forward(
+    backbone: nn.Module,
+    split: Split,
+    inputs: Callable[[Any, Tensor], Tensor],
+    batch_size: int,
+    device,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) float32 and labels on the CPU, all ranks' together.
+
+    Args:
+        inputs: the network's input from images and their numbers in the source.
+    """
+    features, labels = [], []
+    rank, world = process()
+    mine = split.index.tensor_split(world)[rank]
+    order = mine.split(batch_size) if len(mine) else ()
+    for images, y, index in loaded(split.source, order, device):
+        features.append(features_of(backbone, inputs(images, index=index).to(device)).cpu())
+        labels.append(y.cpu())
+    return gather_rows(features), gather_rows(labels)
+
+
+def features_of(backbone: nn.Module, x: Tensor) -> Tensor:
+    """(B, D) float32 of inputs x (B, C, S, S)."""
+    h = backbone(x)
+    if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != len(x):
+        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(
+            f"evaluate: backbone must return features (B, D) = ({len(x)}, D), "
+            f"got {got}. Pool the feature map, or return one tensor."
+        )
+    return h.float()
+
+
+def loaded(source, order: Iterable[Tensor], device) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Images, labels and numbers of each batch of sample numbers, on the device; encoded images are
+    decoded ahead."""
+    workers = 0 if isinstance(source, TensorSource) else min(8, os.cpu_count() or 1)
+    return batches(source, order, workers=workers, device=device)
+
+
+def process() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def main_rank() -> bool:
+    return process()[0] == 0
+
+
+def on_all_ranks(fact: bool) -> bool:
+    """Whether it is so on every rank: what decides about a collective must be the same on all."""
+    facts = [fact] * process()[1]
+    if len(facts) > 1:
+        dist.all_gather_object(facts, fact)
+    return all(facts)
+
+
+def gather_rows(parts: list[Tensor]) -> Tensor:
+    """The rows (n, ...) of this rank's parts, then of the next rank's, the same on all ranks."""
+    rank, world = process()
+    if world == 1:
+        return torch.cat(parts)
+    mine = torch.cat(parts) if parts else None
+    shapes = [None] * world
+    dist.all_gather_object(shapes, None if mine is None else (tuple(mine.shape), mine.dtype))
+    shape, dtype = next(s for s in shapes if s is not None)  # a rank may have no rows
+    counts = [0 if s is None else s[0][0] for s in shapes]
+    device = parts[0].device if parts else "cpu"
+    padded = torch.zeros(max(counts), *shape[1:], dtype=dtype, device=device)
+    if mine is not None:
+        padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
 def check_split(caller: str, name: str, h: Tensor, y: Tensor) -> None:

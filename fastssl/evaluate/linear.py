@@ -54,29 +54,44 @@ def linear(
             "linear: train_y must hold at least two samples of some class to choose the L2 "
             "strength, got one of each. Use knn, or pass more data."
         )
-    fit_h, held_h = standardise(train_h[~held], train_h[~held], train_h[held])
-    fit_y, held_y = train_y[~held], train_y[held]
-    weights, selection = None, {}
-    # From strong to weak, each fit starting from the last: the path is smooth, so this is cheap.
-    for l2 in sorted(l2_grid, reverse=True):
-        weights = fit_logistic(fit_h, fit_y, num_classes, l2, weights, max_iter)
-        selection[l2] = top1_percent(predict(held_h, weights), held_y)
-    l2 = max(selection, key=selection.get)
-    fit_h, last_h = standardise(train_h, train_h, test_h)
-    weights = fit_logistic(fit_h, train_y, num_classes, l2, None, max_iter)
-    return {
-        "top1_percent": {"linear": top1_percent(predict(last_h, weights), test_y)},
-        "protocol": {
-            "classifier": "multinomial logistic regression, L-BFGS with strong Wolfe line search",
-            "objective": "mean cross-entropy + l2/2 * sum of squared weights (bias free)",
-            "standardised": "with mean and standard deviation of the samples fitted on",
-            "l2_grid": sorted(l2_grid, reverse=True),
-            "l2": l2,
-            "l2_chosen_on": f"{int(held.sum())} of the {len(train_y)} training samples, held out",
-            "held_out_top1_percent": {f"{key:g}": value for key, value in selection.items()},
-            "refitted_on": len(train_y),
-            "max_iter": max_iter,
-        },
+    weights, chosen = fit_selected(train_h, train_y, num_classes, l2_grid, max_iter)
+    (last_h,) = standardise(train_h, test_h)
+    top1 = top1_percent(predict(last_h, weights), test_y)
+    return {"top1_percent": {"linear": top1}, "protocol": chosen}
+
+
+def fit_selected(
+    h: Tensor,
+    y: Tensor,
+    num_classes: int,
+    l2_grid: Sequence[float] = L2_GRID,
+    max_iter: int = 1000,
+) -> tuple[tuple[Tensor, Tensor], dict]:
+    """The classifier of `linear`, for features standardised as h (N, D), and its protocol.
+
+    Where no class has two samples, nothing can be held out: then l2 is 1 / N, scikit-learn's C = 1.
+    """
+    held = held_out(y)
+    selection = {}
+    if held.any():
+        fit_h, held_h = standardise(h[~held], h[~held], h[held])
+        weights = None
+        # From strong to weak, each fit starting from the last: the path is smooth, so it is cheap.
+        for l2 in sorted(l2_grid, reverse=True):
+            weights = fit_logistic(fit_h, y[~held], num_classes, l2, weights, max_iter)
+            selection[l2] = top1_percent(predict(held_h, weights), y[held])
+    l2 = max(selection, key=selection.get, default=1 / len(y))
+    (fit_h,) = standardise(h, h)
+    return fit_logistic(fit_h, y, num_classes, l2, None, max_iter), {
+        "classifier": "multinomial logistic regression, L-BFGS with strong Wolfe line search",
+        "objective": "mean cross-entropy + l2/2 * sum of squared weights (bias free)",
+        "standardised": "with mean and standard deviation of the samples fitted on",
+        "l2_grid": sorted(l2_grid, reverse=True),
+        "l2": l2,
+        "l2_chosen_on": f"{int(held.sum())} of the {len(y)} training samples, held out",
+        "held_out_top1_percent": {f"{key:g}": value for key, value in selection.items()},
+        "refitted_on": len(y),
+        "max_iter": max_iter,
     }
 
 
@@ -106,8 +121,12 @@ def fit_logistic(
 ) -> tuple[Tensor, Tensor]:
     """Weight (D, C) and bias (C,) that minimise  mean_i CE(h_i W + b, y_i) + l2/2 ||W||^2.
 
+    With several labels an image CE is the sum over classes of binary cross-entropies: then it is
+    one classifier for each class against the rest.
+
     Args:
-        h: (N, D) floating point. y: (N,) int64 in [0, num_classes).
+        h: (N, D) floating point.
+        y: (N,) int64 in [0, num_classes), or (N, num_classes) of 0 and 1.
         l2: >= 0; scikit-learn's C is 1 / (N * l2).
         start: where to begin; zeros by default. The problem is convex: only time depends on it.
         max_iter: bound on L-BFGS iterations.
@@ -118,14 +137,23 @@ def fit_logistic(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iter,
-        tolerance_grad=1e-6,
+        tolerance_grad=1e-6 if h.dtype != torch.float64 else 1e-8,
+        tolerance_change=1e-9 if h.dtype != torch.float64 else 1e-13,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
 
+    if y.ndim == 2:
+        y = y.to(h.dtype)
+
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(h @ weight + bias, y) + 0.5 * l2 * weight.square().sum()
+        logits = h @ weight + bias
+        if y.ndim == 1:
+            loss = F.cross_entropy(logits, y)
+        else:
+            loss = num_classes * F.binary_cross_entropy_with_logits(logits, y)
+        loss = loss + 0.5 * l2 * weight.square().sum()
         loss.backward()
         return loss
 

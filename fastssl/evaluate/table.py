@@ -11,26 +11,24 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             one, the gap from the first to the second in percentage points, is added.
     """
     columns = list(results)
-    first = results[columns[0]]
-    rows = [["top-1, %", *columns, *(["gap"] if len(columns) == 2 else [])]]
-    for protocol, result in first.items():
-        for metric in result.get("top1_percent", ()):
-            values = [results[column][protocol]["top1_percent"][metric] for column in columns]
-            cells = [
-                f"{value:.1f}{_spread(results[column][protocol], metric)}"
-                for value, column in zip(values, columns, strict=True)
-            ]
+    rows = []  # protocol, metric, cells
+    for protocol in results[columns[0]]:
+        of = [results[column][protocol] for column in columns]
+        for metric in of[0].get("top1_percent", ()):
+            values = [result["top1_percent"][metric] for result in of]
             gap = [f"{values[1] - values[0]:+.1f}"] if len(columns) == 2 else []
-            rows.append([metric, *cells, *gap])
-    no_gap = [""] if len(columns) == 2 else []
-    for metric in first.get("retrieval", {}).get("percent", ()):
-        cells = [f"{results[column]['retrieval']['percent'][metric]:.1f}" for column in columns]
-        rows.append([f"{metric}, %", *cells, *no_gap])
-    for metric in first.get("diagnostics", ()):
-        if metric != "protocol":
-            cells = [f"{results[column]['diagnostics'][metric]:.2f}" for column in columns]
-            rows.append([metric, *cells, *no_gap])
-    return align(rows)
+            rows.append((protocol, metric, _cells(of, "top1_percent", metric) + gap))
+        for metric in of[0].get("percent", ()):
+            rows.append((protocol, f"{metric}, %", _cells(of, "percent", metric)))
+        for metric, value in of[0].items():
+            if isinstance(value, float):
+                rows.append((protocol, metric, [f"{result[metric]:.2f}" for result in of]))
+    metrics = [metric for _, metric, _ in rows]
+    lines = [["top-1, %", *columns, *(["gap"] if len(columns) == 2 else [])]]
+    for protocol, metric, cells in rows:
+        name = f"{protocol}: {metric}" if metrics.count(metric) > 1 else metric
+        lines.append([name, *cells, *[""] * (len(lines[0]) - 1 - len(cells))])
+    return align(lines)
 
 
 def align(rows: list[list[str]], left: int = 1) -> str:
@@ -44,5 +42,9 @@ def align(rows: list[list[str]], left: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _spread(result: dict[str, Any], metric: str) -> str:
-    return f" ± {result['sd_percent'][metric]:.1f}" if "sd_percent" in result else ""
+def _cells(results: list[dict[str, Any]], kind: str, metric: str) -> list[str]:
+    cells = []
+    for result in results:
+        sd = result.get("sd_percent", {}).get(metric)
+        cells.append(f"{result[kind][metric]:.1f}" + ("" if sd is None else f" ± {sd:.1f}"))
+    return cells

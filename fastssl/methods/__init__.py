@@ -1,5 +1,10 @@
 """One file a method; each reads like its paper."""
 
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
 from torch import nn
 
 from ..extras import nearest
@@ -13,11 +18,31 @@ __all__ = ["BYOL", "METHODS", "LeJEPA", "SimCLR", "method_class"]
 
 
 def method_class(name: str) -> type[nn.Module]:
-    """The class of a method.
+    """The class of a method: one of `METHODS`, or `FILE.py:CLASS`, whose file is then executed.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, no such file, or no such class in it.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be a known method, got {name!r}. {nearest(name, METHODS)}")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    path, _, own = name.rpartition(":")
+    if path.endswith(".py"):
+        return _from_file(path, own)
+    known = nearest(name, [*METHODS, "FILE.py:CLASS"])
+    raise ValueError(f"method must be a known method, got {name!r}. {known}")
+
+
+@functools.cache
+def _from_file(path: str, name: str) -> type[nn.Module]:
+    if not Path(path).is_file():
+        raise ValueError(f"method must be FILE.py:CLASS, got no file {path!r}. Check the path.")
+    spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        known = nearest(name, classes)
+        raise ValueError(f"method must be a class in {path}, got {name!r}. {known}".rstrip())
+    return found

@@ -47,6 +47,9 @@ EVERY: dict[str, Any] = {
 }
 """Of all recipes that do not say otherwise, and of runs older than the setting."""
 
+_OWN = {**_SIMCLR_SMALL, "lr": 1e-3, "epochs": 20, "method_args": {}}
+"""Of methods without recipes, which are those in a file of one's own."""
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "byol": {
         "digits": {**_BYOL_SMALL, "epochs": 20},
@@ -76,7 +79,7 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     `method_args` are merged: the recipe's, then the config's over them. What depends
     on data or machine stays unset where the recipe has none: `image_size`, `log_every`, `workers`.
     """
-    recipes = RECIPES[config.method]
+    recipes = RECIPES.get(config.method, {"folder": _OWN})
     recipe = EVERY | recipes.get(config.data.partition(":")[0], recipes["folder"])  # shapes:multi
     values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     values["method_args"] = {**recipe["method_args"], **config.method_args}

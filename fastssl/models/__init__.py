@@ -49,11 +49,15 @@ def _timm(name: str, in_chans: int, image_size: int) -> nn.Module:
             f"build_backbone: timm has no model {name!r}. {nearest(name, timm.list_models())}"
         )
     kwargs = {"pretrained": False, "num_classes": 0, "in_chans": in_chans}
-    # Only transformers take the image size; convolutional networks work at any.
-    try:
-        model = timm.create_model(name, img_size=image_size, **kwargs)
-    except TypeError:
-        model = timm.create_model(name, **kwargs)
+    # Only transformers take the image size, and most of them views of other sizes too;
+    # convolutional networks work at any.
+    for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        try:
+            model = timm.create_model(name, **size, **kwargs)
+            break
+        except TypeError:
+            if not size:
+                raise
     model.feature_dim = _feature_dim(model, in_chans, image_size, f"timm:{name}")
     return model
 
@@ -87,7 +91,7 @@ def _feature_dim(model: nn.Module, in_chans: int, image_size: int, name: str) ->
     try:
         with torch.no_grad():
             features = model(torch.zeros(1, in_chans, image_size, image_size))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"build_backbone: {name} cannot take {in_chans} x {image_size} x {image_size} images: "
             f"{error}. Choose another image_size or backbone."

@@ -5,16 +5,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sincos_positions(side: int, dim: int) -> Tensor:
+def sincos_positions(side: int, dim: int, spread: int | None = None) -> Tensor:
     """Fixed positions of a side x side grid, row by row: (side**2, dim) float32.
 
     Half of the channels encode y and half x, each as sines and cosines of dim / 4 frequencies
-    10000**(-i / (dim / 4)).
+    10000**(-i / (dim / 4)). The grid is spread over the square of one of `spread` x `spread`, where
+    that is given.
     """
     if dim % 4:
         raise ValueError(f"sincos_positions: dim must be a multiple of 4, got {dim}.")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim / 4)
+    ticks = torch.arange(side, dtype=torch.float64)
+    if spread is not None:
+        ticks = (ticks + 0.5) * (spread / side) - 0.5
+    angle = ticks[:, None] * omega  # (side, dim / 4)
     line = torch.cat((angle.sin(), angle.cos()), dim=1)  # (side, dim / 2)
     y = line[:, None].expand(-1, side, -1)
     x = line[None].expand(side, -1, -1)
@@ -72,9 +76,9 @@ class ViTSmall(nn.Module):
                 f"{image_size}. Use a multiple of 8."
             )
         self.feature_dim = feature_dim
-        self.image_size = image_size
+        self.patch, self.side = patch, image_size // patch
         self.patch_embed = nn.Conv2d(in_chans, feature_dim, patch, patch)
-        positions = sincos_positions(image_size // patch, feature_dim)
+        positions = sincos_positions(self.side, feature_dim)
         self.register_buffer("positions", positions, persistent=False)
         self.cls = nn.Parameter(torch.zeros(feature_dim))
         self.blocks = nn.Sequential(*(Block(feature_dim, heads) for _ in range(depth)))
@@ -86,12 +90,20 @@ class ViTSmall(nn.Module):
         nn.init.normal_(self.cls, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, image_size, image_size) float to (B, feature_dim): the class token."""
-        if x.shape[-2:] != (self.image_size, self.image_size):
+        """(B, in_chans, S, S) float to (B, feature_dim): the class token.
+
+        S is image_size, or another multiple of the patch size, on whose patches the positions of
+        the image are spread.
+        """
+        S = x.shape[-1]
+        if x.shape[-2] != S or S % self.patch:
             raise ValueError(
-                f"vit_small: images must be {self.image_size} x {self.image_size} pixels, got "
+                f"vit_small: images must be squares of a multiple of {self.patch} pixels, got "
                 f"{tuple(x.shape)}. Resize them or build the network for that size."
             )
-        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions  # (B, L, dim)
+        positions, side = self.positions, S // self.patch
+        if side != self.side:
+            positions = sincos_positions(side, self.feature_dim, self.side).to(positions.device)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2) + positions  # (B, L, dim)
         x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1)
         return self.norm(self.blocks(x)[:, 0])

@@ -82,7 +82,7 @@ def save_sharded(
         try:
             ranks.on_main(begin)
             try:
-                dcp.save(shards, checkpoint_id=partial, no_dist=ranks.world == 1)
+                dcp.save(shards, checkpoint_id=partial)
             except dcp.api.CheckpointException as error:  # is a BaseException
                 raise _first_failure(error) from error
             ranks.on_main(finish)
@@ -265,7 +265,16 @@ def _not_ours(path: Path, error: BaseException) -> ValueError:
 def _first_failure(error) -> Exception:
     """What went wrong on the first rank that failed."""
     cause, _ = next(iter(error.failures.values()))
-    return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
+    return _origin(cause) if isinstance(cause, Exception) else RuntimeError(str(cause))
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The error of the operating system that an error comes from: torch's zip writer turns a failed
+    write into a RuntimeError."""
+    origin = error
+    while origin is not None and not isinstance(origin, OSError):
+        origin = origin.__cause__ or origin.__context__
+    return origin or error
 
 
 @contextmanager
@@ -274,8 +283,7 @@ def _explained(path: Path, previous: Path):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a failed write into a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+        cause = _origin(error)
         reason = getattr(cause, "strerror", None) or cause
         there = next(p for p in path.parents if p.exists())
         kept = "The previous checkpoint is intact. " if previous.exists() else ""

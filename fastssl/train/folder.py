@@ -102,15 +102,15 @@ def write_bad_batch(folder: Path, batch: dict[str, Any]) -> None:
     (folder / "bad_batch.json").write_text(json.dumps(batch, indent=2) + "\n")
 
 
-def write_parts(folder: Path, source) -> None:
-    """data.json: of a mixture, what each of its sources gives; see `fastssl.data.Mixture.parts`."""
-    if hasattr(source, "parts"):
-        text = json.dumps({"epoch_size": source.epoch_size, "parts": source.parts}, indent=2)
-        (folder / "data.json").write_text(text + "\n")
-
-
 def write_corrupt(folder: Path, corrupt: dict[str, str]) -> None:
     """corrupt.txt: the files that could not be read and why; none where all could."""
     if corrupt:
         lines = (f"{path}\t{reason}\n" for path, reason in corrupt.items())
         (folder / "corrupt.txt").write_text("".join(lines), "utf-8", "surrogateescape")
+
+
+def write_parts(folder: Path, source) -> None:
+    """data.json: of a mixture, what each of its sources gives; see `fastssl.data.Mixture.parts`."""
+    if hasattr(source, "parts"):
+        text = json.dumps({"epoch_size": source.epoch_size, "parts": source.parts}, indent=2)
+        (folder / "data.json").write_text(text + "\n")

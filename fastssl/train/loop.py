@@ -19,9 +19,10 @@ from ..config import PretrainConfig
 from ..data import Batch, batches, epoch_order, epoch_size, resident
 from ..methods import method_class
 from ..random import step_seed
-from . import folder, parallel, setup, weights
+from . import folder, held_out, parallel, setup, weights
 from .backbones import export_backbone, seeded_backbone
 from .checkpoint import load_checkpoint, replacing
+from .combinations import check_views
 from .health import Health
 from .kept import Checkpoints
 from .metrics import Meter, MetricsLog, Progress, read_metrics
@@ -89,18 +90,20 @@ class _Training:
         config, source = setup.settle(config, ranks.world, source)
         self.config, self.source = config, source
         self.out = Path(config.out)
-        self.steps_per_epoch = epoch_size(source) // config.batch_size
+        self.drawn, self.held = held_out.split(source, config.hold_out, config.seed)
+        self.steps_per_epoch = epoch_size(self.drawn) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.precision = setup.precision(config, ranks.device)
 
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
+        self.views = method.views(config.image_size, source)
+        check_views(backbone, config.backbone, self.views, source.channels, config.image_size)
         setup.freeze(method, config.freeze)
         method = parallel.to_ranks(method, config, ranks)
         self.method = setup.train_mode(method, config.freeze)
         setup.encode(method, config.chunk, compiled=config.compile)
-        self.views = method.views(config.image_size, source)
         self.feed = resident(source, ranks.device)
         self.optimizer = setup.build_optimizer(config, method, ranks.device)
         self.schedule = setup.Schedule(
@@ -158,7 +161,7 @@ class _Training:
         first, done = divmod(self.step, self.steps_per_epoch)
         for epoch in range(first, config.epochs):
             order = epoch_order(
-                self.source, config.batch_size, seed=config.seed, epoch=epoch,
+                self.drawn, config.batch_size, seed=config.seed, epoch=epoch,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
             yield from order[done if epoch == first else 0 :]
@@ -240,6 +243,7 @@ class _Training:
 
     def _save(self) -> None:
         self._refuse_bad_step()
+        score = self._held_out_top1()  # first: it may meet unreadable files
         corrupt = self._corrupt()
         if self.ranks.main:
             folder.write_corrupt(self.out, corrupt)
@@ -253,9 +257,23 @@ class _Training:
             "monitor": self.monitor.state_dict(),
             "seconds": self.seconds,
             "corrupt": corrupt,
-            "score": None,
+            "score": score,
         }
         self.checkpoints.save(state, sharded=parallel.is_sharded(self.config, self.ranks))
+
+    def _held_out_top1(self) -> float | None:
+        if not len(self.held):
+            return None
+        self.method.eval()
+        top1 = held_out.top1_percent(
+            self.method.features, self.source, self.drawn.samples, self.held,
+            image_size=self.config.image_size, ranks=self.ranks,
+            batch_size=self.config.batch_size // self.ranks.world,
+        )  # fmt: skip
+        setup.train_mode(self.method, self.config.freeze)
+        if parallel.is_sharded(self.config, self.ranks):
+            self.method.reshard()  # which a backward would have done
+        return top1
 
     def _restore(self) -> None:
         path = self.checkpoints.last()
@@ -304,6 +322,9 @@ class _Training:
                 "corrupt_images": len(corrupt),
                 "corrupt_paths": list(corrupt),
             }
+            if len(self.held):
+                step, top1 = self.checkpoints.best()
+                summary |= {"best_step": step, "best_held_out_top1_percent": top1}
             with replacing(summary_path) as file:
                 file.write(f"{json.dumps(summary, indent=2)}\n".encode())
         self.ranks.barrier()

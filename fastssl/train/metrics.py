@@ -72,6 +72,7 @@ class Progress:
     def __init__(self, total_steps: int, step: int, *, silent: bool):
         self._total, self._silent = total_steps, silent
         self._bar, self._last_line = None, -math.inf
+        self._knn = ""  # not in every record
         if not silent and sys.stderr.isatty():
             self._bar = _rich_bar()
         if self._bar is not None:
@@ -87,6 +88,9 @@ class Progress:
             f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s  "
             f"data wait {record['data_wait']:.0%}"
         )
+        if "knn_top1" in record:
+            self._knn = f"  kNN {record['knn_top1']:.0%}"
+        text += self._knn
         if "prototypes" in record and "effective_prototypes" in record:
             used, K = record["effective_prototypes"], record["prototypes"]
             text += f"  prototypes {used:.0f} of {K:.0f}"

@@ -78,6 +78,7 @@ class Monitor:
         if self._hook is not None:
             self._hook.remove()
 
+    @torch.compiler.disable  # a graph would be made anew for each number of rows already there
     def _collect(self, backbone: nn.Module, inputs, h) -> None:
         # However the method cuts its views into calls, the first rows of a step are the first view.
         if backbone.training and isinstance(h, Tensor) and h.dim() == 2:

@@ -30,7 +30,8 @@ from ..optim import (
     param_groups_layer_decay,
 )
 from ..optim.blockwise import Blockwise
-from . import folder, weights
+from . import folder, held_out, weights
+from .combinations import check_backbone, check_bf16, check_combinations
 
 
 def settle(config: PretrainConfig, world: int, source=None):
@@ -57,11 +58,17 @@ def settle(config: PretrainConfig, world: int, source=None):
         saved = completed(saved)
         config = folder.unset_from(config, saved)
     config = resolve(config)
-    _refuse_misfits(config, world)
+    # Those it may use: a scheduler or container binds it to some; not known but on Linux.
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    cores = max(1, len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    check_combinations(config, saved, world, cores)
     source = load(
         config.data if source is None else source, "train", config.image_size, config.max_side
     )
-    images, batch_size = epoch_size(source), config.batch_size
+    if config.image_size is None:
+        check_backbone(config.backbone, source.image_size)
+    drawn, _ = held_out.split(source, config.hold_out, config.seed)
+    images, batch_size = epoch_size(drawn), config.batch_size
     if batch_size > images >= 2 * world:
         batch_size = images // world * world
         warnings.warn(
@@ -70,10 +77,7 @@ def settle(config: PretrainConfig, world: int, source=None):
         )
     epoch_order(images, batch_size, seed=config.seed, epoch=0, world=world)  # refuses misfits
     total_steps = config.epochs * (images // batch_size)
-    # Those it may use: a scheduler or container binds it to some; not known but on Linux.
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    cores = len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = min(8, max(1, cores)) if config.workers is None else config.workers
+    workers = min(8, cores) if config.workers is None else config.workers
     config = dataclasses.replace(
         config,
         data=source.name,
@@ -85,23 +89,6 @@ def settle(config: PretrainConfig, world: int, source=None):
     if saved is not None:
         folder.refuse_changes(config, saved)
     return config, source
-
-
-def _refuse_misfits(config: PretrainConfig, world: int) -> None:
-    if config.chunk and config.parallel == "fsdp" and world > 1:
-        raise ValueError(
-            f"pretrain: chunk must be 0 with parallel=fsdp, got {config.chunk}: the second "
-            "encoding needs whole weights. Use parallel=ddp."
-        )
-    if config.min_lr > config.lr:
-        raise ValueError(
-            f"pretrain: min_lr must be at most lr, which is {config.lr}, got {config.min_lr}."
-        )
-    if config.final_weight_decay > 0 == config.weight_decay:
-        raise ValueError(
-            f"pretrain: final_weight_decay must be 0 where weight_decay is, got "
-            f"{config.final_weight_decay}. Give a weight_decay to start from."
-        )
 
 
 def freeze(method: nn.Module, patterns: list[str]) -> None:
@@ -218,6 +205,8 @@ class Schedule:
 def precision(config: PretrainConfig, device: torch.device) -> str:
     """The precision to use: fp32, bf16 or fp16. CPUs stay in fp32 unless told: small networks gain
     nothing there."""
+    if config.precision == "bf16":
+        check_bf16(device)
     if config.precision == "fp16" and device.type == "cpu":
         raise ValueError(
             "pretrain: precision must be fp32 or bf16 on a CPU, got 'fp16', whose products are "

@@ -73,26 +73,19 @@ def read_weights(path: str | Path, role: str | None = None) -> dict[str, Tensor]
     """Every tensor in a file by its dotted name, on the CPU; nothing in the file is executed.
 
     Args:
-        path: a run's folder, or a file: safetensors, or what torch.save wrote.
-        role: of a folder: the teacher is in its last checkpoint, the student in the exported
+        path: a run's folder, one of Hugging Face's, or a file: safetensors, or what torch.save
+            wrote; of a run in shards also the folder of a checkpoint.
+        role: of a run's folder: the teacher is in its last checkpoint, the student in the exported
             backbone, or in the checkpoint of a run that has not finished.
 
     Raises:
         FileNotFoundError: no such file, or no weights in the folder. ValueError: something else.
     """
     path = Path(path).expanduser()
+    if path.is_dir() and not (path / "state.pt").is_file():  # no checkpoint in shards
+        path = _in_folder(path, role)
     if path.is_dir():
-        exported, checkpoint = path / EXPORTED, last_checkpoint(path)
-        if exported.is_file() and role != "teacher":
-            checkpoint = exported
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"init_from: no weights in {path}: neither {EXPORTED} nor a checkpoint. Give a "
-                "run's folder or a file."
-            )
-        if checkpoint.is_dir():
-            return dict(_tensors(load_checkpoint(checkpoint)))
-        path = checkpoint
+        return dict(_tensors(load_checkpoint(path)))
     if not path.is_file():
         raise FileNotFoundError(
             f"init_from: there is no {path}. Give a run's folder, a .safetensors or a .pt file, "
@@ -118,6 +111,19 @@ def read_weights(path: str | Path, role: str | None = None) -> dict[str, Tensor]
     if not found:
         raise ValueError(
             f"init_from: {path} must hold tensors by name, got {type(content).__name__}."
+        )
+    return found
+
+
+def _in_folder(folder: Path, role: str | None) -> Path:
+    """What holds the weights in the folder of a run, or in one of Hugging Face's."""
+    names = (EXPORTED, "model.safetensors")
+    exported = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = last_checkpoint(folder) if role == "teacher" or exported is None else exported
+    if found is None:
+        raise FileNotFoundError(
+            f"init_from: no weights in {folder}: neither {EXPORTED} nor a checkpoint. Give a run's "
+            "folder or a file."
         )
     return found
 

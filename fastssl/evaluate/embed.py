@@ -1,0 +1,166 @@
+"""Features of every image in a folder, with the files' names."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..augment import pack, prepare
+from ..data import decode
+from ..data.images import EXTENSIONS, PASSING
+from ..extras import require
+from .features import frozen
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Features of images, row by row."""
+
+    features: Tensor
+    """(N, D) float32."""
+    paths: list[str]
+    """The N files, below the folder, in the order of their names."""
+    corrupt: dict[str, str]
+    """Files that could not be read, and why; they have no row."""
+
+
+def embed(
+    run_or_backbone: str | os.PathLike | nn.Module,
+    folder: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    weights: str = "student",
+    image_size: int | None = None,
+    batch_size: int = 256,
+    workers: int = 4,
+    device: str = "auto",
+) -> Embedding:
+    """Features of every image below a folder, without augmentation: the backbone's output for the
+    centre square, in eval mode and float32.
+
+    Args:
+        run_or_backbone: a run's folder, or a module from (B, C, S, S) float32 to (B, D).
+        folder: images, also in folders below it. Those below a hidden folder are passed over.
+        out: a .npz file (arrays `features` and `paths`) or a .safetensors file (`features`, and in
+            its metadata `paths`, a JSON list); None: none is written.
+        weights: of a run: "student", or "teacher" of a method that has one.
+        image_size: S in pixels; default: the run's.
+        batch_size: images per forward pass; bounds the memory. workers: threads that decode.
+        device: "auto" (the GPU if there is one), "cpu", "cuda", ...
+
+    Returns:
+        The features, the paths and the files that could not be read.
+
+    Raises:
+        FileNotFoundError: no such folder or run, or no image that can be read.
+        ValueError: a module without image_size or whose output is not (B, D), a run of images that
+            are not RGB, or a wrong ending of out.
+        RuntimeError: the backbone changed its weights or BatchNorm statistics meanwhile.
+
+    Example:
+        >>> import skimage  # comes with pictures
+        >>> pixels = torch.nn.Flatten()  # any module may stand for the backbone
+        >>> embed(pixels, skimage.data_dir, image_size=8).features.shape[1]
+        192
+    """
+    if out is not None and Path(out).suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"embed: out must end in .npz or .safetensors, got {str(out)!r}.")
+    if isinstance(run_or_backbone, nn.Module):
+        backbone = run_or_backbone
+        if image_size is None:
+            raise ValueError("embed: image_size must be given with a module, got None.")
+    else:
+        from ..train import load_backbone
+
+        backbone, info = load_backbone(run_or_backbone, weights)
+        image_size = image_size or info["image_size"]
+        if info["channels"] != 3:
+            raise ValueError(
+                "embed: the run must be of images with 3 channels, as files are read, got "
+                f"{info['channels']} ({info['source']}). Give extract() the source instead."
+            )
+    root = Path(folder).expanduser()
+    paths = _images(root)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone.to(device)
+    rows, names, corrupt = [], [], {}
+    with frozen(backbone), ThreadPoolExecutor(max(1, workers)) as threads:
+        for start in range(0, len(paths), batch_size):
+            part, images = paths[start : start + batch_size], []
+            read = threads.map(lambda path: _read(path, 3 * image_size), part)
+            for path, image in zip(part, read, strict=True):
+                name = path.relative_to(root).as_posix()
+                if isinstance(image, str):
+                    corrupt[name] = image
+                else:
+                    images.append(image)
+                    names.append(name)
+            if images:
+                x = prepare(pack(images), image_size)
+                rows.append(_rows(backbone(x.to(device)), len(images)))
+    if not rows:
+        name, reason = next(iter(corrupt.items()))
+        raise FileNotFoundError(
+            f"embed: none of the {len(paths)} images in {folder} can be read; {name}: {reason}."
+        )
+    embedding = Embedding(torch.cat(rows), names, corrupt)
+    if out is not None:
+        _write(embedding, Path(out))
+    return embedding
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files below a folder by name, without hidden ones."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"embed: {folder} must be a folder of images. Check the path.")
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    found = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
+    if not found:
+        known = ", ".join(sorted(EXTENSIONS))
+        raise FileNotFoundError(f"embed: no images in {folder}. Expected files ending in {known}.")
+    return found
+
+
+def _read(path: Path, max_side: int) -> Tensor | str:
+    """The image, or why it cannot be read."""
+    try:
+        return decode(path, max_side)
+    except Exception as error:  # broken files raise many types
+        if isinstance(error, OSError) and error.errno in PASSING:  # the machine's fault
+            raise
+        return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _rows(h: Tensor, B: int) -> Tensor:
+    if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != B:
+        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(
+            f"embed: backbone must return features (B, D) = ({B}, D), got {got}. Pool the feature "
+            "map, or return one tensor."
+        )
+    return h.float().cpu()
+
+
+def _write(embedding: Embedding, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")  # numpy adds other endings
+    try:
+        if out.suffix == ".npz":
+            paths = np.array(embedding.paths)  # of text, which loads without pickle
+            np.savez(partial, features=embedding.features.numpy(), paths=paths)
+        else:
+            metadata = {"format": "pt", "paths": json.dumps(embedding.paths)}
+            safetensors = require("safetensors.torch", "train")
+            safetensors.save_file({"features": embedding.features}, partial, metadata=metadata)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,341 @@
+"""Fine-tuning: the whole network learns from labels, from all of them or from few."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..augment import augment
+from ..data import epoch_order
+from ..extras import nearest, require
+from ..optim import param_groups, param_groups_layer_decay
+from ..random import step_seed
+from .features import Split, loaded, process, top1_percent
+from .kshot import draw, draw_share, percent_name
+from .layers import transformer_blocks
+from .linear import held_out
+from .task import Task, check_one_label, spread
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune. `lr` is of the last layers of the backbone, for a batch of 256 where
+    `linear_rule` holds."""
+
+    optimizer: str
+    lr: float
+    linear_rule: bool
+    batch_size: int
+    epochs: int
+    head_times: float = 1.0
+    """Rate of the head over `lr`."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the epochs after which the rate falls to `gamma` of itself; else it is a cosine."""
+    gamma: float = 0.2
+    warmup_epochs: int = 0
+    weight_decay: float = 0.0
+    layer_decay: float = 1.0
+    drop_path: float = 0.0
+    """Largest probability of skipping a block, that of the last; it grows from 0 over depth."""
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    """Beta distributions' parameter; 0 is none. With both, one of them in each batch."""
+    label_smoothing: float = 0.0
+
+
+# Of few-label recipes that differ, the one for 1 % has that in its name.
+RECIPES = {
+    "vit": Recipe(
+        "adamw", 5e-4, True, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
+        drop_path=0.1, mixup=0.8, cutmix=1.0, label_smoothing=0.1,
+    ),
+    "cnn": Recipe("nesterov", 0.01, True, 256, 50, head_times=10, weight_decay=1e-4),
+    "simclr": Recipe("nesterov", 0.05, True, 1024, 30),
+    "simclr-1%": Recipe("nesterov", 0.05, True, 1024, 60),
+    "swav": Recipe("nesterov", 0.01, False, 256, 20, head_times=20, milestones=(0.6, 0.8)),
+    "swav-1%": Recipe("nesterov", 0.02, False, 256, 20, head_times=250, milestones=(0.6, 0.8)),
+}  # fmt: skip
+
+
+def finetune(
+    task: Task,
+    recipe: str | None = None,
+    shares: Sequence[float] = (1.0,),
+    shots: Sequence[int] = (),
+    epochs: int | None = None,
+    train_batch_size: int | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    layer_decay: float | None = None,
+    drop_path: float | None = None,
+    mixup: float | None = None,
+    cutmix: float | None = None,
+    precision: str = "auto",
+    seeds: int = 3,
+) -> dict:
+    """Top-1 accuracy after training a copy of the whole network and a linear head on labels.
+
+    A tenth of the labelled images is held out class by class. The network is scored on it after
+    every epoch; the weights of the best epoch (the first among equals) are scored on the test split
+    once. Where no class has two images it is the last epoch.
+
+    | recipe | optimizer | rate | batch, epochs | else |
+    |---|---|---|---|---|
+    | vit (MAE's ViT-B) | AdamW, decay 0.05 | 5e-4 B/256, times 0.65 a block downwards, 5 epochs
+      warm-up, cosine | 1024, 100 | drop path 0.1, mixup 0.8, cutmix 1.0, smoothing 0.1 |
+    | cnn (ours) | Nesterov 0.9, decay 1e-4 | 0.01 B/256, head 10 times, cosine | 256, 50 | |
+    | simclr | Nesterov 0.9 | 0.05 B/256, cosine | 1024, 30; of 1 % 60 | |
+    | swav | Nesterov 0.9 | 0.01, head 0.2; of 1 % 0.02 and 5; a fifth at 60 and 80 % | 256, 20 | |
+
+    Args:
+        task: network and images.
+        recipe: by default "vit" for a network with transformer blocks, else "cnn".
+        shares: of the labels, in (0, 1], the same number of each class; 1 is all.
+        shots: numbers of labels a class, instead of shares.
+        epochs, train_batch_size, lr, weight_decay, layer_decay, drop_path, mixup, cutmix: instead
+            of the recipe's; batches are at most the labelled images.
+        precision: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU.
+        seeds: of the head, the order, the augmentation and the drawn labels; from 2 on the
+            deviation is given.
+
+    Returns:
+        `top1_percent`, of several seeds `sd_percent`, and the `protocol` with the score held out
+        after each epoch and the chosen one.
+
+    Raises:
+        ValueError: an unknown recipe, a value out of range, or images without one label each.
+        ImportError: mixup or cutmix without torchvision. FloatingPointError: the loss diverged.
+
+    Notes: augmentation is crops of 8 to 100 % and, where it means the same, the mirror image; MAE's
+        RandAugment and random erasing are left out. Drop path skips a block as a whole, attention
+        and MLP together, by a hook: any backbone's. Under torchrun the runs are dealt out to ranks.
+
+    Example:
+        >>> from fastssl.evaluate import evaluate
+        >>> found = evaluate(torch.nn.Flatten(), "digits", ["finetune"], epochs=1, seeds=1)
+        >>> found["finetune"]["protocol"]["recipe_name"]
+        'cnn'
+
+    Paper: MAE, arXiv 2111.06377; SimCLR, arXiv 2002.05709; SwAV, arXiv 2006.09882.
+    """
+    check_one_label("finetune", task.train, task.test)
+    backbone = task.network.backbone
+    recipe = recipe or ("vit" if transformer_blocks(backbone) else "cnn")
+    if recipe not in RECIPES:
+        known = nearest(recipe, [name for name in RECIPES if "%" not in name])
+        raise ValueError(f"finetune: recipe must be a known one, got {recipe!r}. {known}")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(
+            f'finetune: precision must be "fp32", "bf16" or "auto", got {precision!r}.'
+        )
+    if seeds < 1:
+        raise ValueError(f"finetune: seeds must be >= 1, got {seeds}.")
+    given = {
+        "epochs": epochs, "batch_size": train_batch_size, "lr": lr, "weight_decay": weight_decay,
+        "layer_decay": layer_decay, "drop_path": drop_path, "mixup": mixup, "cutmix": cutmix,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    for name, value in given.items():
+        if value < (1 if name in ("epochs", "batch_size") else 0):
+            raise ValueError(f"finetune: {name} must be at least 1, a rate at least 0, got {value}")
+    if precision == "auto":
+        precision = "bf16" if torch.device(task.device).type == "cuda" else "fp32"
+    settings = {}
+    for part in shots or shares:
+        few = not shots and part <= 0.01 and f"{recipe}-1%" in RECIPES
+        chosen = RECIPES[f"{recipe}-1%" if few else recipe]
+        name = f"{part}-shot" if shots else percent_name(part)
+        settings["finetune" if part == 1.0 and not shots else f"finetune-{name}"] = (
+            part,
+            dataclasses.replace(chosen, **given),
+        )
+
+    runs = [(name, seed) for name in settings for seed in range(seeds)]
+    rank, world = process()
+    done = {}
+    for name, seed in runs[rank::world]:
+        part, r = settings[name]
+        if shots:
+            positions = draw(task.train.labels, part, seed)
+        else:
+            positions = draw_share(task.train.labels, part, seed)
+        done[name, seed] = _once(task, task.train[positions], r, precision, seed)
+    if world > 1:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, done)
+        done = {key: value for found in parts for key, value in found.items()}
+
+    found = spread(
+        [{name: done[name, seed]["top1_percent"] for name in settings} for seed in range(seeds)]
+    )
+    result = {"top1_percent": found["mean"]}
+    if "sd" in found:
+        result |= {"sd_percent": found["sd"], "top1_percent_by_seed": found["each"]}
+    protocol = {
+        "recipe": {name: dataclasses.asdict(r) for name, (_, r) in settings.items()},
+        "recipe_name": recipe,
+        "precision": precision,
+        "augmentation": str(task.inputs.training_view(task.train.source.mirror)),
+        "momentum": 0.9,
+        "epoch": "best on a tenth of the labelled images, held out; the last if there is none",
+        "seeds": seeds,
+        "runs": {name: [done[name, seed]["run"] for seed in range(seeds)] for name in settings},
+    }
+    return result | {"protocol": protocol}
+
+
+def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> dict:
+    """One run: the test accuracy of its best epoch, and how that was chosen."""
+    devices = [task.device] if torch.device(task.device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(step_seed(seed, 0, 0))
+        model = Classifier(task.network.backbone, task, labelled).to(task.device)
+        held = held_out(labelled.labels, seed)
+        fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
+        batch_size = min(r.batch_size, len(fitted))
+        scale = batch_size / 256 if r.linear_rule else 1.0
+        optimizer = _optimizer(model, r, scale)
+        base = [group["lr"] for group in optimizer.param_groups]
+        mix = _mixing(r, task.num_classes)
+        view = task.inputs.training_view(task.train.source.mirror)
+        curve, best, weights, step = [], -1.0, None, 0
+        for epoch in range(r.epochs):
+            order = epoch_order(len(fitted), batch_size, seed=seed, epoch=epoch)
+            model.train()
+            with _drop_path(model.backbone, r.drop_path):
+                numbers = (fitted.index[batch] for batch in order)
+                parts = loaded(fitted.source, numbers, task.device)
+                for number, (images, y, index) in enumerate(parts):
+                    step += 1
+                    torch.manual_seed(step_seed(seed, step, 0))
+                    at = epoch if r.milestones else epoch + number / len(order)
+                    for group, lr in zip(optimizer.param_groups, base, strict=True):
+                        group["lr"] = lr * _rate_factor(r, at)
+                    x = augment(task.inputs.colour(images), index, [view], seed=seed, epoch=epoch)
+                    x, y = mix(x[0], y)
+                    loss = _loss(model, x, y, r, precision)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"finetune: the loss must stay finite, got {loss.item()} in epoch {epoch}. "
+                    "Try a lower lr or precision fp32."
+                )
+            if len(scored):
+                curve.append(model.score(task, scored, precision))
+                if curve[-1] > best:
+                    best, chosen = curve[-1], epoch + 1
+                    weights = copy.deepcopy(model.state_dict())
+        if weights is not None:
+            model.load_state_dict(weights)
+        test = model.score(task, task.test, precision)
+    run = {"seed": seed, "labels": len(labelled), "fitted_on": len(fitted)}
+    run |= {"batch_size": batch_size, "lr": r.lr * scale, "held_out": len(scored)}
+    run |= {"held_out_top1_percent": curve, "epoch": chosen if curve else r.epochs}
+    return {"top1_percent": test, "run": run | {"top1_percent": test}}
+
+
+class Classifier(nn.Module):
+    """A copy of a backbone, all of it to be trained, and a linear head."""
+
+    def __init__(self, backbone: nn.Module, task: Task, labelled: Split):
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone).requires_grad_().to(task.device).eval()
+        images, _ = labelled.source.batch(labelled.index[:1])
+        with torch.no_grad():
+            width = self.backbone(task.inputs(images).to(task.device)).shape[1]
+        self.head = nn.Linear(width, task.num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    @torch.no_grad()
+    def score(self, task: Task, split: Split, precision: str) -> float:
+        """Top-1 accuracy, in percent, on centre squares."""
+        self.eval()
+        predicted, labels = [], []
+        parts = split.index.split(task.batch_size)
+        for images, y, _ in loaded(split.source, parts, task.device):
+            with _autocast(task.device, precision):
+                logits = self(task.inputs(images))
+            predicted.append(logits.argmax(1).cpu())
+            labels.append(y.cpu())
+        return top1_percent(torch.cat(predicted), torch.cat(labels))
+
+
+def _autocast(device, precision: str):
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor, r: Recipe, precision: str) -> Tensor:
+    with _autocast(x.device, precision):
+        logits = model(x)
+    return F.cross_entropy(logits.float(), y, label_smoothing=r.label_smoothing)
+
+
+def _optimizer(model: Classifier, r: Recipe, scale: float) -> torch.optim.Optimizer:
+    lr = r.lr * scale
+    if r.layer_decay < 1:
+        groups = param_groups_layer_decay(model.backbone, lr, r.weight_decay, r.layer_decay)
+    else:
+        groups = [g | {"lr": lr} for g in param_groups(model.backbone, r.weight_decay)]
+    groups += [g | {"lr": lr * r.head_times} for g in param_groups(model.head, r.weight_decay)]
+    if r.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+
+
+def _rate_factor(r: Recipe, epoch: float) -> float:
+    if r.milestones:
+        return r.gamma ** sum(epoch >= share * r.epochs for share in r.milestones)
+    warmup = min(r.warmup_epochs, r.epochs // 2)
+    if epoch < warmup:
+        return epoch / warmup
+    return (1 + math.cos(math.pi * (epoch - warmup) / (r.epochs - warmup))) / 2
+
+
+def _mixing(r: Recipe, num_classes: int):
+    """A function of images and labels (B,) that mixes pairs of them; labels become (B, classes)."""
+    if not (r.mixup or r.cutmix):
+        return lambda x, y: (x, y)
+    v2 = require("torchvision.transforms.v2", "vision")
+    kinds = [
+        kind(alpha=alpha, num_classes=num_classes)
+        for kind, alpha in ((v2.MixUp, r.mixup), (v2.CutMix, r.cutmix))
+        if alpha
+    ]
+    return v2.RandomChoice(kinds)
+
+
+@contextmanager
+def _drop_path(backbone: nn.Module, rate: float):
+    """Inside the block each sample skips block i of L with probability rate i / (L - 1); what the
+    block adds otherwise is divided by the probability of being kept."""
+    blocks = transformer_blocks(backbone)
+
+    def hook(p: float):
+        def skip(module, args, output):
+            keep = torch.rand(len(output), *[1] * (output.ndim - 1), device=output.device) >= p
+            return args[0] + (output - args[0]) * keep / (1 - p)
+
+        return skip
+
+    rates = [rate * i / max(1, len(blocks) - 1) for i in range(len(blocks))]
+    hooks = [b.register_forward_hook(hook(p)) for b, p in zip(blocks, rates, strict=True) if p]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
