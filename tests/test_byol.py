@@ -15,8 +15,8 @@ from fastssl.methods.blocks import encode, spread
 from fastssl.methods.recipes import resolve
 from fastssl.models import ResNetSmall
 from fastssl.train import load_checkpoint, pretrain, setup
-from fastssl.train.loop import Objective
 from fastssl.train.metrics import read_metrics
+from fastssl.train.parallel import Objective
 from fastssl.train.update import Update
 
 CPU = torch.device("cpu")

@@ -10,20 +10,27 @@ import torch
 import torch.distributed as dist
 
 from fastssl.config import PretrainConfig
-from fastssl.data import epoch_order
+from fastssl.data import TensorSource, epoch_order
 from fastssl.methods import SimCLR
 from fastssl.train import pretrain
 from fastssl.train.metrics import read_metrics
+from fastssl.train.setup import settle
 
-pytest.importorskip("sklearn")
 pytest.importorskip("yaml")
 pytest.importorskip("safetensors")
 
 
-def digits(out, **changes):
-    values = {"data": "digits", "out": str(out), "device": "cpu", "epochs": 1, "batch_size": 256}
-    values |= {"log_every": 1, "workers": 0, "method_args": {"out_dim": 16}}
+def tiny(out, **changes):
+    values = {"out": str(out), "device": "cpu", "epochs": 1, "batch_size": 32, "log_every": 1}
+    values |= {"workers": 0, "method_args": {"out_dim": 16}}
     return PretrainConfig(**{**values, **changes})
+
+
+def noise():
+    """Four batches."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (130, 1, 8, 8), generator=generator).byte()
+    return TensorSource("noise", images, torch.full((130,), -1), [])
 
 
 def run(group, out, trouble=None, **settings):
@@ -42,7 +49,7 @@ def run(group, out, trouble=None, **settings):
 
     with mock.patch.dict(os.environ, world), mock.patch.object(SimCLR, "loss", loss):
         try:
-            pretrain(digits(out, **settings))
+            pretrain(tiny(out, **settings), noise())
         except SystemExit as stop:
             return stop.code
         except FloatingPointError as error:
@@ -60,32 +67,60 @@ def stopped(group, out):
     return run(group, out, "SIGTERM", **SETTINGS)
 
 
-def whole(group, out):
-    return run(group, out, **SETTINGS)
+def whole(group, out, settings):
+    return run(group, out, **settings)
 
 
 def spoiled(group, out):
     return run(group, out, "NaN", log_every=4)
 
 
+def curve(out):
+    return [record[key] for record in read_metrics(out) for key in ("loss", "grad_norm")]
+
+
 def test_a_signal_to_one_rank_stops_all_and_they_go_on(ranks, tmp_path):
     assert ranks.run(stopped, 4, tmp_path / "part") == [143] * 4
     assert len(read_metrics(tmp_path / "part")) == 2
-    for function, name in ((resumed, "part"), (whole, "whole")):
-        assert ranks.run(function, 4, tmp_path / name) == [None] * 4
-    pretrain(digits(tmp_path / "alone", **SETTINGS))
-    curves = [
-        [record[key] for record in read_metrics(tmp_path / name) for key in ("loss", "grad_norm")]
-        for name in ("part", "whole", "alone")
-    ]
-    assert len(curves[0]) == 8 and curves[0] == pytest.approx(curves[1], rel=1e-3)
-    assert curves[1] == pytest.approx(curves[2], rel=1e-2)
+    assert ranks.run(resumed, 4, tmp_path / "part") == [None] * 4
+    assert ranks.run(whole, 4, tmp_path / "whole", SETTINGS) == [None] * 4
+    assert len(curve(tmp_path / "part")) == 8
+    assert curve(tmp_path / "part") == pytest.approx(curve(tmp_path / "whole"), rel=1e-3)
+
+
+# No BatchNorm in the backbone, so that rounding grows slowly.
+VIT = {"backbone": "vit_small", "lr": 1e-3, "max_grad_norm": 1.0, "optimizer": "sgd"}
+
+
+BYOL = {"method": "byol", "method_args": {"out_dim": 16, "hidden_dim": 32}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": "fsdp", "layer_decay": 0.7, "freeze": ["backbone.patch_embed.*"]},
+        BYOL | {"parallel": "fsdp", "sam_rho": 0.05},
+        BYOL | {"chunk": 5, "sam_rho": 0.05, "optimizer": "sgd8bit"},
+    ],
+    ids=["fsdp", "fsdp, teacher, sam", "chunk, teacher, sam"],
+)
+def test_four_ranks_follow_one_process(ranks, tmp_path, settings):
+    assert ranks.run(whole, 4, tmp_path / "four", VIT | settings) == [None] * 4
+    pretrain(tiny(tmp_path / "one", **VIT | settings), noise())
+    four, one = curve(tmp_path / "four"), curve(tmp_path / "one")
+    assert four[:2] == pytest.approx(one[:2], rel=1e-3)
+    assert four[::2] == pytest.approx(one[::2], rel=1e-2)  # the losses
+
+
+def test_chunks_of_shards_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="chunk must be 0 with parallel=fsdp, got 8"):
+        settle(tiny(tmp_path, parallel="fsdp", chunk=8), 2)
 
 
 def test_a_loss_that_is_nan_on_one_rank_is_told_by_all(ranks, tmp_path):
     messages = ranks.run(spoiled, 4, tmp_path)
     assert len(set(messages)) == 1 and "the loss is not finite at step 2" in messages[0]
     batch = json.loads((tmp_path / "bad_batch.json").read_text())
-    order = epoch_order(1257, 256, seed=0, epoch=0)[1]
+    order = epoch_order(noise(), 32, seed=0, epoch=0)[1]
     assert torch.equal(torch.tensor(batch["index"]).flatten(), order)
     assert len(set(batch["step_seeds"])) == 4

@@ -72,6 +72,21 @@ def test_clipped_gradients_and_their_norm_before(optimizer):
     assert_same(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_parameters_without_a_gradient_stay_and_keep_their_places():
+    method = simclr()
+    method.backbone.unused = nn.Parameter(torch.ones(3))
+    update = made(method, max_grad_norm=0.1, optimizer="sgd")
+    names = [name for name, _ in update.trained]
+    steps(update, Objective(method), 1)
+    assert torch.equal(method.backbone.unused, torch.ones(3))
+    method.head[3].bias.register_hook(lambda grad: grad * torch.nan)
+    update(Objective(method), batch(1))
+    found = update.watch.read()
+    assert (found["step"], found["what"], found["parameter"]) == (2, "gradient", "head.3.bias")
+    assert found["index"] == list(range(16))
+    assert names.index("backbone.unused") < names.index("head.3.bias")
+
+
 class Dropping(SimCLR):
     """Draws random numbers, and counts its steps in a buffer, as a queue would."""
 
@@ -166,7 +181,7 @@ def compiled_without_kernels(monkeypatch):
     real, calls = nn.Module.compile, []
 
     def light(self, **settings):
-        calls.append(type(self))
+        calls.append(self)
         real(self, backend="eager", **settings)
 
     monkeypatch.setattr(nn.Module, "compile", light)

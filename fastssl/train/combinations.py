@@ -49,6 +49,11 @@ def check_combinations(
             f"pretrain: final_weight_decay must be 0 where weight_decay is, got "
             f"{config.final_weight_decay}. Give a weight_decay to start from."
         )
+    if config.chunk and config.parallel == "fsdp" and world > 1:
+        raise ValueError(
+            f"pretrain: chunk must be 0 with parallel=fsdp, got {config.chunk}: the second "
+            "encoding needs whole weights. Use parallel=ddp."
+        )
     for name, length in _queues(config).items():
         if 0 < length < B:
             raise ValueError(

@@ -16,7 +16,7 @@ from .ranks import Ranks
 
 # A run may change these when it resumes: they do not change what is computed.
 _FREE = frozenset(
-    "out workers parallel device log_every monitor trackers save_every keep resume".split()
+    "out workers parallel compile device log_every monitor trackers save_every keep resume".split()
 )
 
 

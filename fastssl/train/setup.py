@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import os
+import sys
 import warnings
 
 import torch
@@ -216,8 +217,11 @@ def precision(config: PretrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-class _Chunked(GradCache):
-    """A GradCache where there are gradients; evaluation and export meet the network itself."""
+class _Encoder(GradCache):
+    """A network in chunks where there are gradients, and compiled; its hooks stay outside.
+
+    Evaluation and export, which have none, meet the network as it is.
+    """
 
     def forward(self, *args, **kwargs):
         forward = super().forward if torch.is_grad_enabled() else self.encoder
@@ -228,17 +232,18 @@ def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
     """How the backbone and a teacher's run: so many images at a time, compiled. The names of their
     parameters stay."""
     backbone, teacher = method.backbone, getattr(method, "teacher", None)
-    if chunk:
-        if any(isinstance(m, _BatchNorm) and m.training for m in backbone.modules()):
-            warnings.warn(
-                f"chunk: the backbone's BatchNorm takes its statistics from {chunk} images at a "
-                "time, not from the whole batch, so that gradients are not exactly those of the "
-                "batch. They are with frozen BatchNorms or with none, as in vit_small.",
-                stacklevel=4,
-            )
-        cache = _Chunked(backbone.forward, chunk)
-        backbone.forward = cache.forward
-    if compiled:  # a kernel for each size of the views
-        (cache.encoder if chunk else backbone).compile(dynamic=False)
+    if chunk and any(isinstance(m, _BatchNorm) and m.training for m in backbone.modules()):
+        warnings.warn(
+            f"chunk: the backbone's BatchNorm takes its statistics from {chunk} images at a time, "
+            "not from the whole batch, so that gradients are not exactly those of the batch. They "
+            "are with frozen BatchNorms or with none, as in vit_small.",
+            stacklevel=4,
+        )
+    networks = [backbone] if chunk or compiled else []
     if compiled and teacher is not None:
-        getattr(teacher, "backbone", teacher).compile(dynamic=False)
+        networks.append(getattr(teacher, "backbone", teacher))
+    for network in networks:
+        encoder = _Encoder(network.forward, chunk or sys.maxsize)
+        if compiled:  # kernels for each size of the views
+            encoder.encoder.compile(dynamic=False)
+        network.forward = encoder.forward

@@ -43,7 +43,6 @@ class Update:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.trained = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
         self.watch = Watch([name for name, _ in self.trained], device)
-        self._no_gradient = torch.zeros((), device=device)
 
     def __call__(self, objective: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
         """Scalars of the step: the loss, the method's own, and the norm of the gradient (before
@@ -85,9 +84,14 @@ class Update:
 
     def _gradient_norms(self) -> Tensor:
         """(T,), of each trained parameter, 0 without a gradient."""
-        gradients = [self._no_gradient if p.grad is None else p.grad for _, p in self.trained]
+        gradients = [p.grad for _, p in self.trained if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+        norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+        if len(gradients) == len(self.trained):
+            return norms
+        there = iter(norms)
+        zero = torch.zeros_like(norms[0])
+        return torch.stack([zero if p.grad is None else next(there) for _, p in self.trained])
 
     def state_dict(self) -> dict[str, Any]:
         if self.scaler is None:
