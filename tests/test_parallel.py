@@ -11,8 +11,11 @@ import torch.distributed as dist
 from fastssl.config import PretrainConfig
 from fastssl.methods import METHODS
 from fastssl.methods.recipes import RECIPES
+from fastssl.models import ResNetSmall
 from fastssl.train import load_backbone, pretrain
 from fastssl.train.metrics import read_metrics
+from fastssl.train.parallel import is_sharded, to_ranks
+from fastssl.train.ranks import Ranks
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -37,7 +40,7 @@ def in_bits(name, bits, parallel, told):
             dtype = next(self.backbone.parameters()).dtype
             views = [view.to(dtype) for view in batch.views]
             loss, scalars = super().loss(dataclasses.replace(batch, views=views))
-            told.append(loss.item())
+            told.append(mean_over_ranks(loss.detach().clone()))
             return loss, scalars
 
         def after_step(self, step, *progress):
@@ -46,6 +49,14 @@ def in_bits(name, bits, parallel, told):
                 self.backbone.float()  # what an export is compared in
 
     return Told
+
+
+def mean_over_ranks(x):
+    """Some losses are of each rank's rows."""
+    if not dist.is_initialized():
+        return x.item()
+    dist.all_reduce(x)
+    return x.item() / dist.get_world_size()
 
 
 def train(folder, parallel):
@@ -114,3 +125,18 @@ def test_the_export_of_shards_is_whole(folder, backbone):
     )
     torch.testing.assert_close(fsdp, one, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ddp, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"optimizer": "lamb8bit"}, "lamb8bit needs whole tensors"),
+        ({"chunk": 4}, "chunk needs whole"),
+    ],
+)
+def test_what_cannot_be_in_shards(setting, message):
+    method = METHODS["simclr"](ResNetSmall(3, 8))
+    config = PretrainConfig(parallel="fsdp", **{"optimizer": "adamw", **setting})
+    with pytest.raises(ValueError, match=f"{message}.*Use parallel=ddp"):
+        to_ranks(method, config, Ranks(0, 2, torch.device("cpu"), False))
+    assert not is_sharded(config, Ranks(0, 1, torch.device("cpu"), False))  # it has them all

@@ -58,6 +58,11 @@ def to_ranks(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Modu
             f"pretrain: {config.optimizer} needs whole tensors, parallel=fsdp has shards of them. "
             "Use parallel=ddp, or adamw."
         )
+    if config.chunk:
+        raise ValueError(
+            "pretrain: chunk needs whole weights, parallel=fsdp has shards of them. Use "
+            "parallel=ddp, or more processes."
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
