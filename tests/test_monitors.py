@@ -388,3 +388,14 @@ def test_mlflow(tmp_path, monkeypatch):
     id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
     (metric,) = mlflow.MlflowClient().get_metric_history(id, "loss")
     assert (metric.step, metric.value) == (1, 2.0)
+
+
+def test_a_full_disk_when_a_run_resumes_costs_no_records(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.5})
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError, match="no space"):
+        MetricsLog(tmp_path, 2)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.jsonl"]

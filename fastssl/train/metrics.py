@@ -1,6 +1,7 @@
 """Metrics on disk and progress on the terminal."""
 
 import csv
+import io
 import json
 import math
 import sys
@@ -8,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .checkpoint import replacing
 
 
 class MetricsLog:
@@ -21,13 +24,13 @@ class MetricsLog:
         self._folder, self._csv = folder, folder / "metrics.csv"
         self._jsonl, self._warnings = folder / "metrics.jsonl", folder / "warnings.txt"
         kept = [r for r in read_metrics(folder) if r["step"] <= resumed_step]
-        self._jsonl.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        _replace(self._jsonl, "".join(json.dumps(record) + "\n" for record in kept))
         self._fields = list(dict.fromkeys(key for record in kept for key in record))
         self._rewrite_csv()
         said = self._warnings.read_text().splitlines(True) if self._warnings.exists() else []
         if said:
             before = [line for line in said if int(line.split("\t")[0]) <= resumed_step]
-            self._warnings.write_text("".join(before))
+            _replace(self._warnings, "".join(before))
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self._jsonl, "a") as file:
@@ -45,11 +48,17 @@ class MetricsLog:
             file.write(f"{step}\t{' '.join(message.split())}\n")
 
     def _rewrite_csv(self) -> None:
-        with open(self._csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, self._fields)
-            if self._fields:
-                writer.writeheader()
-                writer.writerows(read_metrics(self._folder))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._fields)
+        if self._fields:
+            writer.writeheader()
+            writer.writerows(read_metrics(self._folder))
+        _replace(self._csv, text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
