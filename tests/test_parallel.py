@@ -10,9 +10,12 @@ import torch.distributed as dist
 
 from fastssl.config import PretrainConfig
 from fastssl.methods import METHODS
-from fastssl.methods.recipes import RECIPES
+from fastssl.methods.recipes import RECIPES, resolve
+from fastssl.models import ViTSmall
 from fastssl.train import load_backbone, pretrain
 from fastssl.train.metrics import read_metrics
+from fastssl.train.parallel import to_ranks
+from fastssl.train.ranks import Ranks
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("yaml")
@@ -114,3 +117,15 @@ def test_the_export_of_shards_is_whole(folder, backbone):
     )
     torch.testing.assert_close(fsdp, one, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ddp, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"chunk": 8}, "chunk encodes twice"), ({"optimizer": "lars8bit"}, "needs whole tensors")],
+)
+def test_what_cannot_be_sharded_is_refused(changes, message):
+    config = resolve(PretrainConfig(parallel="fsdp", **changes))
+    method, two = METHODS["simclr"](ViTSmall(1, 8)), Ranks(0, 2, torch.device("cpu"), False)
+    with pytest.raises(ValueError, match=f"{message}.*Use parallel=ddp"):
+        to_ranks(method, config, two)
+    assert to_ranks(method, config, dataclasses.replace(two, world=1)) is method

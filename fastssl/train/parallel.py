@@ -53,6 +53,11 @@ def to_ranks(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Modu
         method = SyncBatchNorm.convert_sync_batchnorm(method)
     if not sharded:
         return method
+    if config.chunk:
+        raise ValueError(
+            "pretrain: chunk encodes twice in a step, for which parallel=fsdp does not gather its "
+            "shards. Use parallel=ddp, or chunk 0."
+        )
     if config.optimizer.startswith(_WHOLE):
         raise ValueError(
             f"pretrain: {config.optimizer} needs whole tensors, parallel=fsdp has shards of them. "
