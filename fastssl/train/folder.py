@@ -14,9 +14,9 @@ from ..extras import require
 from .checkpoint import replacing
 from .ranks import Ranks
 
-# A run may change these when it resumes: they do not change what is computed.
+# A run may change these when it resumes: what is computed stays, but for rounding.
 _FREE = frozenset(
-    "out workers parallel device log_every monitor trackers save_every keep resume".split()
+    "out workers parallel device compile log_every monitor trackers save_every keep resume".split()
 )
 
 
