@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import replacing
+
 
 class MetricsLog:
     """Appends records to metrics.jsonl and metrics.csv, and warnings to warnings.txt, in a run's
@@ -21,7 +23,8 @@ class MetricsLog:
         self._folder, self._csv = folder, folder / "metrics.csv"
         self._jsonl, self._warnings = folder / "metrics.jsonl", folder / "warnings.txt"
         kept = [r for r in read_metrics(folder) if r["step"] <= resumed_step]
-        self._jsonl.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with replacing(self._jsonl) as file:  # the one record of the steps before
+            file.writelines(f"{json.dumps(record)}\n".encode() for record in kept)
         self._fields = list(dict.fromkeys(key for record in kept for key in record))
         self._rewrite_csv()
         said = self._warnings.read_text().splitlines(True) if self._warnings.exists() else []
