@@ -84,6 +84,24 @@ def objective(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Mod
     return wrapped
 
 
+def refuse_unused(objective: nn.Module) -> None:
+    """To be called after a backward: DistributedDataParallel waits for every gradient.
+
+    Raises:
+        ValueError: parameters that train and have none.
+    """
+    if not isinstance(objective, DistributedDataParallel):
+        return
+    trained = ((n, p) for n, p in objective.module.method.named_parameters() if p.requires_grad)
+    unused = [name for name, p in trained if p.grad is None]
+    if unused:
+        raise ValueError(
+            f"pretrain: the loss must use every parameter that trains, got none of it for "
+            f"{', '.join(unused[:3])} ({len(unused)} in all). Name these in freeze, leave them out "
+            "of the method, or use parallel=fsdp."
+        )
+
+
 def placement(method: nn.Module, optimizer: torch.optim.Optimizer):
     """Which tensor one of a checkpoint is to lie as: `like` of `load_checkpoint`."""
     weights = method.state_dict()
