@@ -119,17 +119,19 @@ def _pretrain(argv: list[str]) -> int:
         first.add_argument(name)
     first.add_argument("--resume", action="store_true")
     early, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    base = {}
-    if early.config:
-        base = read_yaml(early.config)
-    elif early.resume and early.out:
-        if not Path(early.out, "config.yaml").is_file():
-            raise ValueError(f"pretrain: --out must be a run to resume, got {early.out!r}.")
-        base = read_yaml(Path(early.out, "config.yaml"))
+    base, method = {}, None
     if argv and not argv[0].startswith("-"):
         method, argv = argv[0], argv[1:]
-    else:
-        method = base.get("method")
+    out = early.out or (
+        method and f"runs/{method.rpartition(':')[2]}"
+    )  # as `PretrainConfig` has it
+    if early.config:
+        base = read_yaml(early.config)
+    elif early.resume and out:
+        if not Path(out, "config.yaml").is_file():
+            raise ValueError(f"pretrain: --out must be a run to resume, got {out!r}.")
+        base = read_yaml(Path(out, "config.yaml")) | {"out": out}
+    method = method or base.get("method")
     data = argv[0] if argv and not argv[0].startswith("-") else base.get("data")
     parser = _pretrain_parser(method, data)
     options = vars(parser.parse(argv))
@@ -197,8 +199,7 @@ def _pretrain_parser(method: str | None, data: str | None) -> _Parser:
             help_text = " ".join(text[name].split())
             kind = known[name].type
             if bool in (kind, *get_args(kind)):
-                on = known[name].default
-                action = argparse.BooleanOptionalAction if on else "store_true"
+                action = "store_true" if name == "resume" else argparse.BooleanOptionalAction
                 _add(group, name, help_text, action=action)
                 continue
             if _metavar(kind) == "NAME":

@@ -101,10 +101,10 @@ class PretrainConfig:
     weights."""
     trackers: str | None = None
     """Where metrics also go: any of tensorboard, wandb, mlflow; commas between."""
-    save_every: int = 5
-    """Epochs between two checkpoints; the last step is always saved."""
-    keep: int = 1
-    """The newest checkpoints that stay."""
+    save_every: int | None = None
+    """Epochs between two checkpoints; the last step is always saved; none: 5."""
+    keep: int | None = None
+    """The newest checkpoints that stay; none: 1."""
     hold_out: float = 0.0
     """Share of the images not trained on; the checkpoint by whose features they are classified best
     stays too."""

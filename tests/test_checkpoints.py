@@ -15,7 +15,7 @@ import runs
 import torch
 import torch.distributed as dist
 
-from fastssl.train import load_checkpoint, save_checkpoint
+from fastssl.train import kept, load_checkpoint, save_checkpoint
 from fastssl.train.kept import Checkpoints
 from fastssl.train.ranks import Ranks
 
@@ -66,8 +66,8 @@ def test_the_last_and_the_best_stay(tmp_path, like):
         checkpoints.save(state(step, score, like), **save)
         assert assert_whole(checkpoints.last()) == step
     assert assert_whole(checkpoints.folder / f"best{end}") == 3
-    kept = [f"step_{n:08}{end}" for n in ([5, 6] if like is None else [3, 5, 6])]
-    assert names(checkpoints) == [f"best{end}", f"last{end}", *kept]
+    steps = [f"step_{n:08}{end}" for n in ([5, 6] if like is None else [3, 5, 6])]
+    assert names(checkpoints) == [f"best{end}", f"last{end}", *steps]
 
     # Another process goes on: worse ones never take the best one's place.
     checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
@@ -91,6 +91,37 @@ def test_over_to_the_other_form(tmp_path):
         checkpoints.save(state(3, 81.0), sharded=False)
         assert names(checkpoints) == ["best.pt", "last.pt", "step_00000003.pt"]
         assert checkpoints.best() == (3, 81.0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ends_after", range(1, 5))
+def test_the_best_is_found_by_a_run_that_ended_between_two_names(tmp_path, monkeypatch, ends_after):
+    """As the run goes over from files to folders, so that there are four changes of names."""
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
+    scores, like = {1: 50.0, 2: 70.0, 3: 60.0}, sharded()
+    checkpoints.save(state(1, scores[1]), sharded=False)
+    changes = []
+
+    def ending(change):
+        def changed(*args):
+            if len(changes) == ends_after:
+                raise InterruptedError
+            changes.append(args)
+            change(*args)
+
+        return changed
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(kept, "link", ending(kept.link))
+            patch.setattr(kept, "remove", ending(kept.remove))
+            with pytest.raises(InterruptedError):
+                checkpoints.save(state(2, scores[2], like), sharded=True)
+        for step in range(assert_whole(checkpoints.last()) + 1, 4):
+            checkpoints.save(state(step, scores[step], like), sharded=True)
+        assert checkpoints.best() == (2, 70.0) and assert_whole(checkpoints.last()) == 3
+        assert assert_whole(checkpoints.folder / "best") == 2
     finally:
         dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,14 @@ def test_a_stopped_run_says_by_which_signal_and_how_to_resume(tmp_path, capsys, 
     assert out.splitlines()[-1] == f"resume with: fastssl pretrain --resume --out '{run}'"
     assert "cannot resume" in failure(capsys, "pretrain", "--resume", "--out", run, "--lr", "0.1")
     assert "not finished" in failure(capsys, "evaluate", run)
+
+
+def test_resume_without_out_takes_the_settings_of_the_methods_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "runs/simclr")
+    (tmp_path / "runs/simclr/summary.json").unlink()
+    assert main(["pretrain", "simclr", "--resume"]) == 0
+    assert (tmp_path / "runs/simclr/summary.json").is_file()
 
 
 def test_resume_of_a_finished_run_is_done_at_once(run, capsys):

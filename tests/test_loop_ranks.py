@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fastssl.config import PretrainConfig
 from fastssl.data import TensorSource, epoch_order
-from fastssl.methods import SimCLR
+from fastssl.methods import METHODS, SimCLR
 from fastssl.train import pretrain
 from fastssl.train.metrics import read_metrics
 from fastssl.train.setup import settle
@@ -77,6 +77,30 @@ def spoiled(group, out):
 
 def curve(out):
     return [record[key] for record in read_metrics(out) for key in ("loss", "grad_norm")]
+
+
+class Spare(SimCLR):
+    def __init__(self, backbone, *, out_dim: int = 16):
+        super().__init__(backbone, out_dim=out_dim)
+        self.spare = torch.nn.Linear(3, 2)
+
+
+def with_a_spare(group, out, **settings):
+    with mock.patch.dict(METHODS, spare=Spare):
+        try:
+            return run(group, out, method="spare", **settings)
+        except ValueError as error:
+            return str(error)
+
+
+def with_a_frozen_spare(group, out):
+    return with_a_spare(group, out, freeze=["spare.*"])
+
+
+def test_parameters_that_the_loss_does_not_use_are_named(ranks, tmp_path):
+    for message in ranks.run(with_a_spare, 4, tmp_path / "run"):
+        assert "got none of it for spare.weight, spare.bias (2 in all). Name these" in message
+    assert ranks.run(with_a_frozen_spare, 4, tmp_path / "frozen") == [None] * 4
 
 
 def test_a_signal_to_one_rank_stops_all_and_they_go_on(ranks, tmp_path):

@@ -18,7 +18,7 @@ from fastssl.models import ResNetSmall, ViTSmall
 from fastssl.optim import SAM
 from fastssl.train import setup
 from fastssl.train.parallel import Objective
-from fastssl.train.update import Update
+from fastssl.train.update import LASTING, Update
 
 CPU = torch.device("cpu")
 
@@ -243,6 +243,18 @@ def test_a_gradient_beyond_fp16_skips_the_step_and_halves_the_scale(optimizer):
     restored = scaled(optimizer, 1.0)[1]
     restored.load_state_dict(update.state_dict())
     assert restored.skipped == 2 and restored.scaler.get_scale() == 2.0**58
+
+
+def test_gradients_that_no_scale_makes_finite_are_a_mishap():
+    method, update = scaled("sgd", scale=2.0**16)
+    method.backbone.conv.weight.register_hook(lambda gradient: gradient * torch.inf)
+    objective = Objective(method)
+    for step in range(LASTING + 1):
+        assert update.watch.read() is None
+        update(objective, batch(step, count=2))
+    found = update.watch.read()
+    assert (found["step"], found["what"]) == (LASTING + 1, "gradient")
+    assert found["parameter"] == "backbone.conv.weight"
 
 
 def test_fp16_needs_a_gpu():

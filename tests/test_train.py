@@ -236,6 +236,16 @@ def test_resume_names_the_changed_settings(whole, tiny):
         pretrain(tiny(whole.path, resume=True, lr=0.1, seed=4, log_every=3, workers=1))
 
 
+def test_what_may_change_in_a_resume_and_what_else_stays(whole, tmp_path, tiny):
+    saved = tiny(tmp_path, save_every=1, keep=2)
+    pretrain(saved)
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
+    config, _ = settle(tiny(tmp_path, resume=True, compile=True, monitor=False, workers=0), 1)
+    assert config.compile and (config.save_every, config.keep) == (1, 2)
+    assert settle(tiny(tmp_path, resume=True, keep=1), 1)[0].keep == 1
+    assert yaml.safe_load((whole.path / "config.yaml").read_text())["save_every"] == 5
+
+
 def test_checkpoint_of_another_method_or_no_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"method": "dino", "step": 3})

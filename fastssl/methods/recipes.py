@@ -44,6 +44,8 @@ EVERY: dict[str, Any] = {
     "sam_adaptive": False,
     "freeze": [],
     "chunk": 0,
+    "save_every": 5,
+    "keep": 1,
 }
 """Of all recipes that do not say otherwise, and of runs older than the setting."""
 

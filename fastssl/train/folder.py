@@ -14,7 +14,7 @@ from ..extras import require
 from .checkpoint import replacing
 from .ranks import Ranks
 
-# A run may change these when it resumes: they do not change what is computed.
+# A run may change these when it resumes: what is computed stays, but for rounding.
 _FREE = frozenset(
     "out workers parallel compile device log_every monitor trackers save_every keep resume".split()
 )

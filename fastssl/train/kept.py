@@ -40,11 +40,11 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and score of the best checkpoint."""
-        for name in ("best.pt", "best"):
-            if (self.folder / name).exists():
-                state = _glance(self.folder / name)
-                return state["step"], state["score"]
-        return None
+        paths = [self.folder / name for name in ("best.pt", "best")]
+        # Two of them only where the run ended as it went over from one form to the other.
+        found = [_glance(path) for path in paths if path.exists()]
+        best = max(found, key=lambda state: state["score"], default=None)
+        return best and (best["step"], best["score"])
 
     def save(self, state: dict[str, Any], *, sharded: bool) -> None:
         """Write a checkpoint, and remove those that need not stay. All ranks must call it.
@@ -72,12 +72,13 @@ class Checkpoints:
 
     def _name(self, target: Path, suffix: str, score: float | None) -> None:
         other = ".pt" if suffix == "" else ""
-        link(self.folder / f"last{suffix}", target)
-        remove(self.folder / f"last{other}")
         best = self.best()
+        # The best one first: a run that ends in between goes back to the last and scores it again.
         if score is not None and (best is None or score > best[1]):
             link(self.folder / f"best{suffix}", target)
             remove(self.folder / f"best{other}")
+        link(self.folder / f"last{suffix}", target)
+        remove(self.folder / f"last{other}")
         steps = sorted(self.folder.glob("step_*"))
         used = {name.resolve() for name in (self.folder / "last", self.folder / "best")}
         for path in steps[: -self._keep]:

@@ -126,7 +126,7 @@ class _Training:
         )
         # Every rank has looked for an earlier run before one of them writes.
         self.ranks.barrier()
-        started, first_step = time.perf_counter() - self.seconds, self.step
+        started, self.first_step = time.perf_counter() - self.seconds, self.step
         self.log = None
         if self.ranks.main:
             folder.write_description(self.config, self.ranks, self.precision)
@@ -147,7 +147,7 @@ class _Training:
                     if stopping:
                         self._say_stopped()
                         raise stopped(stopping)
-        return self._finish(trained=self.step > first_step)
+        return self._finish(trained=self.step > self.first_step)
 
     def _loader(self):
         """The batches of all steps to come, on the device; what is ahead does not end with an
@@ -185,6 +185,8 @@ class _Training:
             views, index, label, self.step, self.total_steps, self.step / self.steps_per_epoch
         )
         scalars = self.update(self.objective, batch)
+        if self.step == self.first_step:
+            parallel.refuse_unused(self.objective)
         self.step += 1
         self.method.after_step(self.step, self.total_steps)
         self.monitor.step(label, index)

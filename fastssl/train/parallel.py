@@ -58,11 +58,6 @@ def to_ranks(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Modu
             f"pretrain: {config.optimizer} needs whole tensors, parallel=fsdp has shards of them. "
             "Use parallel=ddp, or adamw."
         )
-    if config.chunk:
-        raise ValueError(
-            "pretrain: chunk needs whole weights, parallel=fsdp has shards of them. Use "
-            "parallel=ddp, or more processes."
-        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -82,6 +77,24 @@ def objective(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> nn.Mod
     if ranks.world > 1 and not is_sharded(config, ranks):
         return DistributedDataParallel(wrapped)
     return wrapped
+
+
+def refuse_unused(objective: nn.Module) -> None:
+    """To be called after a backward: DistributedDataParallel waits for every gradient.
+
+    Raises:
+        ValueError: parameters that train and have none.
+    """
+    if not isinstance(objective, DistributedDataParallel):
+        return
+    trained = ((n, p) for n, p in objective.module.method.named_parameters() if p.requires_grad)
+    unused = [name for name, p in trained if p.grad is None]
+    if unused:
+        raise ValueError(
+            f"pretrain: the loss must use every parameter that trains, got none of it for "
+            f"{', '.join(unused[:3])} ({len(unused)} in all). Name these in freeze, leave them out "
+            "of the method, or use parallel=fsdp."
+        )
 
 
 def placement(method: nn.Module, optimizer: torch.optim.Optimizer):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import require
+from .checkpoint import replacing
 
 
 class Trackers:
@@ -52,7 +53,8 @@ class Trackers:
             with _Spared(self, name):
                 *self._open[name], ids[name] = _OPEN[name](folder, settings, step, ids.get(name))
         if any(ids.values()):
-            path.write_text(json.dumps(ids) + "\n")
+            with replacing(path) as file:
+                file.write(f"{json.dumps(ids)}\n".encode())
         return self
 
     def write(self, record: dict[str, Any]) -> None:

@@ -11,6 +11,9 @@ from ..optim import SAM, replay
 from ..optim.blockwise import Blockwise
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LASTING = 50
+"""Steps skipped in a row, each with half the scale of the one before, after which it is no longer
+the scale that makes gradients overflow."""
 
 
 class Update:
@@ -41,6 +44,7 @@ class Update:
             self.sam = SAM(optimizer, rho=config.sam_rho, adaptive=config.sam_adaptive)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
         self.trained = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
         self.watch = Watch([name for name, _ in self.trained], device)
 
@@ -61,7 +65,10 @@ class Update:
         norms = self._gradient_norms()
         norm = torch.linalg.vector_norm(norms)
         # A gradient too large for fp16 is no mishap there: the step is skipped, the scale halved.
-        self.watch.look(batch, loss, None if self.scaler else norms)
+        told = norms
+        if self.scaler is not None:
+            told = norms.where(self.skipped_in_a_row >= LASTING, 0.0)
+        self.watch.look(batch, loss, told)
         if self.max_grad_norm:
             parameters = [p for _, p in self.trained]
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
@@ -71,7 +78,9 @@ class Update:
             return scalars
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.skipped += ~norm.isfinite()
+        skipped = ~norm.isfinite()
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
         return {**scalars, "skipped_steps": self.skipped}
 
     def _backward(self, objective, batch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -114,15 +123,11 @@ class Watch:
         self.found = torch.zeros(3, dtype=torch.int64, device=device)
         self.index = None
 
-    def look(self, batch: Batch, loss: Tensor, norms: Tensor | None) -> None:
-        """norms (T,) of the gradients in the order of the names; None: they do not count."""
-        fine = loss.isfinite()
-        parameter = torch.full_like(fine, -1, dtype=torch.int64)
-        every = torch.ones_like(fine)
-        if norms is not None:
-            finite = norms.isfinite()
-            every = finite.all()
-            parameter = torch.where(every, parameter, finite.to(torch.int8).argmin())
+    def look(self, batch: Batch, loss: Tensor, norms: Tensor) -> None:
+        """norms (T,) of the gradients in the order of the names."""
+        fine, finite = loss.isfinite(), norms.isfinite()
+        every = finite.all()
+        parameter = torch.where(every, -1, finite.to(torch.int8).argmin())
         first = ~(fine & every) & (self.found[0] == 0)
         now = torch.stack([torch.full_like(parameter, batch.step + 1), fine, parameter])
         self.found = torch.where(first, now, self.found)
