@@ -14,7 +14,7 @@ from torch import Tensor
 from ..augment.packed import check_images
 from ..extras import nearest, require
 from .decode import pixels
-from .folder import number_names
+from .folder import number_names, part_of
 from .images import ImageSource, Misfit
 
 _IMAGE_KEYS = ("image", "img", "pixel_values", "x", "jpg", "png")
@@ -271,8 +271,8 @@ def _open_dataset(library, path: str):
         )
     splits: dict[str, list[str]] = {}
     for file in files:
-        known = ("train", "test", "validation", "valid", "val")
-        part = next((part for part in known if file.name.startswith(part)), "train")
+        name = file.name if file == folder else str(file.relative_to(folder))
+        part = part_of(name) or "train"
         splits.setdefault(part, []).append(str(file))
     return library.load_dataset(files[0].suffix[1:], data_files=splits)
 
