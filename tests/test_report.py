@@ -101,6 +101,13 @@ def test_the_page_of_a_run(run):
     assert path.stat().st_size < 400_000
 
 
+def test_deviations_of_numbers_that_are_no_percentages(copy):
+    results = {"alignment": 0.6048, "sd": {"alignment": 0.0131}, "protocol": {}}
+    text = json.dumps({"digits": {"pretrained": {"alignment": results}}})
+    (copy / "results.json").write_text(text)
+    assert "alignment 0.6048 ± 0.0131" in read_page(report(copy, images=False)).text
+
+
 def test_a_comparison(run, copy, tmp_path):
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("temperature: 0.2", "temperature: 0.5"))

@@ -319,9 +319,9 @@ def _results(runs: Sequence[RunFiles]) -> str:
 def _metrics(result: dict[str, Any]) -> Iterable[tuple[str, tuple[float, float | None]]]:
     """Name, value and deviation (None without draws) of each number that `evaluate` gave."""
     for protocol, values in result.items():
-        spread = values.get("sd_percent", {})
+        spread = values.get("sd_percent", {}) | values.get("sd", {})
         for group, value in values.items():
-            if group in ("protocol", "sd_percent"):
+            if group in ("protocol", "sd_percent", "sd"):
                 continue
             members = value if isinstance(value, dict) else {group.removesuffix("_percent"): value}
             for name, number in members.items():
@@ -340,7 +340,9 @@ def _measured(name: str, metric: tuple[float, float | None] | None) -> str:
         return ""
     value, spread = metric
     text = f"{value:.2f}" if name.endswith("%") else _number(value)
-    return text + (f" ± {spread:.2f}" if spread is not None else "")
+    if spread is None:
+        return text
+    return f"{text} ± {spread:.2f}" if name.endswith("%") else f"{text} ± {_number(spread)}"
 
 
 def _gap(random: tuple | None, pretrained: tuple | None) -> str:
