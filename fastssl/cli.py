@@ -338,9 +338,8 @@ def _evaluate(argv: list[str]) -> int:
         return 0
     print(table(results))
     if options["out"]:
-        data = next(iter(next(iter(results.values())).values()))["protocol"]["data"]
         for weights, found in results.items():
-            merge_results(Path(options["out"]), data, weights, found)
+            merge_results(Path(options["out"]), weights, found)
         print(f"written to {options['out']}")
     if Path(options["ckpt"], "results.json").is_file():
         print(f"written to {Path(options['ckpt'], 'results.json')}")

@@ -275,7 +275,7 @@ def test_published_models_from_the_command_line(tmp_path, capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "knn-20" in text and "rankme" in text and f"written to {out}" in text
-    ((weights, found),) = json.loads(out.read_text())["digits"].items()
+    ((weights, found),) = json.loads(out.read_text())["digits (held-out)"].items()
     protocol = found["knn"]["protocol"]
     assert weights == "random" and protocol["votes"] == "1" and protocol["image_size"] == 32
     assert protocol["inputs"].startswith("centre square of 0.875 of the side, bicubic, mean (0.485")

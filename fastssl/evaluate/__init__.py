@@ -112,6 +112,7 @@ _ON_IMAGES = {
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")
 _ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
+_SCORED = {"test": "test split", "held-out": "a tenth of the training split, held out"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}
 _GIVEN |= {"h", "y", "task"}
 
@@ -209,8 +210,7 @@ def evaluate(
         result["protocol"] = opened.about | _common(name, task, split) | result["protocol"]
         results[name] = result
         if opened.run and main_rank():  # at once: an error in one does not cost the others
-            key = train.source.name if split == "test" else f"{train.source.name} (held-out)"
-            merge_results(opened.run / "results.json", key, opened.about["weights"], results)
+            merge_results(opened.run / "results.json", opened.about["weights"], results)
     return results
 
 
@@ -299,7 +299,7 @@ def _common(name: str, task: Task, split: str) -> dict[str, Any]:
         "data": source.name,
         "train_images": len(task.train),
         "test_images": len(task.test),
-        "scored": "test split" if split == "test" else "a tenth of the training split, held out",
+        "scored": _SCORED[split],
         "image_size": task.inputs.size,
         "inputs": task.inputs.described(),
         "weights_digest": task.weights_digest,
@@ -328,10 +328,18 @@ def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         ) from error
 
 
-def merge_results(path: Path, data: str, weights: str, results: dict[str, Any]) -> None:
-    """Add results to a file of them, which is whole or as before whenever this is interrupted."""
+def merge_results(path: Path, weights: str, results: dict[str, Any]) -> None:
+    """Add results to a file of them, which is whole or as before whenever this is interrupted.
+
+    They go by the data they are of; those of held-out images apart from those of the test split.
+    """
     everything = _read(path)
-    everything.setdefault(data, {}).setdefault(weights, {}).update(results)
+    for name, result in results.items():
+        data = result["protocol"]["data"]
+        if result["protocol"]["scored"] != _SCORED["test"]:
+            data += " (held-out)"
+        everything.setdefault(data, {}).setdefault(weights, {})[name] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(everything, indent=2) + "\n")
     partial.replace(path)
