@@ -11,9 +11,10 @@ from torch import nn
 
 from fastssl.cli import main
 from fastssl.config import PretrainConfig
-from fastssl.data import TensorSource
+from fastssl.data import TensorSource, load
 from fastssl.evaluate import FeatureCache, Inputs, Split, evaluate, extract, open_network
 from fastssl.evaluate.features import gather_rows
+from fastssl.evaluate.labels import with_masks
 from fastssl.models import build_backbone
 from fastssl.train import load_backbone, pretrain
 
@@ -227,6 +228,20 @@ def test_masks_beside_the_images_are_the_centre_squares(folder):
     assert found["percent"]["pixel_accuracy"] > 70 and found["protocol"]["classes"] == 3
     with pytest.raises(FileNotFoundError, match="masks must be a folder, got"):
         evaluate(net, str(folder), ["segmentation"], image_size=16, masks=folder / "nix")
+
+    # An image that cannot be read is replaced, and so is its mask.
+    (folder / "test" / "00.jpg").write_text("broken")
+    source = with_masks(load(folder, "test", 16), folder / "masks")
+    with pytest.warns(UserWarning, match="cannot read"):
+        images, _ = source.batch(torch.arange(2))
+    assert torch.equal(*source.masks(torch.arange(2))) and source.masks(torch.tensor([0])).any()
+
+
+@pytest.mark.parametrize("beside", ["labels", "masks"])
+def test_labels_and_masks_need_files(folder, beside):
+    path = folder / ("masks" if beside == "masks" else "labels.csv")
+    with pytest.raises(ValueError, match="need a folder or list of images, got 'digits'"):
+        evaluate(nn.Flatten(), "digits", ["multilabel"], **{beside: path})
 
 
 # ranks
