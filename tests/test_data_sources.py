@@ -291,6 +291,26 @@ class Evil:
         return os.abort, ()
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((2, 8, 8))}, "a.npz does not fit. .* got torch.float64"),
+        ({"labels": np.zeros(3, np.int64)}, r"a.npz does not fit. .* got torch.int64 \(3,\)"),
+        ({"labels": np.array([0.5, 1])}, "a.npz does not fit. .* got torch.float64"),
+        (
+            {"labels": np.array([0, -3])},
+            "a.npz must hold labels from 0 on, .* got -3 to 0 in labels",
+        ),
+        ({"labels": np.array([[0, 1], [7, 0]])}, "a.npz must hold labels .* got 0 to 7 in labels"),
+        ({"labels": np.array([0, 1 << 40])}, "labels in .*a.npz must be class numbers below"),
+    ],
+)
+def test_wrong_tensor_files(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **{"images": np.zeros((2, 8, 8), np.uint8), **arrays})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a.npz")
+
+
 def test_nothing_is_unpickled(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.array([Evil()]))
     torch.save({"images": Evil()}, tmp_path / "b.pt")
@@ -345,6 +365,8 @@ def test_labels_and_classes_of_torchvision():
     source = load(Samples(pairs, targets=[1, 7, 2], classes=["cat", "dog", "ant"]))
     assert source.labels.tolist() == [1, 7, 2] and source.class_names == ("cat", "dog", "ant")
     assert load(Samples(pairs, targets=[1, 7, 2])).num_classes == 8
+    changed = Samples(pairs, targets=[1, 7, 2], target_transform=lambda y: y)
+    assert load(changed).labels.tolist() == [1, 0, 2]
     for targets in (None, [1, 0], [1, 0, 3], ["a", "b", "c"]):  # those are not of the samples
         source = load(Samples(pairs, targets=targets))
         assert source.labels.tolist() == [1, 0, 2] and source.class_names == ()

@@ -33,8 +33,9 @@ class DatasetSource(ImageSource):
 
     What raises an exception when asked for counts as unreadable. Random transforms of the data
     set's own are drawn in threads and follow no seed: leave them to the views. All labels are known
-    from `dataset.targets` if its ends agree with the samples; otherwise who asks for `labels`, as
-    evaluation does, has the data set read once from end to end.
+    from `dataset.targets`, if it begins and ends as the samples do and there is no
+    `target_transform`; otherwise who asks for `labels`, as evaluation does, has the data set read
+    once from end to end.
 
     Args:
         dataset: with `len` and `[i]`, which may be called from several threads.
@@ -180,6 +181,8 @@ class DatasetSource(ImageSource):
 def _targets(dataset: Any, ends: list[Tensor]) -> Tensor | None:
     """All labels, as torchvision's data sets have them; None where they are not the samples'."""
     whole = getattr(dataset, "dataset", None) if hasattr(dataset, "indices") else dataset
+    if getattr(whole, "target_transform", None) is not None:
+        return None
     targets = getattr(whole, "targets", None)
     try:
         labels = torch.as_tensor(targets).long()
