@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         "demo": _demo,
         "info": _info,
     }
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from fastssl import __version__
-
-        print(f"fastssl {__version__}")
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(__doc__.strip(), file=sys.stdout if argv else sys.stderr, flush=True)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from fastssl import __version__
+
+            print(f"fastssl {__version__}")
+            return 0
         if argv[0] not in commands:
             raise ValueError(f"unknown command {argv[0]!r}. {_nearest(argv[0], commands)}")
         with warnings.catch_warnings():
