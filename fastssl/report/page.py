@@ -290,7 +290,9 @@ def _results(runs: Sequence[RunFiles]) -> str:
         command = f"fastssl evaluate {shlex.quote(str(runs[0].folder))} --random"
         return f"<p>Not evaluated yet: <code>{escape(command)}</code></p>"
     parts = []
-    for data in dict.fromkeys(data for run in runs for data in run.results):
+    everything = list(dict.fromkeys(data for run in runs for data in run.results))
+    short = [Path(data).name for data in everything]
+    for data in everything:
         columns = {}
         for run, name in zip(runs, _names(runs), strict=True):
             by_weights = run.results.get(data, {})
@@ -309,7 +311,8 @@ def _results(runs: Sequence[RunFiles]) -> str:
             f"<pre>{escape(json.dumps(_protocols(result), indent=2))}</pre></details>"
             for head, result in columns.items()
         )
-        title = escape(f"On {Path(data).name}")
+        name = Path(data).name
+        title = escape(f"On {name if short.count(name) == 1 else data}")
         parts.append(
             f"<h3>{title}</h3>{_grid(['metric', *columns, *['gap'] * gap], rows)}{protocols}"
         )
@@ -326,6 +329,8 @@ def _metrics(result: dict[str, Any]) -> Iterable[tuple[str, tuple[float, float |
             members = value if isinstance(value, dict) else {group.removesuffix("_percent"): value}
             for name, number in members.items():
                 if isinstance(number, int | float):
+                    if isinstance(value, dict) and not group.endswith("percent"):
+                        name = f"{group} {name}"
                     label = name if name.startswith(protocol) else f"{protocol}: {name}"
                     unit = ", %" if group.endswith("percent") else ""
                     yield f"{label}{unit}", (number, spread.get(name))
