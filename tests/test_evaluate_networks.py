@@ -237,6 +237,25 @@ def test_masks_beside_the_images_are_the_centre_squares(folder):
     assert torch.equal(*source.masks(torch.arange(2))) and source.masks(torch.tensor([0])).any()
 
 
+def test_unreadable_images_are_told_also_the_second_time(folder):
+    (folder / "train" / "00.jpg").write_text("broken")
+    cache = FeatureCache(folder / "cache")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="cannot read"):
+            found = evaluate(nn.Flatten(), str(folder), ["rankme"], image_size=16, cache=cache)
+        said = found["rankme"]["protocol"]["unreadable_images"]
+        assert said == "1, each replaced by the next one"
+
+
+def test_what_looks_at_the_training_split_alone_needs_no_other(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(4):
+        image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    found = evaluate(nn.Flatten(), str(tmp_path), ["rankme"], image_size=8)["rankme"]
+    assert found["protocol"]["scored"] == "training split"
+    assert (found["protocol"]["train_images"], found["protocol"]["test_images"]) == (4, 0)
+
+
 @pytest.mark.parametrize("beside", ["labels", "masks"])
 def test_labels_and_masks_need_files(folder, beside):
     path = folder / ("masks" if beside == "masks" else "labels.csv")

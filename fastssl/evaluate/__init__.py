@@ -188,7 +188,9 @@ def evaluate(
     opened = open_network(network, weights, image_size, backbone)
     if data is None and opened.data is None:
         raise ValueError("evaluate: data must be given with a backbone, got None.")
-    train, test = _splits(opened.data if data is None else data, opened, image_size, split)
+    test_needed = protocols is None or not _TRAIN_ONLY.issuperset(protocols)
+    given = opened.data if data is None else data
+    train, test = _splits(given, opened, image_size, split, test_needed)
     train, test = (_with_sidecars(part, labels, masks) for part in (train, test))
     _check_channels(opened, train.source)
     if device == "auto":
@@ -257,11 +259,15 @@ def _run(name: str, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     return _ON_FEATURES[name](h, y, *rest, **own)
 
 
-def _splits(data, opened: Network, image_size: int | None, split: str) -> tuple[Split, Split]:
-    """Images to fit on and images to score."""
+def _splits(
+    data, opened: Network, image_size: int | None, split: str, test_needed: bool
+) -> tuple[Split, Split]:
+    """Images to fit on and images to score, none where only the former are asked for."""
     size = image_size or (opened.inputs and opened.inputs.size)
     named = isinstance(data, (str, os.PathLike))
     train = Split.whole(load(data, "train", size) if named else data[0])
+    if split == "test" and not test_needed:
+        return train, train[torch.arange(0)]
     if split == "test":
         return train, Split.whole(load(data, "test", size) if named else data[1])
     labels = train.labels
@@ -294,17 +300,21 @@ def _check_channels(opened: Network, source) -> None:
 def _common(name: str, task: Task, split: str) -> dict[str, Any]:
     """What the protocols' numbers depend on beside their own settings."""
     source = task.train.source
+    only_train = name in _TRAIN_ONLY
     once = name in _ON_FEATURES or name in ("robustness", "groups")
     common = {
         "data": source.name,
         "train_images": len(task.train),
         "test_images": len(task.test),
-        "scored": _SCORED[split],
+        "scored": "training split" if only_train and split == "test" else _SCORED[split],
         "image_size": task.inputs.size,
         "inputs": task.inputs.described(),
         "weights_digest": task.weights_digest,
         "versions": {"fastssl": __version__, "torch": torch.__version__},
     } | task.feature_dim
+    unreadable = {path for part in (task.train, task.test) for path in part.source.corrupt}
+    if unreadable:
+        common["unreadable_images"] = f"{len(unreadable)}, each replaced by the next one"
     if once:
         common["features"] = "backbone output, eval mode, float32, without augmentation"
     return common
@@ -336,7 +346,7 @@ def merge_results(path: Path, weights: str, results: dict[str, Any]) -> None:
     everything = _read(path)
     for name, result in results.items():
         data = result["protocol"]["data"]
-        if result["protocol"]["scored"] != _SCORED["test"]:
+        if result["protocol"]["scored"] == _SCORED["held-out"]:
             data += " (held-out)"
         everything.setdefault(data, {}).setdefault(weights, {})[name] = result
     path.parent.mkdir(parents=True, exist_ok=True)

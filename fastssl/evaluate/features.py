@@ -120,7 +120,7 @@ def extract(
     backbone.to(device)
     with frozen(backbone):
         h, y = forward(backbone, split, inputs, batch_size, device)
-    if key and main_rank():
+    if key and main_rank() and not split.source.corrupt:  # which a cache could not tell of
         cache.save(key, h, y)
     return h, y
 
