@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         "demo": _demo,
         "info": _info,
     }
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from fastssl import __version__
-
-        print(f"fastssl {__version__}")
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(__doc__.strip(), file=sys.stdout if argv else sys.stderr, flush=True)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from fastssl import __version__
+
+            print(f"fastssl {__version__}")
+            return 0
         if argv[0] not in commands:
             raise ValueError(f"unknown command {argv[0]!r}. {_nearest(argv[0], commands)}")
         with warnings.catch_warnings():
@@ -339,9 +339,8 @@ def _evaluate(argv: list[str]) -> int:
         return 0
     print(table(results))
     if options["out"]:
-        data = next(iter(next(iter(results.values())).values()))["protocol"]["data"]
         for weights, found in results.items():
-            merge_results(Path(options["out"]), data, weights, found)
+            merge_results(Path(options["out"]), weights, found)
         print(f"written to {options['out']}")
     if Path(options["ckpt"], "results.json").is_file():
         print(f"written to {Path(options['ckpt'], 'results.json')}")

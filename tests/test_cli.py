@@ -228,6 +228,16 @@ def test_info_names_versions_and_every_implementation(capsys, monkeypatch):
     assert re.search(r"fastssl's cpu kernels +none$", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("command", ["--help", "methods"])
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    code = "import sys; from fastssl.cli import main; sys.exit(main(sys.argv[1:]))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    assert b"BrokenPipe" not in child.communicate()[1]
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastssl {fastssl.__version__}\n"

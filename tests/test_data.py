@@ -93,6 +93,16 @@ def test_folder_with_splits_keeps_labels_aligned(tmp_path):
     assert load(tmp_path, "test").labels.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
+def test_names_of_the_folder_to_test_on(tmp_path, name):
+    for part, count in (("train", 3), (name, 2)):
+        for number in range(count):
+            picture(tmp_path / part / "a" / f"{number}.png")
+    for part, count in (("train", 3), ("test", 2)):
+        source = load(tmp_path, part)
+        assert source.class_names == ("a",) and len(source) == count
+
+
 def test_flat_folder_is_unlabelled(tmp_path):
     for number in range(3):
         picture(tmp_path / f"{number}.png")

@@ -14,6 +14,7 @@ from test_data import picture, unpack
 from fastssl.data import DatasetSource, ShardSource, TensorSource, batches, load
 from fastssl.data import listing as listing_module
 from fastssl.data import shards as shards_module
+from fastssl.data.folder import part_of
 from fastssl.data.listing import listing
 
 Image = pytest.importorskip("PIL.Image")
@@ -149,6 +150,28 @@ def test_shards_in_folders_of_the_splits(tmp_path):
         load(tmp_path / "val")
 
 
+def test_shards_whose_names_have_the_split_within(tmp_path):
+    for name, n in (("pets-train-00", 3), ("pets-validation-00", 2), ("pets-extra-00", 1)):
+        shard(tmp_path / f"{name}.tar", samples(0, n))
+    assert len(load(f"shards:{tmp_path}")) == 3
+    assert len(load(f"shards:{tmp_path}", "test")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("train-00.tar", "train"),
+        ("trainval/0.tar", "train"),
+        ("COCO_train2017.tar", "train"),
+        ("default/valid/0000.parquet", "valid"),
+        ("train/test_0.tar", "test"),
+        ("latest-values.tar", None),
+    ],
+)
+def test_splits_by_name(name, part):
+    assert part_of(name) == part
+
+
 def test_shards_that_change_or_whose_memory_is_broken_are_read_anew(shards, cache):
     path = shards / "train-00.tar"
     assert len(load(path)) == 4
@@ -228,7 +251,9 @@ def test_missing_shards(tmp_path):
         ShardSource(tmp_path / "b-*.tar")
     with pytest.raises(FileNotFoundError, match="no .tar files in"):
         load(f"shards:{shard(tmp_path / 'x' / 'a.zip', []).parent}")
-    with pytest.raises(FileNotFoundError, match="no test split: expected tar files whose names"):
+    with pytest.raises(
+        FileNotFoundError, match="no test split: expected tar files with the word train"
+    ):
         load(f"shards:{tmp_path}", "test")
 
 
@@ -264,6 +289,26 @@ def test_tensor_files(tmp_path):
 class Evil:
     def __reduce__(self):
         return os.abort, ()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((2, 8, 8))}, "a.npz does not fit. .* got torch.float64"),
+        ({"labels": np.zeros(3, np.int64)}, r"a.npz does not fit. .* got torch.int64 \(3,\)"),
+        ({"labels": np.array([0.5, 1])}, "a.npz does not fit. .* got torch.float64"),
+        (
+            {"labels": np.array([0, -3])},
+            "a.npz must hold labels from 0 on, .* got -3 to 0 in labels",
+        ),
+        ({"labels": np.array([[0, 1], [7, 0]])}, "a.npz must hold labels .* got 0 to 7 in labels"),
+        ({"labels": np.array([0, 1 << 40])}, "labels in .*a.npz must be class numbers below"),
+    ],
+)
+def test_wrong_tensor_files(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **{"images": np.zeros((2, 8, 8), np.uint8), **arrays})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "a.npz")
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -320,6 +365,8 @@ def test_labels_and_classes_of_torchvision():
     source = load(Samples(pairs, targets=[1, 7, 2], classes=["cat", "dog", "ant"]))
     assert source.labels.tolist() == [1, 7, 2] and source.class_names == ("cat", "dog", "ant")
     assert load(Samples(pairs, targets=[1, 7, 2])).num_classes == 8
+    changed = Samples(pairs, targets=[1, 7, 2], target_transform=lambda y: y)
+    assert load(changed).labels.tolist() == [1, 0, 2]
     for targets in (None, [1, 0], [1, 0, 3], ["a", "b", "c"]):  # those are not of the samples
         source = load(Samples(pairs, targets=targets))
         assert source.labels.tolist() == [1, 0, 2] and source.class_names == ()
@@ -413,6 +460,12 @@ def test_hugging_face(tmp_path):
     rows.remove_columns("label").to_parquet(str(tmp_path / "table" / "train-0.parquet"))
     source = load(f"hf:{tmp_path}/table", image_size=8)
     assert source.labels.tolist() == [-1] * 4 and source[1][0].shape == (3, 10, 21)
+
+    for part, n in (("train", 3), ("test", 1)):
+        file = tmp_path / "parts" / "default" / part / "0000.parquet"
+        file.parent.mkdir(parents=True)
+        rows.select(range(n)).to_parquet(str(file))
+    assert [len(load(f"hf:{tmp_path}/parts", part)) for part in ("train", "test")] == [3, 1]
 
     rows.remove_columns("image").save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="one feature of images, got 0 in label, n"):

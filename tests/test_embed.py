@@ -43,6 +43,11 @@ def test_rows_are_the_readable_images_by_name(folder, batch_size):
         torch.testing.assert_close(row, Mean()(x)[0].float())
 
 
+def test_a_link_to_a_folder_above_is_not_followed(folder):
+    (folder / "b" / "up").symlink_to(folder)
+    assert embed(Mean(), folder, image_size=8).paths == ["a.jpg", "b/10.png", "b/2.png"]
+
+
 def test_files(folder, tmp_path):
     safetensors = pytest.importorskip("safetensors")
     embedding = embed(Mean(), folder, tmp_path / "new" / "h.npz", image_size=8)

@@ -11,9 +11,10 @@ from torch import nn
 
 from fastssl.cli import main
 from fastssl.config import PretrainConfig
-from fastssl.data import TensorSource
+from fastssl.data import TensorSource, load
 from fastssl.evaluate import FeatureCache, Inputs, Split, evaluate, extract, open_network
 from fastssl.evaluate.features import gather_rows
+from fastssl.evaluate.labels import with_masks
 from fastssl.models import build_backbone
 from fastssl.train import load_backbone, pretrain
 
@@ -228,6 +229,39 @@ def test_masks_beside_the_images_are_the_centre_squares(folder):
     with pytest.raises(FileNotFoundError, match="masks must be a folder, got"):
         evaluate(net, str(folder), ["segmentation"], image_size=16, masks=folder / "nix")
 
+    # An image that cannot be read is replaced, and so is its mask.
+    (folder / "test" / "00.jpg").write_text("broken")
+    source = with_masks(load(folder, "test", 16), folder / "masks")
+    with pytest.warns(UserWarning, match="cannot read"):
+        images, _ = source.batch(torch.arange(2))
+    assert torch.equal(*source.masks(torch.arange(2))) and source.masks(torch.tensor([0])).any()
+
+
+def test_unreadable_images_are_told_also_the_second_time(folder):
+    (folder / "train" / "00.jpg").write_text("broken")
+    cache = FeatureCache(folder / "cache")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="cannot read"):
+            found = evaluate(nn.Flatten(), str(folder), ["rankme"], image_size=16, cache=cache)
+        said = found["rankme"]["protocol"]["unreadable_images"]
+        assert said == "1, each replaced by the next one"
+
+
+def test_what_looks_at_the_training_split_alone_needs_no_other(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(4):
+        image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    found = evaluate(nn.Flatten(), str(tmp_path), ["rankme"], image_size=8)["rankme"]
+    assert found["protocol"]["scored"] == "training split"
+    assert (found["protocol"]["train_images"], found["protocol"]["test_images"]) == (4, 0)
+
+
+@pytest.mark.parametrize("beside", ["labels", "masks"])
+def test_labels_and_masks_need_files(folder, beside):
+    path = folder / ("masks" if beside == "masks" else "labels.csv")
+    with pytest.raises(ValueError, match="need a folder or list of images, got 'digits'"):
+        evaluate(nn.Flatten(), "digits", ["multilabel"], **{beside: path})
+
 
 # ranks
 
@@ -275,7 +309,7 @@ def test_published_models_from_the_command_line(tmp_path, capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "knn-20" in text and "rankme" in text and f"written to {out}" in text
-    ((weights, found),) = json.loads(out.read_text())["digits"].items()
+    ((weights, found),) = json.loads(out.read_text())["digits (held-out)"].items()
     protocol = found["knn"]["protocol"]
     assert weights == "random" and protocol["votes"] == "1" and protocol["image_size"] == 32
     assert protocol["inputs"].startswith("centre square of 0.875 of the side, bicubic, mean (0.485")

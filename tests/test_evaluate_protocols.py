@@ -570,6 +570,12 @@ def test_the_test_split_is_not_opened_for_choices():
     assert protocol["scored"].startswith("a tenth of the training split")
 
 
+@pytest.mark.parametrize("protocol", ["knn", "linear-sgd", "finetune", "robustness", "groups"])
+def test_a_class_without_training_images_is_refused(protocol):
+    with pytest.raises(ValueError, match=r"no training sample of \[2\]"):
+        evaluate(Net(), (colours(classes=2), colours(30)), [protocol])
+
+
 def test_settings_go_to_the_protocols_that_take_them():
     data = colours(), colours(30)
     results = evaluate(Net(), data, ["knn", "kshot"], metric="l2", ks=(3,), shots=(2,), seeds=4)

@@ -101,6 +101,23 @@ def test_the_page_of_a_run(run):
     assert path.stat().st_size < 400_000
 
 
+def test_deviations_of_numbers_that_are_no_percentages(copy):
+    results = {"alignment": 0.6048, "sd": {"alignment": 0.0131}, "protocol": {}}
+    text = json.dumps({"digits": {"pretrained": {"alignment": results}}})
+    (copy / "results.json").write_text(text)
+    assert "alignment 0.6048 ± 0.0131" in read_page(report(copy, images=False)).text
+
+
+def test_numbers_and_data_sets_of_one_name_are_told_apart(copy):
+    result = {"top1_percent": {"clean": 50.0}, "calibration_error": {"clean": 0.1}, "protocol": {}}
+    data = {name: {"pretrained": {"robustness": result}} for name in ("/a/pets", "/b/pets", "/c")}
+    (copy / "results.json").write_text(json.dumps(data))
+    text = read_page(report(copy, images=False)).text
+    assert "robustness: clean, % 50.00" in text
+    assert "robustness: calibration_error clean 0.1" in text
+    assert "On /a/pets" in text and "On /b/pets" in text and "On c" in text
+
+
 def test_a_comparison(run, copy, tmp_path):
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("temperature: 0.2", "temperature: 0.5"))

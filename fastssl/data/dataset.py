@@ -14,7 +14,7 @@ from torch import Tensor
 from ..augment.packed import check_images
 from ..extras import nearest, require
 from .decode import pixels
-from .folder import number_names
+from .folder import number_names, part_of
 from .images import ImageSource, Misfit
 
 _IMAGE_KEYS = ("image", "img", "pixel_values", "x", "jpg", "png")
@@ -33,8 +33,9 @@ class DatasetSource(ImageSource):
 
     What raises an exception when asked for counts as unreadable. Random transforms of the data
     set's own are drawn in threads and follow no seed: leave them to the views. All labels are known
-    from `dataset.targets` if its ends agree with the samples; otherwise who asks for `labels`, as
-    evaluation does, has the data set read once from end to end.
+    from `dataset.targets`, if it begins and ends as the samples do and there is no
+    `target_transform`; otherwise who asks for `labels`, as evaluation does, has the data set read
+    once from end to end.
 
     Args:
         dataset: with `len` and `[i]`, which may be called from several threads.
@@ -180,6 +181,8 @@ class DatasetSource(ImageSource):
 def _targets(dataset: Any, ends: list[Tensor]) -> Tensor | None:
     """All labels, as torchvision's data sets have them; None where they are not the samples'."""
     whole = getattr(dataset, "dataset", None) if hasattr(dataset, "indices") else dataset
+    if getattr(whole, "target_transform", None) is not None:
+        return None
     targets = getattr(whole, "targets", None)
     try:
         labels = torch.as_tensor(targets).long()
@@ -271,8 +274,8 @@ def _open_dataset(library, path: str):
         )
     splits: dict[str, list[str]] = {}
     for file in files:
-        known = ("train", "test", "validation", "valid", "val")
-        part = next((part for part in known if file.name.startswith(part)), "train")
+        name = file.name if file == folder else str(file.relative_to(folder))
+        part = part_of(name) or "train"
         splits.setdefault(part, []).append(str(file))
     return library.load_dataset(files[0].suffix[1:], data_files=splits)
 

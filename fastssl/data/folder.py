@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -9,13 +10,24 @@ import torch
 from .images import EXTENSIONS, ImageSource
 from .listing import Listing, listing
 
+_TEST = ("test", "val", "valid", "validation")
+_PARTS = re.compile(
+    r"(?<![a-z])(train|test|validation|valid|val)(?:ing|val)?(?![a-z])", re.IGNORECASE
+)
+
+
+def part_of(path: str) -> str | None:
+    """The split that a file is of, by the last word of its path that names one."""
+    return next((word.lower() for word in reversed(_PARTS.findall(path))), None)
+
 
 class FolderSource(ImageSource):
     """Images below a folder.
 
-    Layouts: `train/` and `test/` (or `val/`) inside the folder are the splits; otherwise, if there
-    are subfolders, every fifth image of each class is the test split; a flat folder without
-    subfolders is unlabelled and all of it is for training. Subfolders are classes.
+    Layouts: `train/` and `test/` (or `val/`, `valid/`, `validation/`) inside the folder are the
+    splits; otherwise, if there are subfolders, every fifth image of each class is the test split; a
+    flat folder without subfolders is unlabelled and all of it is for training. Subfolders are
+    classes.
 
     Args:
         path: the folder.
@@ -48,7 +60,7 @@ class FolderSource(ImageSource):
 def _list_split(found: Listing, split: str) -> tuple[tuple[str, ...], list[str], list[int]]:
     """Class names, paths and labels of one split. Files beside the class folders get label -1."""
     root, top, classes = found.root, "", {name: name for name in found.subfolders()}
-    test = next((name for name in ("test", "val") if name in classes), None)
+    test = next((name for name in _TEST if name in classes), None)
     explicit = "train" in classes and test is not None
     if explicit:
         # Both parts' classes, so that a class that one of them lacks does not shift the labels.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cache import cache_path, keep
-from .folder import no_test_split, number_names
+from .folder import no_test_split, number_names, part_of
 from .images import EXTENSIONS, ImageSource
 
 _OFFSET, _SIZE, _LABEL, _TEXT, _TEXT_SIZE = range(5)
@@ -35,10 +35,10 @@ class ShardSource(ImageSource):
     resumes exactly, at any step, as from a folder. They have to lie on a disk, not in a stream.
 
     Args:
-        path: a tar file; a folder of them, where those whose names begin with `test` or `val`, or
-            that lie in a folder of such a name, are the test split if others are `train`; or a
-            pattern with `{000000..000012}`,
-            `{a,b}`, `*` or `?`, whose test split has `test` or `val` in the place of `train`.
+        path: a tar file; a folder of them, where those with the word `test`, or else `val`, `valid`
+            or `validation`, in their names or their folder's are the test split if others have
+            `train`; or a pattern with `{000000..000012}`, `{a,b}`, `*` or `?`, whose test split has
+            `test` or `val` in the place of `train`.
         split: "train" or "test".
         image_size, max_side: see `ImageSource`.
 
@@ -94,16 +94,18 @@ def _find(spec: str, split: str) -> list[str]:
             names = [os.path.join(part, name) for part in names for name in _tars(spec, part)]
         else:
             names = _tars(spec)
+        words = [(part_of(name) or "", name) for name in names]
         parts = {
-            part: [n for n in names if n.startswith(part)] for part in ("train", "test", "val")
+            part: [name for word, name in words if word.startswith(part)]
+            for part in ("train", "test", "val")
         }
         test = parts["test"] or parts["val"]
         if parts["train"] and test:
             names = test if split == "test" else parts["train"]
         elif split == "test":
             raise FileNotFoundError(
-                f"load: {spec} has no test split: expected tar files whose names begin with train, "
-                "and some with test or val. To train, or embed, none is needed."
+                f"load: {spec} has no test split: expected tar files with the word train in their "
+                "names, and some with test or val. To train, or embed, none is needed."
             )
         if not names:
             raise FileNotFoundError(f"load: no .tar files in {spec}. Check the path.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..extras import require
+from .folder import number_names
 
 
 class TensorSource:
@@ -88,8 +89,8 @@ def tensor_file(path: str | Path, split: str = "train") -> TensorSource:
     or, of several classes an image, (N, classes).
 
     Raises:
-        FileNotFoundError: no such split. ValueError: the file cannot be read without unpickling, or
-            holds no images. TypeError, ValueError: as `TensorSource`.
+        FileNotFoundError: no such split. ValueError: the file cannot be read without unpickling,
+            holds no images, or images or labels of another shape, dtype or range.
     """
     path = Path(path).expanduser().resolve()
     arrays = _read_arrays(path)
@@ -114,7 +115,17 @@ def tensor_file(path: str | Path, split: str = "train") -> TensorSource:
     else:  # over both splits, since one may lack the last class
         parts = (arrays[key] for key in arrays if key.endswith("labels"))
         classes = 1 + max((int(x.max()) for x in parts if x.numel()), default=-1)
-    return TensorSource(str(path), images, labels, [str(n) for n in range(classes)])
+    least, most = (0, 1) if labels.ndim == 2 else (-1, torch.inf)
+    if not labels.is_floating_point() and ((labels < least) | (labels > most)).any():
+        raise ValueError(
+            f"load: {path} must hold labels from 0 on, -1 where there is none, or (N, classes) of "
+            f"0 and 1, got {int(labels.min())} to {int(labels.max())} in {prefix}labels."
+        )
+    names = number_names(classes - 1, f"labels in {path}")
+    try:
+        return TensorSource(str(path), images, labels, names)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load: {path} does not fit. {error}") from None
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:

@@ -112,6 +112,7 @@ _ON_IMAGES = {
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")
 _ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
+_SCORED = {"test": "test split", "held-out": "a tenth of the training split, held out"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}
 _GIVEN |= {"h", "y", "task"}
 
@@ -187,7 +188,9 @@ def evaluate(
     opened = open_network(network, weights, image_size, backbone)
     if data is None and opened.data is None:
         raise ValueError("evaluate: data must be given with a backbone, got None.")
-    train, test = _splits(opened.data if data is None else data, opened, image_size, split)
+    test_needed = protocols is None or not _TRAIN_ONLY.issuperset(protocols)
+    given = opened.data if data is None else data
+    train, test = _splits(given, opened, image_size, split, test_needed)
     train, test = (_with_sidecars(part, labels, masks) for part in (train, test))
     _check_channels(opened, train.source)
     if device == "auto":
@@ -209,8 +212,7 @@ def evaluate(
         result["protocol"] = opened.about | _common(name, task, split) | result["protocol"]
         results[name] = result
         if opened.run and main_rank():  # at once: an error in one does not cost the others
-            key = train.source.name if split == "test" else f"{train.source.name} (held-out)"
-            merge_results(opened.run / "results.json", key, opened.about["weights"], results)
+            merge_results(opened.run / "results.json", opened.about["weights"], results)
     return results
 
 
@@ -257,11 +259,15 @@ def _run(name: str, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     return _ON_FEATURES[name](h, y, *rest, **own)
 
 
-def _splits(data, opened: Network, image_size: int | None, split: str) -> tuple[Split, Split]:
-    """Images to fit on and images to score."""
+def _splits(
+    data, opened: Network, image_size: int | None, split: str, test_needed: bool
+) -> tuple[Split, Split]:
+    """Images to fit on and images to score, none where only the former are asked for."""
     size = image_size or (opened.inputs and opened.inputs.size)
     named = isinstance(data, (str, os.PathLike))
     train = Split.whole(load(data, "train", size) if named else data[0])
+    if split == "test" and not test_needed:
+        return train, train[torch.arange(0)]
     if split == "test":
         return train, Split.whole(load(data, "test", size) if named else data[1])
     labels = train.labels
@@ -294,17 +300,21 @@ def _check_channels(opened: Network, source) -> None:
 def _common(name: str, task: Task, split: str) -> dict[str, Any]:
     """What the protocols' numbers depend on beside their own settings."""
     source = task.train.source
+    only_train = name in _TRAIN_ONLY
     once = name in _ON_FEATURES or name in ("robustness", "groups")
     common = {
         "data": source.name,
         "train_images": len(task.train),
         "test_images": len(task.test),
-        "scored": "test split" if split == "test" else "a tenth of the training split, held out",
+        "scored": "training split" if only_train and split == "test" else _SCORED[split],
         "image_size": task.inputs.size,
         "inputs": task.inputs.described(),
         "weights_digest": task.weights_digest,
         "versions": {"fastssl": __version__, "torch": torch.__version__},
     } | task.feature_dim
+    unreadable = {path for part in (task.train, task.test) for path in part.source.corrupt}
+    if unreadable:
+        common["unreadable_images"] = f"{len(unreadable)}, each replaced by the next one"
     if once:
         common["features"] = "backbone output, eval mode, float32, without augmentation"
     return common
@@ -328,10 +338,18 @@ def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         ) from error
 
 
-def merge_results(path: Path, data: str, weights: str, results: dict[str, Any]) -> None:
-    """Add results to a file of them, which is whole or as before whenever this is interrupted."""
+def merge_results(path: Path, weights: str, results: dict[str, Any]) -> None:
+    """Add results to a file of them, which is whole or as before whenever this is interrupted.
+
+    They go by the data they are of; those of held-out images apart from those of the test split.
+    """
     everything = _read(path)
-    everything.setdefault(data, {}).setdefault(weights, {}).update(results)
+    for name, result in results.items():
+        data = result["protocol"]["data"]
+        if result["protocol"]["scored"] == _SCORED["held-out"]:
+            data += " (held-out)"
+        everything.setdefault(data, {}).setdefault(weights, {})[name] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(everything, indent=2) + "\n")
     partial.replace(path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..augment import pack
 from ..data import decode
 from ..data.images import EXTENSIONS, PASSING
+from ..data.listing import listing
 from ..extras import require
 from .features import frozen
 from .networks import open_network
@@ -82,7 +83,7 @@ def embed(
             f"embed: {what} must take images of 3 channels, as files are read, got "
             f"{inputs.channels}. Give extract() the source instead."
         )
-    root = Path(folder).expanduser()
+    root = Path(folder).expanduser().resolve()
     paths = _images(root)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,11 +118,7 @@ def _images(folder: Path) -> list[Path]:
     """Image files below a folder by name, without hidden ones."""
     if not folder.is_dir():
         raise FileNotFoundError(f"embed: {folder} must be a folder of images. Check the path.")
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    found = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
+    found = sorted(map(Path, listing(str(folder)).below("")))
     if not found:
         known = ", ".join(sorted(EXTENSIONS))
         raise FileNotFoundError(f"embed: no images in {folder}. Expected files ending in {known}.")

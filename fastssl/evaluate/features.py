@@ -120,7 +120,7 @@ def extract(
     backbone.to(device)
     with frozen(backbone):
         h, y = forward(backbone, split, inputs, batch_size, device)
-    if key and main_rank():
+    if key and main_rank() and not split.source.corrupt:  # which a cache could not tell of
         cache.save(key, h, y)
     return h, y
 
@@ -241,13 +241,18 @@ def check_splits(
             f"{caller}: test_h must have train_h's width D={train_h.shape[1]}, "
             f"got {tuple(test_h.shape)}."
         )
+    check_classes(caller, train_y, test_y)
+    return int(train_y.max()) + 1
+
+
+def check_classes(caller: str, train_y: Tensor, test_y: Tensor) -> None:
+    """Raise ValueError unless the labels train_y (N,) hold all that occur in test_y (M,)."""
     missing = sorted(set(test_y.tolist()) - set(train_y.tolist()))
     if missing:
         raise ValueError(
             f"{caller}: train_y must contain every class of the test split, "
             f"got no training sample of {missing[:10]}. Use another split, or drop these classes."
         )
-    return int(train_y.max()) + 1
 
 
 def standardise(reference: Tensor, *others: Tensor) -> list[Tensor]:

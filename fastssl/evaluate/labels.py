@@ -14,10 +14,11 @@ from .views import image_names
 
 
 class Labelled:
-    """A source with other labels, and, if given, masks; everything else is the source's.
+    """A source of files with other labels, and, if given, masks; everything else is the source's.
 
     Args:
-        source: a data source. labels: (N,) or (N, classes) int64. class_names: one a class.
+        source: a folder or list of images. labels: (N,) or (N, classes) int64.
+        class_names: one a class.
         masks: folder with a mask for each image, see `read_mask`; None for none.
     """
 
@@ -25,6 +26,7 @@ class Labelled:
         # Where a source replaces an unreadable image it gives that one's label: here, its number.
         self._source = copy.copy(source)
         self._source.labels = torch.arange(len(source))
+        self._replaced: dict[int, int] = {}
         self.labels, self.class_names = labels, tuple(class_names)
         self.num_classes = len(self.class_names)
         if masks is not None:
@@ -41,11 +43,15 @@ class Labelled:
 
     def batch(self, index: Tensor):
         images, used = self._source.batch(index)
+        self._replaced |= {
+            i: u for i, u in zip(index.tolist(), used.tolist(), strict=True) if i != u
+        }
         return images, self.labels[used]
 
     def _masks(self, index: Tensor) -> Tensor:
-        """(B, S, S) int64 of samples `index` (B,)."""
-        names = image_names(Split(self, index))
+        """(B, S, S) int64 of samples `index` (B,), of the images that `batch` gave for them."""
+        used = torch.tensor([self._replaced.get(i, i) for i in index.tolist()], dtype=torch.int64)
+        names = image_names(Split(self, used))
         return torch.stack([read_mask(self._mask_folder, n[0], self.image_size) for n in names])
 
 
@@ -56,8 +62,10 @@ def with_labels(source, path: Path) -> Labelled:
     the image, its path inside the data folder or its file name, and 0 or 1 for each class.
 
     Raises:
-        ValueError: a malformed file, or an image of the source without a line.
+        ValueError: a malformed file, an image of the source without a line, or a source that is no
+            folder or list of images.
     """
+    _check_paths(source)
     with open(path, newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if len(rows) < 2 or len(rows[0]) < 2:
@@ -89,11 +97,20 @@ def with_masks(source, folder: Path) -> Labelled:
     """The source with masks: for images/a.jpg of the data folder FOLDER/images/a.png.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: no such folder. ValueError: a source that is no folder or list of images.
     """
+    _check_paths(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"evaluate: masks must be a folder, got {str(folder)!r}.")
     return Labelled(source, source.labels, source.class_names, folder)
+
+
+def _check_paths(source) -> None:
+    if not hasattr(source, "paths"):
+        raise ValueError(
+            "evaluate: labels and masks beside images need a folder or list of images, got "
+            f"{source.name!r}. Leave them out."
+        )
 
 
 def read_mask(folder: Path, name: str, size: int) -> Tensor:

@@ -22,7 +22,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             rows.append((protocol, f"{metric}, %", _cells(of, "percent", metric)))
         for metric, value in of[0].items():
             if isinstance(value, float):
-                rows.append((protocol, metric, [f"{result[metric]:.2f}" for result in of]))
+                spread = [result.get("sd", {}).get(metric) for result in of]
+                cells = [
+                    f"{result[metric]:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+                    for result, sd in zip(of, spread, strict=True)
+                ]
+                rows.append((protocol, metric, cells))
     metrics = [metric for _, metric, _ in rows]
     lines = [["top-1, %", *columns, *(["gap"] if len(columns) == 2 else [])]]
     for protocol, metric, cells in rows:

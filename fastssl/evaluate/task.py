@@ -12,6 +12,7 @@ from ..augment import View, augment
 from .cache import FeatureCache
 from .features import (
     Split,
+    check_classes,
     extract,
     features_of,
     fingerprint,
@@ -108,7 +109,7 @@ class Task:
 
 
 def check_one_label(caller: str, *splits: Split) -> None:
-    """Raise ValueError unless every image has one label."""
+    """Raise ValueError unless all images have one label each, of a class in the first split."""
     for split in splits:
         if split.labels.ndim != 1 or (split.labels < 0).any():
             raise ValueError(
@@ -116,6 +117,7 @@ def check_one_label(caller: str, *splits: Split) -> None:
                 f"{'several classes each' if split.labels.ndim != 1 else 'images without a label'}."
                 " Use multilabel for several; rankme and alignment need none."
             )
+        check_classes(caller, splits[0].labels, split.labels)
 
 
 def over_seeds(run: Callable[[int], dict[str, float]], seeds: int) -> dict[str, dict]:

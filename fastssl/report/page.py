@@ -304,7 +304,9 @@ def _results(runs: Sequence[RunFiles]) -> str:
         command = f"fastssl evaluate {shlex.quote(str(runs[0].folder))} --random"
         return f"<p>Not evaluated yet: <code>{escape(command)}</code></p>"
     parts = []
-    for data in dict.fromkeys(data for run in runs for data in run.results):
+    everything = list(dict.fromkeys(data for run in runs for data in run.results))
+    short = [pictures.data_name(data) for data in everything]
+    for data in everything:
         columns = {}
         for run, name in zip(runs, _names(runs), strict=True):
             by_weights = run.results.get(data, {})
@@ -323,7 +325,8 @@ def _results(runs: Sequence[RunFiles]) -> str:
             f"<pre>{escape(json.dumps(_protocols(result), indent=2))}</pre></details>"
             for head, result in columns.items()
         )
-        title = escape(f"On {pictures.data_name(data)}")
+        name = pictures.data_name(data)
+        title = escape(f"On {name if short.count(name) == 1 else data}")
         parts.append(
             f"<h3>{title}</h3>{_grid(['metric', *columns, *['gap'] * gap], rows)}{protocols}"
         )
@@ -333,13 +336,15 @@ def _results(runs: Sequence[RunFiles]) -> str:
 def _metrics(result: dict[str, Any]) -> Iterable[tuple[str, tuple[float, float | None]]]:
     """Name, value and deviation (None without draws) of each number that `evaluate` gave."""
     for protocol, values in result.items():
-        spread = values.get("sd_percent", {})
+        spread = values.get("sd_percent", {}) | values.get("sd", {})
         for group, value in values.items():
-            if group in ("protocol", "sd_percent"):
+            if group in ("protocol", "sd_percent", "sd"):
                 continue
             members = value if isinstance(value, dict) else {group.removesuffix("_percent"): value}
             for name, number in members.items():
                 if isinstance(number, int | float):
+                    if isinstance(value, dict) and not group.endswith("percent"):
+                        name = f"{group} {name}"
                     label = name if name.startswith(protocol) else f"{protocol}: {name}"
                     unit = ", %" if group.endswith("percent") else ""
                     yield f"{label}{unit}", (number, spread.get(name))
@@ -354,7 +359,9 @@ def _measured(name: str, metric: tuple[float, float | None] | None) -> str:
         return ""
     value, spread = metric
     text = f"{value:.2f}" if name.endswith("%") else _number(value)
-    return text + (f" ± {spread:.2f}" if spread is not None else "")
+    if spread is None:
+        return text
+    return f"{text} ± {spread:.2f}" if name.endswith("%") else f"{text} ± {_number(spread)}"
 
 
 def _gap(random: tuple | None, pretrained: tuple | None) -> str:
