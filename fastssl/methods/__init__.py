@@ -10,11 +10,24 @@ from torch import nn
 from ..extras import nearest
 from .byol import BYOL
 from .lejepa import LeJEPA
+from .moco_v2 import MoCoV2
 from .simclr import SimCLR
 
-METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR, "byol": BYOL, "lejepa": LeJEPA}
+METHODS: dict[str, type[nn.Module]] = {
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "lejepa": LeJEPA,
+    "moco_v2": MoCoV2,
+}
 
-__all__ = ["BYOL", "METHODS", "LeJEPA", "SimCLR", "method_class"]
+__all__ = [
+    "BYOL",
+    "METHODS",
+    "LeJEPA",
+    "MoCoV2",
+    "SimCLR",
+    "method_class",
+]
 
 
 def method_class(name: str) -> type[nn.Module]:

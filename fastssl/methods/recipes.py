@@ -35,6 +35,11 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+_MOCO_V2_SMALL = {
+    **_SIMCLR_SMALL,
+    "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
+}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -62,6 +67,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "patches": {**_LEJEPA_SMALL, "epochs": 20},
         "shapes": {**_LEJEPA_SMALL, "epochs": 10},
         "folder": {**_LEJEPA_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "moco_v2": {
+        "digits": {**_MOCO_V2_SMALL, "epochs": 20},
+        "patches": {**_MOCO_V2_SMALL, "epochs": 20},
+        "shapes": {**_MOCO_V2_SMALL, "epochs": 10},
+        "folder": {**_MOCO_V2_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
     "simclr": {
         "digits": {**_SIMCLR_SMALL, "epochs": 20},
