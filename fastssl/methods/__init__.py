@@ -12,12 +12,14 @@ from .byol import BYOL
 from .lejepa import LeJEPA
 from .moco_v2 import MoCoV2
 from .simclr import SimCLR
+from .vicreg import VICReg
 
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
     "byol": BYOL,
     "lejepa": LeJEPA,
     "moco_v2": MoCoV2,
+    "vicreg": VICReg,
 }
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "LeJEPA",
     "MoCoV2",
     "SimCLR",
+    "VICReg",
     "method_class",
 ]
 

@@ -40,6 +40,8 @@ _MOCO_V2_SMALL = {
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
 }
 
+_VICREG_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -79,6 +81,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "patches": {**_SIMCLR_SMALL, "epochs": 20},
         "shapes": {**_SIMCLR_SMALL, "epochs": 10},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "vicreg": {
+        "digits": {**_VICREG_SMALL, "epochs": 20},
+        "patches": {**_VICREG_SMALL, "epochs": 20},
+        "shapes": {**_VICREG_SMALL, "epochs": 10},
+        "folder": {**_VICREG_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
 }
 """Method; `digits`, `patches`, `shapes` or `folder` (anything else); fields of `PretrainConfig`."""
