@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .barlow import BarlowTwins
 from .byol import BYOL
 from .lejepa import LeJEPA
 from .moco_v2 import MoCoV2
@@ -20,11 +21,13 @@ METHODS: dict[str, type[nn.Module]] = {
     "lejepa": LeJEPA,
     "moco_v2": MoCoV2,
     "vicreg": VICReg,
+    "barlow": BarlowTwins,
 }
 
 __all__ = [
     "BYOL",
     "METHODS",
+    "BarlowTwins",
     "LeJEPA",
     "MoCoV2",
     "SimCLR",

@@ -42,6 +42,8 @@ _MOCO_V2_SMALL = {
 
 _VICREG_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
 
+_BARLOW_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -58,6 +60,12 @@ _OWN = {**_SIMCLR_SMALL, "lr": 1e-3, "epochs": 20, "method_args": {}}
 """Of methods without recipes, which are those in a file of one's own."""
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "barlow": {
+        "digits": {**_BARLOW_SMALL, "epochs": 20},
+        "patches": {**_BARLOW_SMALL, "epochs": 20},
+        "shapes": {**_BARLOW_SMALL, "epochs": 10},
+        "folder": {**_BARLOW_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
     "byol": {
         "digits": {**_BYOL_SMALL, "epochs": 20},
         "patches": {**_BYOL_SMALL, "epochs": 20},
