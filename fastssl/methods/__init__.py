@@ -12,6 +12,7 @@ from .barlow import BarlowTwins
 from .byol import BYOL
 from .lejepa import LeJEPA
 from .moco_v2 import MoCoV2
+from .moco_v3 import MoCoV3
 from .simclr import SimCLR
 from .vicreg import VICReg
 
@@ -22,6 +23,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "moco_v2": MoCoV2,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
+    "moco_v3": MoCoV3,
 }
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "BarlowTwins",
     "LeJEPA",
     "MoCoV2",
+    "MoCoV3",
     "SimCLR",
     "VICReg",
     "method_class",

@@ -40,6 +40,8 @@ _MOCO_V2_SMALL = {
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
 }
 
+_MOCO_V3_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 128}}
+
 _VICREG_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
 
 _BARLOW_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
@@ -83,6 +85,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "patches": {**_MOCO_V2_SMALL, "epochs": 20},
         "shapes": {**_MOCO_V2_SMALL, "epochs": 10},
         "folder": {**_MOCO_V2_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "moco_v3": {
+        "digits": {**_MOCO_V3_SMALL, "epochs": 20},
+        "patches": {**_MOCO_V3_SMALL, "epochs": 20},
+        "shapes": {**_MOCO_V3_SMALL, "epochs": 10},
+        "folder": {**_MOCO_V3_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
     "simclr": {
         "digits": {**_SIMCLR_SMALL, "epochs": 20},
