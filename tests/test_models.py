@@ -89,6 +89,7 @@ def test_mlp_layers():
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert head[0].bias is None and head[3].bias is None and not head[4].affine
     assert mlp([8, 4])[0].bias is not None
+    assert mlp([8, 4], bias=False)[0].bias is None
     assert head(torch.randn(5, 8)).shape == (5, 4)
 
 

@@ -8,13 +8,35 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .barlow import BarlowTwins
 from .byol import BYOL
 from .lejepa import LeJEPA
+from .moco_v2 import MoCoV2
+from .moco_v3 import MoCoV3
 from .simclr import SimCLR
+from .vicreg import VICReg
 
-METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR, "byol": BYOL, "lejepa": LeJEPA}
+METHODS: dict[str, type[nn.Module]] = {
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "lejepa": LeJEPA,
+    "moco_v2": MoCoV2,
+    "vicreg": VICReg,
+    "barlow": BarlowTwins,
+    "moco_v3": MoCoV3,
+}
 
-__all__ = ["BYOL", "METHODS", "LeJEPA", "SimCLR", "method_class"]
+__all__ = [
+    "BYOL",
+    "METHODS",
+    "BarlowTwins",
+    "LeJEPA",
+    "MoCoV2",
+    "MoCoV3",
+    "SimCLR",
+    "VICReg",
+    "method_class",
+]
 
 
 def method_class(name: str) -> type[nn.Module]:

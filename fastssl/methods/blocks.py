@@ -4,7 +4,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Branch(nn.Module):
+    """g(f(x)), the part of which a teacher is an average."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module):
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.backbone(x))
 
 
 def encode(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:

@@ -17,18 +17,7 @@ from ..augment import View, byol, small
 from ..data import Batch
 from ..models import mlp
 from ..optim import EMA
-from .blocks import encode, spread
-
-
-class Branch(nn.Module):
-    """g(f(x)), the part of which the teacher is an average."""
-
-    def __init__(self, backbone: nn.Module, projector: nn.Module):
-        super().__init__()
-        self.backbone, self.projector = backbone, projector
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(self.backbone(x))
+from .blocks import Branch, encode, spread
 
 
 class BYOL(nn.Module):

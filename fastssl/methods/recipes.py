@@ -35,6 +35,17 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+_MOCO_V2_SMALL = {
+    **_SIMCLR_SMALL,
+    "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
+}
+
+_MOCO_V3_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 128}}
+
+_VICREG_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
+
+_BARLOW_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -53,6 +64,12 @@ _OWN = {**_SIMCLR_SMALL, "lr": 1e-3, "epochs": 20, "method_args": {}}
 """Of methods without recipes, which are those in a file of one's own."""
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "barlow": {
+        "digits": {**_BARLOW_SMALL, "epochs": 20},
+        "patches": {**_BARLOW_SMALL, "epochs": 20},
+        "shapes": {**_BARLOW_SMALL, "epochs": 10},
+        "folder": {**_BARLOW_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
     "byol": {
         "digits": {**_BYOL_SMALL, "epochs": 20},
         "patches": {**_BYOL_SMALL, "epochs": 20},
@@ -65,11 +82,29 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "shapes": {**_LEJEPA_SMALL, "epochs": 10},
         "folder": {**_LEJEPA_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
+    "moco_v2": {
+        "digits": {**_MOCO_V2_SMALL, "epochs": 20},
+        "patches": {**_MOCO_V2_SMALL, "epochs": 20},
+        "shapes": {**_MOCO_V2_SMALL, "epochs": 10},
+        "folder": {**_MOCO_V2_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "moco_v3": {
+        "digits": {**_MOCO_V3_SMALL, "epochs": 20},
+        "patches": {**_MOCO_V3_SMALL, "epochs": 20},
+        "shapes": {**_MOCO_V3_SMALL, "epochs": 10},
+        "folder": {**_MOCO_V3_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
     "simclr": {
         "digits": {**_SIMCLR_SMALL, "epochs": 20},
         "patches": {**_SIMCLR_SMALL, "epochs": 20},
         "shapes": {**_SIMCLR_SMALL, "epochs": 10},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "vicreg": {
+        "digits": {**_VICREG_SMALL, "epochs": 20},
+        "patches": {**_VICREG_SMALL, "epochs": 20},
+        "shapes": {**_VICREG_SMALL, "epochs": 10},
+        "folder": {**_VICREG_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
 }
 """Method; `digits`, `patches`, `shapes` or `folder` (anything else); fields of `PretrainConfig`."""

@@ -1,0 +1,107 @@
+"""Steps of a small method: in one process, over ranks, and twice."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.config import PretrainConfig
+from fastssl.data import Batch
+from fastssl.dist import SyncBatchNorm
+from fastssl.methods import METHODS
+from fastssl.methods.recipes import resolve
+from fastssl.models import ResNetSmall
+from fastssl.train import setup
+from fastssl.train.parallel import Objective
+from fastssl.train.update import Update
+
+CPU = torch.device("cpu")
+
+
+def built(name, **arguments):
+    torch.manual_seed(0)
+    return METHODS[name](ResNetSmall(1, 8, 16), **arguments)
+
+
+def batch(step=0, count=16, part=slice(None)):
+    generator = torch.Generator().manual_seed(step)
+    views = [torch.randn(count, 1, 8, 8, generator=generator)[part] for _ in range(2)]
+    index = torch.arange(count)[part]
+    return Batch(views, index, torch.full_like(index, -1), step, 10)
+
+
+def with_gradients(method, loss):
+    """The loss, and the gradient of each parameter that has one, by its name."""
+    method.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def disturb_teacher(method):
+    """Makes it another network than the student."""
+    with torch.no_grad():
+        for p in method.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def trained(method, objective, part=slice(None), steps=3):
+    """The losses of so many steps, and the state after them."""
+    config = resolve(PretrainConfig(optimizer="sgd", lr=0.02, weight_decay=0.0))
+    setup.train_mode(method, [])
+    update = Update(config, method, setup.build_optimizer(config, method, CPU), CPU, "fp32")
+    losses = []
+    for step in range(steps):
+        losses.append(update(objective, batch(step, part=part))["loss"])
+        method.after_step(step + 1, 10)
+    return {"losses": torch.stack(losses), **copy.deepcopy(method.state_dict())}
+
+
+def _on_a_rank(group, name, arguments):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    method = SyncBatchNorm.convert_sync_batchnorm(built(name, **arguments))
+    part = slice(rank * 16 // world, (rank + 1) * 16 // world)
+    return trained(method, DistributedDataParallel(Objective(method)), part)
+
+
+def assert_ranks_are_one_process(ranks, name, **arguments):
+    """Losses, weights, teacher and queue after three steps on four ranks are those of one."""
+    method = built(name, **arguments)
+    want = trained(method, Objective(method))
+    for got in ranks.run(_on_a_rank, 4, name, arguments):
+        assert got.keys() == want.keys()
+        for key, x in want.items():
+            torch.testing.assert_close(got[key], x, atol=1e-4, rtol=1e-3, msg=key)
+
+
+def assert_repeats_and_goes_on(name, **arguments):
+    """Equal seeds give equal bits; so does a state loaded by another method of that kind."""
+    one, two = built(name, **arguments), built(name, **arguments)
+    states = [trained(method, Objective(method), steps=2) for method in (one, two)]
+    assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+    other = built(name, **arguments)
+    disturbed = {key: torch.zeros_like(x) for key, x in other.state_dict().items()}
+    other.load_state_dict(disturbed)
+    other.load_state_dict(one.state_dict())
+    states = [trained(method, Objective(method), steps=2) for method in (one, other)]
+    assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+    assert not torch.equal(states[0]["losses"], trained(two, Objective(two), steps=1)["losses"])
+
+
+class Rows(torch.nn.Module):
+    """A backbone whose features are the pixels, to put values into a loss."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.feature_dim = width
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def loss_of_rows(method, *rows):
+    """The loss of a method whose heads are identities, of rows (B, D) for each view."""
+    views = [x.view(len(x), 1, 1, -1) for x in rows]
+    index = torch.arange(len(rows[0]))
+    return method.loss(Batch(views, index, torch.full_like(index, -1)))
