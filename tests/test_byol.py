@@ -162,3 +162,8 @@ def test_four_ranks_have_the_weights_and_the_teacher_of_one_process(ranks):
         assert got.keys() == want.keys()
         for name, x in want.items():
             torch.testing.assert_close(got[name], x, atol=1e-4, rtol=1e-3)
+
+
+def test_a_momentum_out_of_range_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 1.5"):
+        byol(momentum=1.5)

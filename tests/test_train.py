@@ -185,6 +185,16 @@ def test_run_folder(whole):
     assert config["backbone"] == "resnet_small" and config["image_size"] == 8
 
 
+def test_the_export_is_as_open_as_the_other_files(whole):
+    modes = {(whole.path / n).stat().st_mode for n in ("backbone.safetensors", "config.yaml")}
+    assert len(modes) == 1
+
+
+def test_a_device_that_there_is_not(tmp_path, tiny):
+    with pytest.raises(ValueError, match='device must be "auto", "cpu".*got \'gpu\''):
+        pretrain(tiny(tmp_path, device="gpu"))
+
+
 def test_finished_run_resumes_to_itself(whole, tiny):
     before = (whole.path / "checkpoints" / "last.pt").stat().st_mtime_ns
     again = pretrain(tiny(whole.path, resume=True))

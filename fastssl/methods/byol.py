@@ -41,7 +41,7 @@ class BYOL(nn.Module):
         self.projector = mlp([backbone.feature_dim, hidden_dim, out_dim])
         self.predictor = mlp([out_dim, hidden_dim, out_dim])
         # Its BatchNorms, in training mode, have statistics of their own.
-        self.ema = EMA(Branch(self.backbone, self.projector), buffers="keep")
+        self.ema = EMA(Branch(self.backbone, self.projector), momentum, buffers="keep")
         self.momentum = momentum
 
     @property

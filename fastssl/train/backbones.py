@@ -14,6 +14,7 @@ from ..data import load
 from ..extras import require
 from ..models import build_backbone
 from ..random import permutation
+from .checkpoint import replacing
 from .weights import EXPORTED, ROLES, fit, read_weights
 
 
@@ -45,9 +46,8 @@ def export_backbone(backbone: nn.Module, folder: Path, config, source) -> None:
         "channels": str(source.channels),
         "image_size": str(config.image_size),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    safetensors.save_file(weights, partial, metadata=metadata)
-    partial.replace(path)
+    with replacing(path) as file:  # save_file would close the file to other users
+        file.write(safetensors.save(weights, metadata))
 
     reloaded = seeded_backbone(dataclasses.asdict(config), source.channels)
     reloaded.load_state_dict(safetensors.load_file(path))

@@ -65,7 +65,7 @@ def check_combinations(
     if config.warmup_epochs >= config.epochs:
         _warn(
             f"warmup_epochs is {config.warmup_epochs:g} of {config.epochs} epochs: the learning "
-            f"rate ends before it reaches {config.lr:g}. Set warmup_epochs to a tenth of epochs."
+            "rate rises to the end and never falls. Set warmup_epochs to a tenth of epochs."
         )
     if config.optimizer.startswith(("lars", "lamb")) and B < 512:
         _warn(

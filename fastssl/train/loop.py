@@ -239,8 +239,8 @@ class _Training:
             f"{config.optimizer}, {self.precision}, {config.method_args}); the first parameter "
             f"whose gradient is not: {parameter}. Its images and seeds are in "
             f"{self.out}/bad_batch.json. Try a lower lr, more warmup_epochs, max_grad_norm or "
-            "a higher temperature; with bf16 or fp16 try precision fp32. The last checkpoint is "
-            "from before that step."
+            "a higher temperature; with bf16 or fp16 try precision fp32. No checkpoint is from "
+            "after that step."
         )
 
     def _save(self) -> None:

@@ -35,7 +35,12 @@ class Ranks:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if device == "auto":
             device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-        chosen = torch.device(device)
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            raise ValueError(
+                f'pretrain: device must be "auto", "cpu", "cuda" or as "cuda:1", got {device!r}.'
+            ) from None
         if chosen.type == "cuda":
             if not torch.cuda.is_available():
                 raise ValueError(
