@@ -23,8 +23,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# A file's tests share what their fixtures train and start, so a file stays in one process.
 test-cpu: .venv/installed-dev
-	$(BIN)/pytest --ignore-glob "tests/*_triton.py" --ignore-glob "tests/*_cubin.py"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --ignore-glob "tests/*_triton.py" --ignore-glob "tests/*_cubin.py"
 
 # The interpreter must be chosen before the kernels are imported, hence a process of its own. It and
 # the compiler run on one thread: a process a core.
