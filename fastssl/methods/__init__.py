@@ -9,12 +9,18 @@ from torch import nn
 
 from ..extras import nearest
 from .byol import BYOL
+from .dino import DINO
 from .lejepa import LeJEPA
 from .simclr import SimCLR
 
-METHODS: dict[str, type[nn.Module]] = {"simclr": SimCLR, "byol": BYOL, "lejepa": LeJEPA}
+METHODS: dict[str, type[nn.Module]] = {
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "dino": DINO,
+    "lejepa": LeJEPA,
+}
 
-__all__ = ["BYOL", "METHODS", "LeJEPA", "SimCLR", "method_class"]
+__all__ = ["BYOL", "DINO", "METHODS", "LeJEPA", "SimCLR", "method_class"]
 
 
 def method_class(name: str) -> type[nn.Module]:

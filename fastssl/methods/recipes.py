@@ -25,6 +25,27 @@ _BYOL_SMALL = {
     "method_args": {"hidden_dim": 512, "out_dim": 128},
 }
 
+_DINO_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "lr": 2e-3,
+    "weight_decay": 4e-2,
+    "final_weight_decay": 0.4,
+    "max_grad_norm": 3.0,
+    "warmup_epochs": 1.0,
+    "method_args": {
+        "momentum": 0.99,
+        "teacher_temperature": 0.04,
+        "centering": "sinkhorn",
+        "hidden_dim": 512,
+        "bottleneck_dim": 64,
+        "batch_norm": True,
+        "out_dim": 256,
+        "local_views": 4,
+    },
+}
+
 _LEJEPA_SMALL = {
     "backbone": "resnet_small",
     "batch_size": 256,
@@ -56,6 +77,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "patches": {**_BYOL_SMALL, "epochs": 20},
         "shapes": {**_BYOL_SMALL, "epochs": 10},
         "folder": {**_BYOL_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "dino": {
+        "digits": {**_DINO_SMALL, "epochs": 20},
+        "patches": {**_DINO_SMALL, "epochs": 20},
+        "shapes": {**_DINO_SMALL, "epochs": 10},
+        "folder": {**_DINO_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
     "lejepa": {
         "digits": {**_LEJEPA_SMALL, "epochs": 20},
