@@ -12,15 +12,17 @@ from .byol import BYOL
 from .dino import DINO
 from .lejepa import LeJEPA
 from .simclr import SimCLR
+from .swav import SwAV
 
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
     "byol": BYOL,
     "dino": DINO,
     "lejepa": LeJEPA,
+    "swav": SwAV,
 }
 
-__all__ = ["BYOL", "DINO", "METHODS", "LeJEPA", "SimCLR", "method_class"]
+__all__ = ["BYOL", "DINO", "METHODS", "LeJEPA", "SimCLR", "SwAV", "method_class"]
 
 
 def method_class(name: str) -> type[nn.Module]:

@@ -56,6 +56,23 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+_SWAV_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 1.0,
+    "method_args": {
+        "hidden_dim": 512,
+        "num_prototypes": 128,
+        "freeze_steps": 30,
+        "queue_size": 512,
+        "wait_epochs": 5.0,
+        "local_views": 4,
+    },
+}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -95,6 +112,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "patches": {**_SIMCLR_SMALL, "epochs": 20},
         "shapes": {**_SIMCLR_SMALL, "epochs": 10},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "swav": {
+        "digits": {**_SWAV_SMALL, "epochs": 20},
+        "patches": {**_SWAV_SMALL, "epochs": 20},
+        "shapes": {**_SWAV_SMALL, "epochs": 10},
+        "folder": {**_SWAV_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
 }
 """Method; `digits`, `patches`, `shapes` or `folder` (anything else); fields of `PretrainConfig`."""
