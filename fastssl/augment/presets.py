@@ -136,23 +136,25 @@ def mae(size: int = 224, *, flip: bool = True) -> View:
     return View(crop, *_flip(flip), Normalize())
 
 
-def small(size: int, channels: int, *, flip: bool = True) -> View:
+def small(
+    size: int, channels: int, *, flip: bool = True, scale: tuple[float, float] | None = None
+) -> View:
     """For images of 8 to 64 pixels: milder crops, no blur; noise instead of colour if not RGB.
 
     RGB: crops of 20 to 100 %, jitter of 0.4, 0.4, 0.4, 0.1 with probability 0.8, grey 0.2. Others:
     crops of 40 to 100 % that reach 10 % beyond the edge, turned by up to 15 degrees, brightness
-    and contrast of 0.4 with probability 0.8, noise of 0.1.
+    and contrast of 0.4 with probability 0.8, noise of 0.1. `scale`: other crops, as of parts.
     """
     if channels == 3:
         return View(
-            RandomResizedCrop(size, scale=(0.2, 1.0)),
+            RandomResizedCrop(size, scale=scale or (0.2, 1.0)),
             *_flip(flip),
             ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
             Grayscale(0.2),
             Normalize(),
         )
     return View(
-        RandomResizedCrop(size, scale=(0.4, 1.0), pad=0.1),
+        RandomResizedCrop(size, scale=scale or (0.4, 1.0), pad=0.1),
         Rotate(15.0),
         *_flip(flip),
         ColorJitter(0.4, 0.4, p=0.8),

@@ -10,30 +10,36 @@ from torch import nn
 from ..extras import nearest
 from .barlow import BarlowTwins
 from .byol import BYOL
+from .dino import DINO
 from .lejepa import LeJEPA
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
 from .simclr import SimCLR
+from .swav import SwAV
 from .vicreg import VICReg
 
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
     "byol": BYOL,
-    "lejepa": LeJEPA,
     "moco_v2": MoCoV2,
+    "moco_v3": MoCoV3,
+    "dino": DINO,
+    "swav": SwAV,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
-    "moco_v3": MoCoV3,
+    "lejepa": LeJEPA,
 }
 
 __all__ = [
     "BYOL",
+    "DINO",
     "METHODS",
     "BarlowTwins",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",
     "SimCLR",
+    "SwAV",
     "VICReg",
     "method_class",
 ]

@@ -40,6 +40,12 @@ def encode(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list
     return [out[v] for v in range(len(views))]
 
 
+def held(weight: Tensor, hold: bool) -> Tensor:
+    """The weight, with a gradient of zero if it is to be held: DistributedDataParallel waits for a
+    gradient of every parameter, so that none at all will not do."""
+    return weight.detach() + 0 * weight if hold else weight
+
+
 def spread(z: Tensor) -> Tensor:
     """Deviation of the normalised rows of z (B, D) times sqrt(D), the scalar `std` of `health`: 1
     over the whole sphere, 0 where all are equal."""

@@ -25,6 +25,30 @@ _BYOL_SMALL = {
     "method_args": {"hidden_dim": 512, "out_dim": 128},
 }
 
+_DINO_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "lr": 2e-3,
+    "weight_decay": 4e-2,
+    "final_weight_decay": 0.4,
+    "max_grad_norm": 3.0,
+    "warmup_epochs": 1.0,
+    "method_args": {
+        "momentum": 0.99,
+        "teacher_temperature": 0.04,
+        "centering": "sinkhorn",
+        "hidden_dim": 512,
+        "bottleneck_dim": 64,
+        "batch_norm": True,
+        "out_dim": 256,
+        "local_views": 4,
+    },
+}
+
+# Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
+_DINO_DIGITS = {**_DINO_SMALL["method_args"], "local_views": 0}
+
 _LEJEPA_SMALL = {
     "backbone": "resnet_small",
     "batch_size": 256,
@@ -45,6 +69,25 @@ _MOCO_V3_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim":
 _VICREG_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
 
 _BARLOW_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
+
+_SWAV_SMALL = {
+    "backbone": "resnet_small",
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 1.0,
+    "method_args": {
+        "hidden_dim": 512,
+        "num_prototypes": 128,
+        "freeze_steps": 30,
+        "queue_size": 512,
+        "wait_epochs": 5.0,
+        "local_views": 4,
+    },
+}
+
+_SWAV_DIGITS = {**_SWAV_SMALL["method_args"], "epsilon": 0.03, "local_views": 0}
 
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
@@ -76,6 +119,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "shapes": {**_BYOL_SMALL, "epochs": 10},
         "folder": {**_BYOL_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
+    "dino": {
+        "digits": {**_DINO_SMALL, "epochs": 20, "method_args": _DINO_DIGITS},
+        "patches": {**_DINO_SMALL, "epochs": 20},
+        "shapes": {**_DINO_SMALL, "epochs": 10},
+        "folder": {**_DINO_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
     "lejepa": {
         "digits": {**_LEJEPA_SMALL, "epochs": 20},
         "patches": {**_LEJEPA_SMALL, "epochs": 20},
@@ -99,6 +148,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "patches": {**_SIMCLR_SMALL, "epochs": 20},
         "shapes": {**_SIMCLR_SMALL, "epochs": 10},
         "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    },
+    "swav": {
+        "digits": {**_SWAV_SMALL, "epochs": 20, "method_args": _SWAV_DIGITS},
+        "patches": {**_SWAV_SMALL, "epochs": 20},
+        "shapes": {**_SWAV_SMALL, "epochs": 10},
+        "folder": {**_SWAV_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
     },
     "vicreg": {
         "digits": {**_VICREG_SMALL, "epochs": 20},

@@ -1,0 +1,132 @@
+"""DINO: the student finds in every crop what its own moving average makes of the two large ones.
+
+Paper: Caron et al., "Emerging properties in self-supervised vision transformers",
+arXiv 2104.14294.
+
+What differs: the temperature of the teacher rises by the step, not the epoch; the magnitudes of
+the last layer never train (the released code can free them); crops of a size go through a network
+in one forward, so that BatchNorms, where the backbone has them, see them together; images of up to
+64 pixels have no blur and no solarisation.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import schedules
+from ..augment import View, dino, small
+from ..data import Batch
+from ..losses import DINOLoss
+from ..models import mlp
+from ..ops import effective_prototypes, prototype_usage
+from ..optim import EMA
+from .blocks import encode, held, spread
+
+
+class Prototypes(nn.Linear):
+    """Cosines of z (B, D) with K prototypes: a weight-normed layer whose magnitudes are 1."""
+
+    def forward(self, z: Tensor, hold: bool = False) -> Tensor:
+        return F.linear(F.normalize(z), F.normalize(held(self.weight, hold)))
+
+
+class DINO(nn.Module):
+    """Args:
+    backbone: f, (B, C, s, s) to (B, backbone.feature_dim), for both sizes of the crops.
+    momentum: l of the teacher's average at the start; it rises to 1 by a cosine.
+    student_temperature: tau_s.
+    first_temperature, teacher_temperature: tau_t, which goes from the first to the second in a
+        straight line over temperature_epochs.
+    temperature_epochs: length of that.
+    centering: mean, the teacher's centre; or sinkhorn, a balance of each batch in its place.
+    center_momentum: m of the centre's average.
+    freeze_epochs: so long the prototypes stay what they are.
+    hidden_dim: width of the two hidden layers of the projector g.
+    bottleneck_dim: width of the projections z.
+    batch_norm: in the projector, as convolutional backbones need it in short runs.
+    out_dim: K, the number of prototypes.
+    local_views: small crops of small parts of an image, which only the student sees.
+    local_size: their side; None: 3/7 of image_size above 64 pixels, else half of it.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        momentum: float = 0.996,
+        student_temperature: float = 0.1,
+        first_temperature: float = 0.04,
+        teacher_temperature: float = 0.07,
+        temperature_epochs: float = 30.0,
+        centering: str = "mean",
+        center_momentum: float = 0.9,
+        freeze_epochs: float = 1.0,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        batch_norm: bool = False,
+        out_dim: int = 65536,
+        local_views: int = 8,
+        local_size: int | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        dims = [backbone.feature_dim, hidden_dim, hidden_dim, bottleneck_dim]
+        self.projector = mlp(dims, norm="bn" if batch_norm else None, act="gelu")
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.prototypes = Prototypes(bottleneck_dim, out_dim, bias=False)
+        parts = {name: getattr(self, name) for name in ("backbone", "projector", "prototypes")}
+        # BatchNorms of the teacher, in training mode, have statistics of their own.
+        self.ema = EMA(nn.Sequential(OrderedDict(parts)), buffers="keep")
+        self.dino = DINOLoss(
+            out_dim, student_temp=student_temperature, center_momentum=center_momentum,
+            centering=centering,
+        )  # fmt: skip
+        self.momentum, self.freeze_epochs = momentum, freeze_epochs
+        self.temperatures = first_temperature, teacher_temperature
+        self.temperature_epochs = temperature_epochs
+        self.local_views, self.local_size = local_views, local_size
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self.ema.module
+
+    def views(self, image_size: int, source) -> list[View]:
+        Vl, flip = self.local_views, source.mirror
+        if image_size > 64:
+            local_size = self.local_size or image_size * 3 // 7
+            return dino(image_size, local_size, local_views=Vl, flip=flip)
+        local_size, channels = self.local_size or image_size // 2, source.channels
+        whole = small(image_size, channels, flip=flip, scale=(0.4, 1.0))
+        part = small(local_size, channels, flip=flip, scale=(0.1, 0.4))
+        return [whole] * 2 + [part] * Vl
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        z = encode(self.ema.model[:2], batch.views)  # z = g(f(x)), (B, bottleneck_dim) each
+        s = self.prototypes(torch.cat(z), hold=batch.epoch < self.freeze_epochs)
+        t = torch.stack(encode(self.ema, batch.views[:2]))  # the teacher's, without gradient
+        progress = batch.epoch / self.temperature_epochs if self.temperature_epochs else 1.0
+        tau_t = schedules.linear(progress, *self.temperatures)
+        bias = -self.dino.center.flatten() / tau_t  # stays 0 with sinkhorn
+        usage = prototype_usage(t.flatten(0, 1), tau_t, bias)
+        loss = self.dino(t, s.chunk(len(z)), teacher_temp=tau_t)  # eq. 3; moves the centre, eq. 4
+        return loss, {
+            "std": spread(z[0]),
+            "prototypes": s.shape[1],
+            "effective_prototypes": effective_prototypes(usage),
+            "student_temperature": self.dino.student_temp,
+            "teacher_temperature": tau_t,
+        }
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        self.ema.momentum = schedules.cosine(step / total_steps, self.momentum, 1.0)
+        self.ema.update()
+
+    def features(self, x: Tensor) -> Tensor:
+        """h = f(x), (B, feature_dim): the representation before the projector."""
+        return self.backbone(x)
