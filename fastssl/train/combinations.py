@@ -114,8 +114,8 @@ def check_views(backbone: nn.Module, name: str, views: Sequence, channels: int, 
             raise ValueError(
                 f"pretrain: {name}, built for images of {size} pixels, cannot take the method's "
                 f"views of {side}: {' '.join(str(error).split())} Make all views of image_size "
-                "(for LeJEPA local_size), a multiple of the patch size, or take a convolutional "
-                "backbone, which has no fixed size."
+                "(local_size, where there are parts), a multiple of the patch size, or take a "
+                "convolutional backbone, which has no fixed size."
             ) from error
     backbone.train(mode)
 
