@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown command {argv[0]!r}. {_nearest(argv[0], commands)}")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return commands[argv[0]](argv[1:])
+            code = commands[argv[0]](argv[1:])
+        sys.stdout.flush()  # here, where a closed pipe is met below
+        return code
     except BrokenPipeError:  # the reader has seen enough, as in `fastssl info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -101,7 +101,8 @@ def folder(tmp_path_factory):
 def test_two_processes_follow_the_curve_of_one(folder, parallel, case):
     want, got = (torch.load(folder / f"{name}.pt")[case] for name in ("one", parallel))
     assert len(want) == len(got) == (20 if case[0] == "simclr" else 5)
-    assert max(want) - min(want) > 1e-2 * max(want)
+    # Far more than the bounds below. DINO stays near ln K while its prototypes are held.
+    assert max(want) - min(want) > (1e-2 if case[0] == "simclr" else 1e-3) * max(want)
     for step, (x, y) in enumerate(zip(got, want, strict=True), start=1):
         # Rounding grows from step to step: in fp32 from 1e-5 to 1e-2.
         bound = 1e-8 if case[2] == 64 else 10 ** (-5 + 3 * (step - 1) / 19)
