@@ -1,4 +1,5 @@
-"""Seconds until an ImageNet-shaped folder is open: 1000 classes with 1281 files each, empty here.
+"""Seconds until an ImageNet-shaped folder is open: 1000 classes of 1281 files to train on and 50 to
+validate on, empty here.
 
     python benchmarks/bench_listing.py
 
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import harness
 
-CLASSES, FILES, TIMES = 1000, 1281, 5
+CLASSES, TIMES = 1000, 5
+FILES = {"train": 1281, "val": 50}
 
 OPEN = """
 import sys, time
@@ -33,25 +35,25 @@ def opened(folder: str, cache: str) -> tuple[float, float]:
     command = [sys.executable, "-c", OPEN, folder]
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     images, wall, cpu = out.stdout.split()
-    assert int(images) == CLASSES * FILES
+    assert int(images) == CLASSES * FILES["train"]
     return float(wall), float(cpu)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
-        for c in range(CLASSES):
-            inner = Path(folder, "train", f"n{c:08}")
-            inner.mkdir(parents=True)
-            for i in range(FILES):
-                os.close(os.open(inner / f"n{c:08}_{i}.JPEG", os.O_CREAT | os.O_WRONLY))
+        for split, count in FILES.items():
+            for c in range(CLASSES):
+                inner = Path(folder, split, f"n{c:08}")
+                inner.mkdir(parents=True)
+                for i in range(count):
+                    os.close(os.open(inner / f"n{c:08}_{i}.JPEG", os.O_CREAT | os.O_WRONLY))
         time.sleep(3)  # a folder that has just changed is listed again
         rows = []
         for name, count in (("first", 1), ("later", TIMES)):
             times = [opened(folder, cache) for _ in range(count)]
             wall_s, cpu_s = (statistics.median(column) for column in zip(*times, strict=True))
-            rows.append(
-                {"opening": name, "files": CLASSES * FILES, "wall_s": wall_s, "cpu_s": cpu_s}
-            )
+            files = CLASSES * sum(FILES.values())
+            rows.append({"opening": name, "files": files, "wall_s": wall_s, "cpu_s": cpu_s})
             print(f"{name:6} {wall_s:.2f} s, {cpu_s:.2f} s of the processor")
     print(harness.write("listing", rows))
 
