@@ -15,15 +15,7 @@ _SIMCLR_SMALL = {
     "method_args": {"temperature": 0.2},
 }
 
-_BYOL_SMALL = {
-    "backbone": "resnet_small",
-    "batch_size": 256,
-    "optimizer": "adamw",
-    "lr": 3e-3,
-    "weight_decay": 1e-4,
-    "warmup_epochs": 1.0,
-    "method_args": {"hidden_dim": 512, "out_dim": 128},
-}
+_BYOL_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 128}}
 
 _DINO_SMALL = {
     "backbone": "resnet_small",
@@ -46,9 +38,6 @@ _DINO_SMALL = {
     },
 }
 
-# Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
-_DINO_DIGITS = {**_DINO_SMALL["method_args"], "local_views": 0}
-
 _LEJEPA_SMALL = {
     "backbone": "resnet_small",
     "batch_size": 256,
@@ -64,19 +53,11 @@ _MOCO_V2_SMALL = {
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
 }
 
-_MOCO_V3_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 128}}
-
 _VICREG_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
 
-_BARLOW_SMALL = {**_SIMCLR_SMALL, "method_args": {"hidden_dim": 512, "out_dim": 512}}
-
 _SWAV_SMALL = {
-    "backbone": "resnet_small",
+    **_SIMCLR_SMALL,
     "batch_size": 128,
-    "optimizer": "adamw",
-    "lr": 3e-3,
-    "weight_decay": 1e-4,
-    "warmup_epochs": 1.0,
     "method_args": {
         "hidden_dim": 512,
         "num_prototypes": 128,
@@ -86,8 +67,6 @@ _SWAV_SMALL = {
         "local_views": 4,
     },
 }
-
-_SWAV_DIGITS = {**_SWAV_SMALL["method_args"], "epsilon": 0.03, "local_views": 0}
 
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
@@ -106,61 +85,28 @@ EVERY: dict[str, Any] = {
 _OWN = {**_SIMCLR_SMALL, "lr": 1e-3, "epochs": 20, "method_args": {}}
 """Of methods without recipes, which are those in a file of one's own."""
 
+
+def _by_data(small: dict[str, Any], **digits: Any) -> dict[str, dict[str, Any]]:
+    """A method's recipes; `digits` are arguments of it that differ there."""
+    return {
+        "digits": {**small, "epochs": 20, "method_args": {**small["method_args"], **digits}},
+        "patches": {**small, "epochs": 20},
+        "shapes": {**small, "epochs": 10},
+        "folder": {**small, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+    }
+
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "barlow": {
-        "digits": {**_BARLOW_SMALL, "epochs": 20},
-        "patches": {**_BARLOW_SMALL, "epochs": 20},
-        "shapes": {**_BARLOW_SMALL, "epochs": 10},
-        "folder": {**_BARLOW_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "byol": {
-        "digits": {**_BYOL_SMALL, "epochs": 20},
-        "patches": {**_BYOL_SMALL, "epochs": 20},
-        "shapes": {**_BYOL_SMALL, "epochs": 10},
-        "folder": {**_BYOL_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "dino": {
-        "digits": {**_DINO_SMALL, "epochs": 20, "method_args": _DINO_DIGITS},
-        "patches": {**_DINO_SMALL, "epochs": 20},
-        "shapes": {**_DINO_SMALL, "epochs": 10},
-        "folder": {**_DINO_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "lejepa": {
-        "digits": {**_LEJEPA_SMALL, "epochs": 20},
-        "patches": {**_LEJEPA_SMALL, "epochs": 20},
-        "shapes": {**_LEJEPA_SMALL, "epochs": 10},
-        "folder": {**_LEJEPA_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "moco_v2": {
-        "digits": {**_MOCO_V2_SMALL, "epochs": 20},
-        "patches": {**_MOCO_V2_SMALL, "epochs": 20},
-        "shapes": {**_MOCO_V2_SMALL, "epochs": 10},
-        "folder": {**_MOCO_V2_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "moco_v3": {
-        "digits": {**_MOCO_V3_SMALL, "epochs": 20},
-        "patches": {**_MOCO_V3_SMALL, "epochs": 20},
-        "shapes": {**_MOCO_V3_SMALL, "epochs": 10},
-        "folder": {**_MOCO_V3_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "simclr": {
-        "digits": {**_SIMCLR_SMALL, "epochs": 20},
-        "patches": {**_SIMCLR_SMALL, "epochs": 20},
-        "shapes": {**_SIMCLR_SMALL, "epochs": 10},
-        "folder": {**_SIMCLR_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "swav": {
-        "digits": {**_SWAV_SMALL, "epochs": 20, "method_args": _SWAV_DIGITS},
-        "patches": {**_SWAV_SMALL, "epochs": 20},
-        "shapes": {**_SWAV_SMALL, "epochs": 10},
-        "folder": {**_SWAV_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
-    "vicreg": {
-        "digits": {**_VICREG_SMALL, "epochs": 20},
-        "patches": {**_VICREG_SMALL, "epochs": 20},
-        "shapes": {**_VICREG_SMALL, "epochs": 10},
-        "folder": {**_VICREG_SMALL, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
-    },
+    "barlow": _by_data(_VICREG_SMALL),
+    "byol": _by_data(_BYOL_SMALL),
+    # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
+    "dino": _by_data(_DINO_SMALL, local_views=0),
+    "lejepa": _by_data(_LEJEPA_SMALL),
+    "moco_v2": _by_data(_MOCO_V2_SMALL),
+    "moco_v3": _by_data(_BYOL_SMALL),
+    "simclr": _by_data(_SIMCLR_SMALL),
+    "swav": _by_data(_SWAV_SMALL, local_views=0, epsilon=0.03),
+    "vicreg": _by_data(_VICREG_SMALL),
 }
 """Method; `digits`, `patches`, `shapes` or `folder` (anything else); fields of `PretrainConfig`."""
 
