@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastssl.extras import require
-from fastssl.models import build_backbone, mlp
+from fastssl.models import build_backbone, grid_side, mlp, patch_tokens
 from fastssl.models.vit import sincos_positions
 
 
@@ -102,3 +102,45 @@ def test_sincos_positions_by_hand():
 
 def _frequencies():
     return torch.tensor([1.0, 0.01])
+
+
+@pytest.mark.parametrize("name", ["vit_small", "timm:vit_tiny_patch16_224"])
+def test_patch_tokens_are_those_of_the_forward(name):
+    torch.manual_seed(0)
+    library = name.partition(":")[0]
+    if library == "timm":
+        pytest.importorskip("timm")
+    backbone = build_backbone(name, 3, 32).eval()
+    sides = (32, 64) if library == "timm" else (32, 16)
+    for size in sides:
+        x = torch.randn(2, 3, size, size)
+        cls, patches = patch_tokens(backbone, x)
+        L = grid_side(backbone, size) ** 2
+        assert patches.shape == (2, L, backbone.feature_dim)
+        torch.testing.assert_close(cls, backbone(x))
+        order = torch.stack([torch.randperm(L) for _ in range(2)])
+        same, moved = patch_tokens(backbone, x, keep=order)
+        torch.testing.assert_close(same, cls, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moved[0], patches[0, order[0]], atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_patches_say_nothing():
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_small", 1, 16).eval()
+    x = torch.randn(2, 1, 16, 16)
+    other = x.clone()
+    other[:, :, :2, :2] = 5.0  # the first patch
+    mask = torch.zeros(2, 64, dtype=torch.bool)
+    mask[:, 0] = True
+    token = torch.randn(96, requires_grad=True)
+    hidden = [patch_tokens(backbone, y, mask=mask, mask_token=token) for y in (x, other)]
+    torch.testing.assert_close(hidden[0], hidden[1])
+    kept = torch.arange(1, 64).expand(2, -1)
+    torch.testing.assert_close(
+        patch_tokens(backbone, x, keep=kept), patch_tokens(backbone, other, keep=kept)
+    )
+    assert not torch.equal(backbone(x), backbone(other))
+    hidden[0][1][:, 0].sum().backward()
+    assert token.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="vision transformer, got ResNetSmall"):
+        patch_tokens(build_backbone("resnet_small", 1, 16), x)

@@ -6,9 +6,17 @@ from torch import nn
 from ..extras import nearest, require
 from .heads import mlp
 from .resnet import ResNetSmall
+from .tokens import grid_side, patch_tokens
 from .vit import ViTSmall
 
-__all__ = ["ResNetSmall", "ViTSmall", "build_backbone", "mlp"]
+__all__ = [
+    "ResNetSmall",
+    "ViTSmall",
+    "build_backbone",
+    "grid_side",
+    "mlp",
+    "patch_tokens",
+]
 
 _BUILTIN = {"resnet_small": ResNetSmall, "vit_small": ViTSmall}
 

@@ -1,5 +1,7 @@
 """A small vision transformer for images of 8 to 64 pixels."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,9 +103,12 @@ class ViTSmall(nn.Module):
                 f"vit_small: images must be squares of a multiple of {self.patch} pixels, got "
                 f"{tuple(x.shape)}. Resize them or build the network for that size."
             )
-        positions, side = self.positions, S // self.patch
+        x = self.placed(self.patch_embed(x).flatten(2).transpose(1, 2))
+        return self.norm(self.blocks(x)[:, 0])
+
+    def placed(self, patches: Tensor) -> Tensor:
+        """Embedded patches (B, side**2, dim) with positions, the class token before them."""
+        positions, side = self.positions, math.isqrt(patches.shape[1])
         if side != self.side:
             positions = sincos_positions(side, self.feature_dim, self.side).to(positions.device)
-        x = self.patch_embed(x).flatten(2).transpose(1, 2) + positions  # (B, L, dim)
-        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1)
-        return self.norm(self.blocks(x)[:, 0])
+        return torch.cat((self.cls.expand(len(patches), 1, -1), patches + positions), dim=1)
