@@ -24,11 +24,12 @@ def built(name, **arguments):
     return METHODS[name](ResNetSmall(1, 8, 16), **arguments)
 
 
-def batch(step=0, count=16, part=slice(None)):
+def batch(step=0, count=16, part=slice(None), sizes=(8, 8)):
+    """The sizes are those of the views; two steps are an epoch."""
     generator = torch.Generator().manual_seed(step)
-    views = [torch.randn(count, 1, 8, 8, generator=generator)[part] for _ in range(2)]
+    views = [torch.randn(count, 1, size, size, generator=generator)[part] for size in sizes]
     index = torch.arange(count)[part]
-    return Batch(views, index, torch.full_like(index, -1), step, 10)
+    return Batch(views, index, torch.full_like(index, -1), step, 10, step / 2)
 
 
 def with_gradients(method, loss):
@@ -46,47 +47,50 @@ def disturb_teacher(method):
             p.add_(0.1 * torch.randn_like(p))
 
 
-def trained(method, objective, part=slice(None), steps=3):
+def trained(method, objective, part=slice(None), steps=3, first=0, sizes=(8, 8), **settings):
     """The losses of so many steps, and the state after them."""
-    config = resolve(PretrainConfig(optimizer="sgd", lr=0.02, weight_decay=0.0))
+    settings = {"optimizer": "sgd", "lr": 0.02, "weight_decay": 0.0} | settings
+    config = resolve(PretrainConfig(**settings))
     setup.train_mode(method, [])
     update = Update(config, method, setup.build_optimizer(config, method, CPU), CPU, "fp32")
     losses = []
-    for step in range(steps):
-        losses.append(update(objective, batch(step, part=part))["loss"])
+    for step in range(first, first + steps):
+        losses.append(update(objective, batch(step, part=part, sizes=sizes))["loss"])
         method.after_step(step + 1, 10)
     return {"losses": torch.stack(losses), **copy.deepcopy(method.state_dict())}
 
 
-def _on_a_rank(group, name, arguments):
+def _on_a_rank(group, name, sizes, arguments):
     rank, world = dist.get_rank(), dist.get_world_size()
     method = SyncBatchNorm.convert_sync_batchnorm(built(name, **arguments))
     part = slice(rank * 16 // world, (rank + 1) * 16 // world)
-    return trained(method, DistributedDataParallel(Objective(method)), part)
+    return trained(method, DistributedDataParallel(Objective(method)), part, sizes=sizes)
 
 
-def assert_ranks_are_one_process(ranks, name, **arguments):
+def assert_ranks_are_one_process(ranks, name, sizes=(8, 8), **arguments):
     """Losses, weights, teacher and queue after three steps on four ranks are those of one."""
     method = built(name, **arguments)
-    want = trained(method, Objective(method))
-    for got in ranks.run(_on_a_rank, 4, name, arguments):
+    want = trained(method, Objective(method), sizes=sizes)
+    for got in ranks.run(_on_a_rank, 4, name, sizes, arguments):
         assert got.keys() == want.keys()
         for key, x in want.items():
             torch.testing.assert_close(got[key], x, atol=1e-4, rtol=1e-3, msg=key)
 
 
-def assert_repeats_and_goes_on(name, **arguments):
+def assert_repeats_and_goes_on(name, sizes=(8, 8), **arguments):
     """Equal seeds give equal bits; so does a state loaded by another method of that kind."""
-    one, two = built(name, **arguments), built(name, **arguments)
-    states = [trained(method, Objective(method), steps=2) for method in (one, two)]
+
+    def run(method, first=0):
+        return trained(method, Objective(method), steps=2, first=first, sizes=sizes)
+
+    one, two, other, fresh = (built(name, **arguments) for _ in range(4))
+    states = run(one), run(two)
     assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
-    other = built(name, **arguments)
-    disturbed = {key: torch.zeros_like(x) for key, x in other.state_dict().items()}
-    other.load_state_dict(disturbed)
+    other.load_state_dict({key: torch.zeros_like(x) for key, x in other.state_dict().items()})
     other.load_state_dict(one.state_dict())
-    states = [trained(method, Objective(method), steps=2) for method in (one, other)]
+    states = run(one, first=2), run(other, first=2)
     assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
-    assert not torch.equal(states[0]["losses"], trained(two, Objective(two), steps=1)["losses"])
+    assert not torch.equal(states[0]["losses"], run(fresh, first=2)["losses"])
 
 
 class Rows(torch.nn.Module):

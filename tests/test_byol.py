@@ -2,53 +2,50 @@ import math
 import signal
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.config import PretrainConfig
-from fastssl.data import Batch, load
-from fastssl.dist import SyncBatchNorm
+from fastssl.data import load
 from fastssl.methods import BYOL
-from fastssl.methods.blocks import encode, spread
+from fastssl.methods.blocks import Branch, batch_mean, encode, spread
 from fastssl.methods.recipes import resolve
-from fastssl.models import ResNetSmall
 from fastssl.train import load_checkpoint, pretrain, setup
 from fastssl.train.metrics import read_metrics
-from fastssl.train.parallel import Objective
-from fastssl.train.update import Update
 
-CPU = torch.device("cpu")
+SMALL = {"hidden_dim": 16, "out_dim": 8}
 
 
 def byol(**arguments):
-    torch.manual_seed(0)
-    return BYOL(ResNetSmall(1, 8, 16), hidden_dim=16, out_dim=8, **arguments)
+    return steps.built("byol", **SMALL | arguments)
 
 
-def batch(step=0, count=16, sizes=(8, 8)):
-    generator = torch.Generator().manual_seed(step)
-    views = [torch.randn(count, 1, size, size, generator=generator) for size in sizes]
-    return Batch(views, torch.arange(count), torch.full((count,), -1), step, 10)
+def test_closed_form():
+    method = BYOL(steps.Rows(4), hidden_dim=4, out_dim=4)
+    method.projector = method.predictor = torch.nn.Identity()
+    method.ema.model = method.ema.module = Branch(method.backbone, torch.nn.Identity())
+    x = torch.randn(5, 4)
+    for y, want in ((-2 * x, 4), (3 * x, 0)):
+        assert float(steps.loss_of_rows(method, x, y)[0]) == pytest.approx(want, abs=1e-6)
 
 
-def test_loss_is_the_papers():
+def test_loss_and_gradients_are_the_papers():
     method = byol().eval()
-    for p in method.teacher.parameters():  # another network than the student
-        p.add_(0.1 * torch.randn_like(p))
-    x0, x1 = batch().views
-    loss, scalars = method.loss(batch())
-    terms = []
+    steps.disturb_teacher(method)
+    x0, x1 = steps.batch().views
+    loss, scalars = method.loss(steps.batch())
+    assert 0 < loss < 4 and 0 < scalars["std"] < 1.2
+    got, terms = steps.with_gradients(method, loss), []
     for x, other in ((x0, x1), (x1, x0)):
         p = F.normalize(method.predictor(method.projector(method.backbone(x))), dim=1)
-        t = F.normalize(method.teacher.projector(method.teacher.backbone(other)), dim=1)
+        with torch.no_grad():
+            t = F.normalize(method.teacher.projector(method.teacher.backbone(other)), dim=1)
         terms.append((p - t).square().sum(1).mean())
-    torch.testing.assert_close(loss, (terms[0] + terms[1]) / 2)
-    assert 0 < loss < 4 and 0 < scalars["std"] < 1.2
-    loss.backward()
-    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
-    assert all(p.grad is None for p in method.teacher.parameters())
+    want = steps.with_gradients(method, (terms[0] + terms[1]) / 2)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    assert got.keys() - {"loss"} == {n for n, p in method.named_parameters() if p.requires_grad}
 
 
 def test_views_follow_the_data():
@@ -73,7 +70,7 @@ def test_teacher_follows_more_slowly_and_stands_at_the_end():
 
 def test_teacher_is_saved_and_not_optimized():
     method = byol()
-    optimizer = setup.build_optimizer(resolve(PretrainConfig(method="byol")), method, CPU)
+    optimizer = setup.build_optimizer(resolve(PretrainConfig(method="byol")), method, steps.CPU)
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(p) for p in method.teacher.parameters()}
     assert optimized == {id(p) for p in method.parameters() if p.requires_grad}
@@ -91,7 +88,7 @@ def test_views_of_a_size_share_a_forward():
         seen.append(tuple(x.shape))
         return x.mean((2, 3)).expand(-1, 5) * torch.arange(5.0)
 
-    views = batch(count=3, sizes=(8, 4, 8, 6, 4)).views
+    views = steps.batch(count=3, sizes=(8, 4, 8, 6, 4)).views
     out = encode(network, views)
     assert seen == [(6, 1, 8, 8), (6, 1, 4, 4), (3, 1, 6, 6)]
     for x, y in zip(views, out, strict=True):
@@ -135,33 +132,23 @@ def test_resumed_run_has_the_same_bits(tmp_path, monkeypatch, settings):
     assert curves[0] == curves[1] and curves[0][-1] < curves[0][0]
 
 
-def trained(method, objective, part=slice(None)):
-    config = resolve(PretrainConfig(method="byol", optimizer="sgd", lr=0.02, weight_decay=0.0))
-    setup.train_mode(method, [])
-    optimizer = setup.build_optimizer(config, method, CPU)
-    update = Update(config, method, optimizer, CPU, "fp32")
-    for step in range(3):
-        whole = batch(step)
-        views = [x[part] for x in whole.views]
-        update(objective, Batch(views, whole.index[part], whole.label[part], step, 10))
-        method.after_step(step + 1, 10)
-    return method.state_dict()
+def test_steps(ranks):
+    steps.assert_repeats_and_goes_on("byol", momentum=0.5, **SMALL)
+    steps.assert_ranks_are_one_process(ranks, "byol", momentum=0.5, **SMALL)
 
 
-def distributed(group):
+def mean_and_gradient(group):
     rank, world = dist.get_rank(), dist.get_world_size()
-    method = SyncBatchNorm.convert_sync_batchnorm(byol(momentum=0.5))
-    part = slice(rank * 16 // world, (rank + 1) * 16 // world)
-    return trained(method, DistributedDataParallel(Objective(method)), part)
+    rows = torch.arange(16.0)[rank**2 : (rank + 1) ** 2].requires_grad_()  # 1, 3, 5 and 7 of them
+    mean = batch_mean(rows**2)
+    mean.backward()
+    return mean.detach(), rows.grad / world  # as DistributedDataParallel's mean
 
 
-def test_four_ranks_have_the_weights_and_the_teacher_of_one_process(ranks):
-    method = byol(momentum=0.5)
-    want = trained(method, Objective(method))
-    for got in ranks.run(distributed, 4):
-        assert got.keys() == want.keys()
-        for name, x in want.items():
-            torch.testing.assert_close(got[name], x, atol=1e-4, rtol=1e-3)
+def test_mean_over_uneven_ranks(ranks):
+    means, gradients = zip(*ranks.run(mean_and_gradient, 4), strict=True)
+    torch.testing.assert_close(torch.stack(means), torch.full((4,), 77.5))
+    torch.testing.assert_close(torch.cat(gradients), torch.arange(16.0) / 8)
 
 
 def test_a_momentum_out_of_range_is_refused_at_once():

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import fastssl
-from fastssl import cli, demo, extension
-from fastssl.cli import main
+from fastssl import demo, extension
+from fastssl.cli import info, main, pretrain
 from fastssl.config import PretrainConfig
 from fastssl.methods import METHODS
 
@@ -181,7 +181,7 @@ def test_every_option_is_in_one_group_of_the_help(capsys):
     names = {f.name for f in dataclasses.fields(PretrainConfig)} - {"method", "data", "method_args"}
     for name in names:
         assert len(re.findall(rf"^  --{name.replace('_', '-')}(?![-\w])", out, re.MULTILINE)) == 1
-    assert not set(" ".join(cli._GROUPS.values()).split()) - names
+    assert not set(" ".join(pretrain.GROUPS.values()).split()) - names
 
 
 def test_methods_are_told_with_paper_and_recipes(capsys, monkeypatch):
@@ -280,7 +280,7 @@ def test_demo_compares_every_gap_with_its_bound(tmp_path, capsys, monkeypatch, g
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_info", lambda argv: {}["bug"])
+    monkeypatch.setattr(info, "run", lambda argv: {}["bug"])
     with pytest.raises(KeyError):
         main(["info"])
 

@@ -1,37 +1,26 @@
-import dataclasses
 import math
 
 import pytest
+import steps
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.augment import RandomResizedCrop
-from fastssl.config import PretrainConfig
-from fastssl.data import Batch, load
-from fastssl.dist import SyncBatchNorm
+from fastssl.data import load
 from fastssl.methods import DINO
-from fastssl.methods.recipes import resolve
 from fastssl.models import ResNetSmall
-from fastssl.train import setup
 from fastssl.train.parallel import Objective
-from fastssl.train.update import Update
 
-CPU = torch.device("cpu")
+SIZES = (8, 8, 4, 4)
 SMALL = {"hidden_dim": 16, "bottleneck_dim": 8, "out_dim": 12, "local_views": 2}
 
 
 def dino(**arguments):
-    torch.manual_seed(0)
-    return DINO(ResNetSmall(1, 8, 16), **SMALL | arguments)
+    return steps.built("dino", **SMALL | arguments)
 
 
-def batch(step=0, count=16, sizes=(8, 8, 4, 4)):
-    generator = torch.Generator().manual_seed(step)
-    views = [torch.randn(count, 1, size, size, generator=generator) for size in sizes]
-    index = torch.arange(count)
-    return Batch(views, index, torch.full((count,), -1), step, 10, epoch=step / 2)
+def batch(step=0):
+    return steps.batch(step, sizes=SIZES)
 
 
 def scores(network, x):
@@ -60,19 +49,14 @@ def papers_loss(method, views, tau_t):
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
 def test_loss_and_gradients_are_the_papers(centering):
     method = dino(centering=centering, temperature_epochs=4.0).eval()
-    for p in method.teacher.parameters():  # another network than the student
-        p.add_(0.1 * torch.randn_like(p))
+    steps.disturb_teacher(method)
     if centering == "mean":
         method.dino.center.copy_(0.2 * torch.randn(12))
     centre, x = method.dino.center.flatten().clone(), batch(step=4)  # epoch 2 of 4
     want, mean = papers_loss(method, x.views, 0.055)  # half way from 0.04 to 0.07
     loss, scalars = method.loss(x)
-    torch.testing.assert_close(loss, want)
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    for got, right in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
-    ):
-        torch.testing.assert_close(got, right, atol=1e-6, rtol=1e-4)
+    want = steps.with_gradients(method, want)
+    torch.testing.assert_close(steps.with_gradients(method, loss), want, atol=1e-6, rtol=1e-4)
     moved = 0.9 * centre + 0.1 * mean if centering == "mean" else centre
     torch.testing.assert_close(method.dino.center.flatten(), moved)
     assert scalars["teacher_temperature"] == pytest.approx(0.055)
@@ -123,55 +107,16 @@ def test_teacher_follows_more_slowly_and_stands_at_the_end():
     assert torch.equal(want, teacher)  # m = 1
 
 
-def trained(method, objective, part=slice(None), steps=3, **settings):
-    settings = {"optimizer": "sgd", "lr": 0.02, "weight_decay": 0.0} | settings
-    config = resolve(PretrainConfig(method="dino", final_weight_decay=0.0, **settings))
-    setup.train_mode(method, [])
-    optimizer = setup.build_optimizer(config, method, CPU)
-    update = Update(config, method, optimizer, CPU, "fp32")
-    for step in range(steps):
-        whole = batch(step)
-        views = [x[part] for x in whole.views]
-        update(objective, dataclasses.replace(whole, views=views, index=whole.index[part]))
-        method.after_step(step + 1, 10)
-    return method.state_dict()
-
-
-def test_the_state_is_all_there_is():
-    methods = dino(momentum=0.9), dino(momentum=0.9), dino(momentum=0.9)
-    once, again, loaded = methods
-    trained(once, Objective(once), steps=2)
-    loaded.load_state_dict(trained(again, Objective(again), steps=2))
-    losses = [method.train().loss(batch(2))[0] for method in methods]
-    assert losses[0] == losses[1] == losses[2]
-    for method in methods:
-        method.after_step(3, 10)
-    for name, x in once.state_dict().items():
-        assert torch.equal(x, again.state_dict()[name]) and torch.equal(
-            x, loaded.state_dict()[name]
-        )
-
-
 def test_sam_moves_the_centre_once():
     plain, sam = dino(), dino()
-    trained(plain, Objective(plain), steps=1)
-    trained(sam, Objective(sam), steps=1, sam_rho=0.05)
+    steps.trained(plain, Objective(plain), steps=1, sizes=SIZES)
+    steps.trained(sam, Objective(sam), steps=1, sizes=SIZES, sam_rho=0.05)
     assert plain.dino.center.any() and torch.equal(plain.dino.center, sam.dino.center)
     assert not torch.equal(plain.backbone.conv.weight, sam.backbone.conv.weight)
 
 
-def distributed(group, centering):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    method = SyncBatchNorm.convert_sync_batchnorm(dino(momentum=0.5, centering=centering))
-    part = slice(rank * 16 // world, (rank + 1) * 16 // world)
-    return trained(method, DistributedDataParallel(Objective(method)), part)
-
-
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
-def test_four_ranks_have_the_weights_centre_and_teacher_of_one_process(ranks, centering):
-    method = dino(momentum=0.5, centering=centering)
-    want = trained(method, Objective(method))
-    for got in ranks.run(distributed, 4, centering):
-        assert got.keys() == want.keys()
-        for name, x in want.items():
-            torch.testing.assert_close(got[name], x, atol=1e-4, rtol=1e-3)
+def test_steps(ranks, centering):
+    arguments = SMALL | {"momentum": 0.5, "centering": centering}
+    steps.assert_repeats_and_goes_on("dino", SIZES, **arguments)
+    steps.assert_ranks_are_one_process(ranks, "dino", SIZES, **arguments)

@@ -1,38 +1,27 @@
-import dataclasses
 import math
 
 import pytest
+import steps
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.config import PretrainConfig
-from fastssl.data import Batch, load
-from fastssl.dist import SyncBatchNorm
+from fastssl.data import load
 from fastssl.methods import SwAV
 from fastssl.methods.blocks import spread
-from fastssl.methods.recipes import resolve
 from fastssl.models import ResNetSmall
-from fastssl.train import setup
 from fastssl.train.parallel import Objective
-from fastssl.train.update import Update
 
-CPU = torch.device("cpu")
+SIZES = (8, 8, 4, 4)
 SMALL = {"hidden_dim": 16, "out_dim": 8, "num_prototypes": 12, "local_views": 2, "freeze_steps": 0}
 SMALL |= {"queue_size": 20, "wait_epochs": 0.0}
 
 
 def swav(**arguments):
-    torch.manual_seed(0)
-    return SwAV(ResNetSmall(1, 8, 16), **SMALL | arguments)
+    return steps.built("swav", **SMALL | arguments)
 
 
-def batch(step=0, count=16, sizes=(8, 8, 4, 4)):
-    generator = torch.Generator().manual_seed(step)
-    views = [torch.randn(count, 1, size, size, generator=generator) for size in sizes]
-    index = torch.arange(count)
-    return Batch(views, index, torch.full((count,), -1), step, 10, epoch=step / 2)
+def batch(step=0):
+    return steps.batch(step, sizes=SIZES)
 
 
 def codes(scores, count):
@@ -63,12 +52,8 @@ def test_loss_and_gradients_are_the_papers(step):
     terms = [-(q[a] * p).sum(1).mean() for a in range(2) for v, p in enumerate(logs) if v != a]
     want = sum(terms) / len(terms)
     loss, scalars = method.loss(x)
-    torch.testing.assert_close(loss, want)
-    parameters = list(method.parameters())
-    for got, right in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
-    ):
-        torch.testing.assert_close(got, right, atol=1e-6, rtol=1e-4)
+    want = steps.with_gradients(method, want)
+    torch.testing.assert_close(steps.with_gradients(method, loss), want, atol=1e-6, rtol=1e-4)
     for queue, y in zip(method.queues, z[:2], strict=True):  # 20 rows stand before these
         torch.testing.assert_close(queue.features[:16], y.detach())
     assert 1 <= scalars["effective_prototypes"] <= scalars["prototypes"] == 12
@@ -100,65 +85,28 @@ def test_views_follow_the_data():
     assert [view.size for view in swav(local_size=6).views(8, source)] == [8, 8, 6, 6]
 
 
-def trained(method, objective, part=slice(None), steps=4, **settings):
-    settings = {"optimizer": "sgd", "lr": 0.02, "weight_decay": 0.01} | settings
-    config = resolve(PretrainConfig(method="swav", **settings))
-    setup.train_mode(method, [])
-    optimizer = setup.build_optimizer(config, method, CPU)
-    update = Update(config, method, optimizer, CPU, "fp32")
-    for step in range(steps):
-        whole = batch(step)
-        views = [x[part] for x in whole.views]
-        update(objective, dataclasses.replace(whole, views=views, index=whole.index[part]))
-        method.after_step(step + 1, 10)
-    return method.state_dict()
-
-
 def test_prototypes_stand_at_first_and_stay_on_the_sphere():
     method = swav(freeze_steps=2)
     before = method.prototypes.weight.detach().clone()
-    trained(method, Objective(method), steps=2)
+    steps.trained(method, Objective(method), steps=2, sizes=SIZES)
     torch.testing.assert_close(method.prototypes.weight.detach(), before)  # but for rounding
-    trained(method, Objective(method), steps=3)
+    steps.trained(method, Objective(method), sizes=SIZES)
     after = method.prototypes.weight.detach()
     assert (after - before).norm() > 1e-3
     torch.testing.assert_close(after.norm(dim=1), torch.ones(12))
 
 
-def test_the_state_is_all_there_is():
-    methods = swav(), swav(), swav()
-    once, again, loaded = methods
-    trained(once, Objective(once), steps=3)
-    loaded.load_state_dict(trained(again, Objective(again), steps=3))
-    losses = [method.train().loss(batch(3))[0] for method in methods]
-    assert losses[0] == losses[1] == losses[2]
-    for name, x in once.state_dict().items():
-        assert torch.equal(x, again.state_dict()[name]) and torch.equal(
-            x, loaded.state_dict()[name]
-        )
-
-
 def test_sam_moves_the_queues_once():
     plain, sam = swav(), swav()
-    trained(plain, Objective(plain), steps=1)
-    trained(sam, Objective(sam), steps=1, sam_rho=0.05)
+    steps.trained(plain, Objective(plain), steps=1, sizes=SIZES)
+    steps.trained(sam, Objective(sam), steps=1, sizes=SIZES, sam_rho=0.05)
     for one, two in zip(plain.queues, sam.queues, strict=True):
         assert int(one.pointer) == int(two.pointer) == 16
         assert torch.equal(one.features, two.features)
     assert not torch.equal(plain.backbone.conv.weight, sam.backbone.conv.weight)
 
 
-def distributed(group):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    method = SyncBatchNorm.convert_sync_batchnorm(swav(freeze_steps=1))
-    part = slice(rank * 16 // world, (rank + 1) * 16 // world)
-    return trained(method, DistributedDataParallel(Objective(method)), part)
-
-
-def test_four_ranks_have_the_weights_and_queues_of_one_process(ranks):
-    method = swav(freeze_steps=1)
-    want = trained(method, Objective(method))
-    for got in ranks.run(distributed, 4):
-        assert got.keys() == want.keys()
-        for name, x in want.items():
-            torch.testing.assert_close(got[name], x, atol=1e-4, rtol=1e-3)
+def test_steps(ranks):
+    arguments = SMALL | {"freeze_steps": 1}  # and the queues take part from the third step on
+    steps.assert_repeats_and_goes_on("swav", SIZES, **arguments)
+    steps.assert_ranks_are_one_process(ranks, "swav", SIZES, **arguments)

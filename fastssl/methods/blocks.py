@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..augment import View, small
+from ..dist import resolve_levels
+from ..losses.ranks import global_mean
+
 
 class Branch(nn.Module):
     """g(f(x)), the part of which a teacher is an average."""
@@ -38,6 +42,38 @@ def encode(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list
         y = network(torch.cat([views[v] for v in numbers]))
         out |= zip(numbers, y.chunk(len(numbers)), strict=True)
     return [out[v] for v in range(len(views))]
+
+
+def batch_mean(x: Tensor) -> Tensor:
+    """The mean of x (B,) over the rows of all ranks, equal on each of them."""
+    return global_mean(x.sum(), x.new_full((), len(x)), resolve_levels("batch_mean"))
+
+
+def multi_crop(
+    preset: Callable[..., list[View]],
+    image_size: int,
+    source,
+    local_views: int,
+    local_size: int | None,
+    *,
+    whole: tuple[float, float],
+    part: tuple[float, float],
+) -> list[View]:
+    """Two large crops, then the local ones: the preset's above 64 pixels, below it milder ones.
+
+    Args:
+        preset: `fastssl.augment.dino`, or another of its arguments.
+        local_size: side of the local views; None: 3/7 of image_size above 64 pixels, else half.
+        whole, part: shares of the area that large and local crops have up to 64 pixels.
+    """
+    flip = source.mirror
+    if image_size > 64:
+        return preset(
+            image_size, local_size or image_size * 3 // 7, local_views=local_views, flip=flip
+        )
+    large = small(image_size, source.channels, flip=flip, scale=whole)
+    local = small(local_size or image_size // 2, source.channels, flip=flip, scale=part)
+    return [large] * 2 + [local] * local_views
 
 
 def held(weight: Tensor, hold: bool) -> Tensor:

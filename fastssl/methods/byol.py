@@ -17,7 +17,7 @@ from ..augment import View, byol, small
 from ..data import Batch
 from ..models import mlp
 from ..optim import EMA
-from .blocks import Branch, encode, spread
+from .blocks import Branch, batch_mean, encode, spread
 
 
 class BYOL(nn.Module):
@@ -71,4 +71,4 @@ class BYOL(nn.Module):
 
 def _distance(p: Tensor, t: Tensor) -> Tensor:
     """|p / |p| - t / |t||^2 = 2 - 2 cos(p, t), the mean over the rows."""
-    return 2 - 2 * F.cosine_similarity(p.float(), t.float(), dim=1).mean()
+    return batch_mean(2 - 2 * F.cosine_similarity(p.float(), t.float(), dim=1))

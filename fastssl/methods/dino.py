@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import schedules
-from ..augment import View, dino, small
+from ..augment import View, dino
 from ..data import Batch
 from ..losses import DINOLoss
 from ..models import mlp
 from ..ops import effective_prototypes, prototype_usage
 from ..optim import EMA
-from .blocks import encode, held, spread
+from .blocks import encode, held, multi_crop, spread
 
 
 class Prototypes(nn.Linear):
@@ -97,14 +97,10 @@ class DINO(nn.Module):
         return self.ema.module
 
     def views(self, image_size: int, source) -> list[View]:
-        Vl, flip = self.local_views, source.mirror
-        if image_size > 64:
-            local_size = self.local_size or image_size * 3 // 7
-            return dino(image_size, local_size, local_views=Vl, flip=flip)
-        local_size, channels = self.local_size or image_size // 2, source.channels
-        whole = small(image_size, channels, flip=flip, scale=(0.4, 1.0))
-        part = small(local_size, channels, flip=flip, scale=(0.1, 0.4))
-        return [whole] * 2 + [part] * Vl
+        return multi_crop(
+            dino, image_size, source, self.local_views, self.local_size,
+            whole=(0.4, 1.0), part=(0.1, 0.4),
+        )  # fmt: skip
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         z = encode(self.ema.model[:2], batch.views)  # z = g(f(x)), (B, bottleneck_dim) each

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..augment import View, small, swav
+from ..augment import View, swav
 from ..data import Batch
 from ..dist import rank_among, resolve_levels, world_size
 from ..losses import SwaVLoss
 from ..models import mlp
 from ..ops import effective_prototypes, prototype_usage
 from ..queue import FeatureQueue
-from .blocks import encode, held, spread
+from .blocks import encode, held, multi_crop, spread
 
 
 class SwAV(nn.Module):
@@ -66,14 +66,10 @@ class SwAV(nn.Module):
         self.local_views, self.local_size = local_views, local_size
 
     def views(self, image_size: int, source) -> list[View]:
-        Vl, flip = self.local_views, source.mirror
-        if image_size > 64:
-            local_size = self.local_size or image_size * 3 // 7
-            return swav(image_size, local_size, local_views=Vl, flip=flip)
-        local_size, channels = self.local_size or image_size // 2, source.channels
-        whole = small(image_size, channels, flip=flip, scale=(0.3, 1.0))
-        part = small(local_size, channels, flip=flip, scale=(0.1, 0.3))
-        return [whole] * 2 + [part] * Vl
+        return multi_crop(
+            swav, image_size, source, self.local_views, self.local_size,
+            whole=(0.3, 1.0), part=(0.1, 0.3),
+        )  # fmt: skip
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         network = nn.Sequential(self.backbone, self.projector)
