@@ -1,4 +1,5 @@
 import pytest
+import steps
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,6 +12,7 @@ from fastssl.methods import METHODS, LeJEPA, SimCLR, method_class
 from fastssl.methods.recipes import RECIPES, resolve
 from fastssl.models import build_backbone
 from fastssl.optim import LARS, param_groups
+from fastssl.train.parallel import Objective
 
 
 def batch_of(views):
@@ -72,6 +74,32 @@ def test_recipes_fill_every_field_and_nothing_else(name, data):
     assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
     assert set(RECIPES[name]) == {"digits", "patches", "shapes", "folder"}
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [("simclr", {"out_dim": 8}), ("lejepa", {"hidden_dim": 16, "out_dim": 8, "local_views": 0})],
+)
+def test_steps(ranks, name, arguments):
+    steps.assert_repeats_and_goes_on(name, **arguments)
+    steps.assert_ranks_are_one_process(ranks, name, **arguments)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sam_moves_a_methods_state_once(name):
+    """Queues, centres and running statistics of a step with SAM are those of one without."""
+    pytest.importorskip("sklearn")
+    source, config = load("digits"), resolve(PretrainConfig(method=name, data="digits"))
+    states = {}
+    for rho in (0.0, 0.05):
+        torch.manual_seed(0)
+        backbone = build_backbone(config.backbone, source.channels, source.image_size)
+        method = METHODS[name](backbone, **config.method_args)
+        sizes = [view.size for view in method.views(source.image_size, source)]
+        states[rho] = steps.trained(method, Objective(method), steps=1, sizes=sizes, sam_rho=rho)
+        assert states[rho]["losses"].isfinite().all()
+    different = {key for key, x in states[0.0].items() if not torch.equal(x, states[0.05][key])}
+    assert different and not different & {*dict(method.named_buffers()), "losses"}
 
 
 @pytest.mark.parametrize("name", METHODS)
