@@ -14,6 +14,7 @@ from .dino import DINO
 from .lejepa import LeJEPA
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
+from .seer import SEER
 from .simclr import SimCLR
 from .swav import SwAV
 from .vicreg import VICReg
@@ -25,6 +26,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "moco_v3": MoCoV3,
     "dino": DINO,
     "swav": SwAV,
+    "seer": SEER,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
@@ -34,6 +36,7 @@ __all__ = [
     "BYOL",
     "DINO",
     "METHODS",
+    "SEER",
     "BarlowTwins",
     "LeJEPA",
     "MoCoV2",
