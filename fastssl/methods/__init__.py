@@ -16,11 +16,13 @@ from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
 from .seer import SEER
 from .simclr import SimCLR
+from .simclr_v2 import SimCLRv2
 from .swav import SwAV
 from .vicreg import VICReg
 
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
+    "simclr_v2": SimCLRv2,
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
@@ -42,6 +44,7 @@ __all__ = [
     "MoCoV2",
     "MoCoV3",
     "SimCLR",
+    "SimCLRv2",
     "SwAV",
     "VICReg",
     "method_class",

@@ -118,6 +118,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "moco_v3": _by_data(_BYOL_SMALL),
     "seer": _by_data(_SEER_SMALL, local_views=0),
     "simclr": _by_data(_SIMCLR_SMALL),
+    "simclr_v2": _by_data(_SIMCLR_SMALL),
     "swav": _by_data(_SWAV_SMALL, local_views=0, epsilon=0.03),
     "vicreg": _by_data(_VICREG_SMALL),
 }
