@@ -78,6 +78,18 @@ _SWAV_SMALL = {
     },
 }
 
+_SEER_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "method_args": {
+        "hidden_dim": 512,
+        "out_dim": 128,
+        "num_prototypes": 96,
+        "freeze_steps": 30,
+        "local_views": 4,
+    },
+}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -115,7 +127,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "mae": _by_data(_MAE_SMALL),
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
+    "seer": _by_data(_SEER_SMALL, local_views=0),
     "simclr": _by_data(_SIMCLR_SMALL),
+    "simclr_v2": _by_data(_SIMCLR_SMALL),
     "swav": _by_data(_SWAV_SMALL, local_views=0, epsilon=0.03),
     "vicreg": _by_data(_VICREG_SMALL),
 }
