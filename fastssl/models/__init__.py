@@ -6,7 +6,7 @@ from torch import nn
 from ..extras import nearest, require
 from .heads import mlp
 from .resnet import ResNetSmall
-from .tokens import grid_side, patch_tokens
+from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "build_backbone",
     "grid_side",
     "mlp",
+    "patch_size",
     "patch_tokens",
 ]
 
