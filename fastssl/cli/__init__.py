@@ -7,6 +7,7 @@
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
                                             Hugging Face or ONNX
+  fastssl bench [GROUP ...]                 the kernels against other libraries
   fastssl demo                              the whole loop on small data sets
   fastssl info                              versions, hardware, kernels in use
   fastssl --version
@@ -26,7 +27,7 @@ import warnings
 
 from ..extras import nearest
 
-COMMANDS = "methods pretrain evaluate report embed export demo info".split()
+COMMANDS = "methods pretrain evaluate report embed export bench demo info".split()
 # What a user can cause: one message, no traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 

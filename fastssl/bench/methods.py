@@ -1,0 +1,31 @@
+"""A training step of every method at the small size of its recipe for photo patches."""
+
+import torch
+
+from ..methods import METHODS
+from ..methods.recipes import RECIPES
+from .measure import Work
+from .step import details, step_providers, stored_images
+
+__all__ = ["DTYPES", "SCALING", "SIZES", "details", "make", "work"]
+
+IMAGE_SIZE = 32
+_NAMES = [name for name, method in METHODS.items() if not getattr(method, "reads_captions", False)]
+SIZES = {
+    device: {name: [{"B": RECIPES[name]["patches"]["batch_size"]}] for name in _NAMES}
+    for device in ("cpu", "cuda")
+}
+DTYPES = {name: ["bfloat16" if torch.cuda.is_available() else "float32"] for name in _NAMES}
+SCALING: list = []
+
+
+def work(case: str, dtype: str, B: int) -> Work:
+    return Work()
+
+
+def make(case: str, dtype: str, device: str, B: int) -> tuple[dict, list[str]]:
+    """Providers, each a step; they return nothing to compare, since their views differ."""
+    recipe = RECIPES[case]["patches"]
+    source = stored_images(4 * B, IMAGE_SIZE, device)
+    arguments, backbone = recipe["method_args"], recipe["backbone"]
+    return step_providers(case, arguments, backbone, source, IMAGE_SIZE, B, dtype, device)

@@ -1,0 +1,18 @@
+"""Imported once by the server that the measuring processes are forked from."""
+
+import contextlib
+import importlib
+
+from . import augment, losses, methods, optim, running, sigreg, sinkhorn, step  # noqa: F401
+
+for _name in (
+    "open_clip.loss",
+    "lightly.loss",
+    "pytorch_metric_learning.losses",
+    "bitsandbytes.optim",
+    "torchvision.transforms.v2",
+    "kornia.augmentation",
+    "torch._dynamo",  # by optimizers
+):
+    with contextlib.suppress(Exception):  # absent or broken: said where it is used
+        importlib.import_module(_name)

@@ -1,0 +1,280 @@
+"""A folder of results: results.json, .csv and .md, and what two such files say of each other."""
+
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, extension
+from ..train.checkpoint import replacing
+from .baselines import versions
+
+LEAST_CHANGE, SIGMAS = 0.10, 4.0
+"""A ratio to the baseline must fall by more than this share, and by more than so many of its
+standard errors, to be called a regression."""
+LARGEST_NOISE = 0.15
+"""Where these standard errors come to more than this share, nothing can be said."""
+
+
+def machine() -> str:
+    """This machine in a word: the GPU's name (h200), or the CPU and its cores."""
+    if torch.cuda.is_available():
+        words = torch.cuda.get_device_name().lower().split()
+        return "-".join(word for word in words if word not in ("nvidia", "amd", "gpu"))
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            model = line.partition(":")[2]
+            break
+    words = [w for w in model.replace("(R)", "").split() if w[0].isalnum() and w != "CPU"]
+    return "-".join([*words[:3], f"{os.cpu_count()}cores"]).lower()
+
+
+def environment(threads: int | None = None) -> dict[str, Any]:
+    """What figures depend on beside the code measured."""
+    here = Path(__file__).parent
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "fastssl": __version__,
+        "commit": commit or "not from a repository",
+        "python": platform.python_version(),
+        "threads": threads or torch.get_num_threads(),
+        "machine": machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else machine(),
+        "cpu_features": extension.cpu_features(),
+        "cpu_products": extension.cpu_products()[1],
+        "versions": versions(),
+    }
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """results.json, results.csv and results.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "results.json") as file:
+        file.write(f"{json.dumps(result, indent=1)}\n".encode())
+    rows = [flat(row) for row in result["rows"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "results.md").write_text(markdown(result))
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Results by their file or folder.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a file that holds no results.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"bench: no results in {path}. Give a folder that bench wrote.")
+    try:
+        result = json.loads(path.read_text())
+        if all("ratios" in row or "failed" in row for row in result["rows"]):
+            return result
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"bench: {path} must be a results.json of `fastssl bench`, got another file.")
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without anything inside anything, for tables."""
+    found = {k: v for k, v in row.items() if not isinstance(v, (dict, list))}
+    found |= row["sizes"]
+    for name, figures in row.get("providers", {}).items():
+        found |= {f"{name}: {key}": value for key, value in figures.items()}
+    for name, figures in row.get("ratios", {}).items():
+        found |= {f"{name}: {key}": value for key, value in figures.items()}
+    return found | {f"{name}: failed": why for name, why in row["failed"].items()}
+
+
+# -------------------------------------------------------------------------------------- table
+
+
+def markdown(result: dict[str, Any], groups: Sequence[str] | None = None) -> str:
+    """The figures as tables, a group each; rows slower than their best baseline are marked."""
+    parts = [provenance(result["environment"])]
+    for group in dict.fromkeys(row["group"] for row in result["rows"]):
+        if groups is None or group in groups:
+            rows = [row for row in result["rows"] if row["group"] == group]
+            table = (
+                _step_table(rows) if any("images_per_s" in row for row in rows) else _table(rows)
+            )
+            parts.append(f"### {group}\n\n{table}")
+    if result.get("scaling"):
+        parts.append(f"### scaling\n\n{_scaling_table(result['scaling'])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance(environment: dict[str, Any]) -> str:
+    """Machine, threads, versions, date and commit in a sentence."""
+    there = {k: v for k, v in environment["versions"].items() if v != "absent"}
+    absent = [k for k, v in environment["versions"].items() if v == "absent"]
+    text = (
+        f"{environment['device']}, {environment['threads']} threads "
+        f"({', '.join(environment['cpu_features'])}); "
+        + ", ".join(f"{name} {version}" for name, version in there.items())
+    )
+    text += f"; absent: {', '.join(absent)}" if absent else ""
+    return f"{text}. {environment['date']}, commit {environment['commit']}."
+
+
+def _table(rows: Iterable[dict[str, Any]]) -> str:
+    lines = [
+        "| case | size | dtype | fastssl | others | against the best | of the machine | "
+        "extra memory | the first baseline's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        size = ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
+        providers = row.get("providers", {})
+        others = [f"{name} {_ms(x)}" for name, x in providers.items() if name != "ours"]
+        others += [f"{n} {why}" for n, why in row["failed"].items() if n != "ours"]
+        ours = _ms(providers["ours"]) if "ours" in providers else row["failed"].get("ours", "")
+        first = next((name for name in providers if name != "ours"), None)
+        cells = [
+            row["case"], size, row["dtype"], ours, ", ".join(others), verdict(row),
+            f"{100 * row['share']:.0f} %" if "share" in row else "",
+            _mib(providers.get("ours")), _mib(providers.get(first)),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _step_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| method | sizes | dtype | provider | images/s | of the step: "
+        + ", ".join(rows[0].get("parts_percent", {}).get("ours", ()))
+        + " | extra memory | largest batch | fastssl against it |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        size = ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
+        for name, figures in row.get("providers", {}).items():
+            parts = row["parts_percent"][name].values()
+            largest = row.get("largest_batch", {}).get(name, "")
+            times = row["ratios"][name]["ratio"] if name != "ours" else 1.0
+            slower = name != "ours" and times < 1 - max(0.05, 2 * row["ratios"][name]["noise"])
+            lines.append(
+                f"| {row['case']} | {size} | {row['dtype']} "
+                f"| {'fastssl' if name == 'ours' else name} | {row['images_per_s'][name]:.3g} "
+                f"| {', '.join(f'{x:.0f} %' for x in parts)} | {_mib(figures)} | {largest} "
+                f"| {f'**{times:.2f}, slower**' if slower else f'{times:.2f}'} |"
+            )
+        for name, why in row["failed"].items():
+            lines.append(f"| {row['case']} | {size} | {row['dtype']} | {name} | {why} | | | | |")
+    return "\n".join(lines)
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """How many times as fast as the fastest baseline, and whether that is slower."""
+    if "speedup" not in row:
+        return ""
+    times = row["speedup"]
+    noise = row["ratios"][row["best_baseline"]]["noise"]
+    if times < 1 - max(0.05, 2 * noise):
+        return f"**{times:.2f}, slower**"
+    return f"{times:.2f}"
+
+
+def _ms(figures: dict[str, float]) -> str:
+    return f"{figures['median_ms']:.3g} ms"
+
+
+def _mib(figures: dict[str, float] | None) -> str:
+    return f"{figures['extra_mib']:.0f} MiB" if figures and "extra_mib" in figures else ""
+
+
+def _scaling_table(curves: list[dict[str, Any]]) -> str:
+    lines = [
+        "| case | grows | from | to | fitted exponent | expected |",
+        "|---|---|---|---|---|---|",
+    ]
+    for curve in curves:
+        others = ", ".join(f"{k} {v}" for k, v in curve["others"].items())
+        values = curve["values"]
+        lines.append(
+            f"| {curve['case']} {others} | {curve['letter']} | {values[0]} | {values[-1]} "
+            f"| {curve['exponent']:.2f} | {curve['expected']:g} |"
+        )
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------- compare
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[str]]:
+    """What changed beyond the noise of both.
+
+    Machines drift, by a factor of two on shared ones, so what is compared is the time of the first
+    baseline that both have, over ours, in the same rounds of the same run.
+
+    Returns:
+        A table, and the cases that regressed: whose ratio fell by more than 10 % and by more than
+        four standard errors, or that failed.
+    """
+    known = {_key(row): row for row in before["rows"]}
+    lines, regressed = [], []
+    for row in after["rows"]:
+        old = known.pop(_key(row), None)
+        if old is None:
+            continue
+        name = (
+            f"{row['case']} {' '.join(f'{k}={v}' for k, v in row['sizes'].items())} {row['dtype']}"
+        )
+        if "ours" in row["failed"]:
+            if "ours" not in old["failed"]:
+                regressed.append(name)
+            lines.append([name, "", "", "", f"failed: {row['failed']['ours']}"])
+            continue
+        common = next((n for n in row.get("ratios", ()) if n in old.get("ratios", ())), None)
+        if common is None:
+            lines.append([name, "", "", "", "no baseline in both"])
+            continue
+        was, now = old["ratios"][common], row["ratios"][common]
+        change = now["ratio"] / was["ratio"]
+        noise = SIGMAS * math.hypot(was["noise"], now["noise"])
+        least = max(LEAST_CHANGE, noise)
+        word = "same"
+        if noise > LARGEST_NOISE:
+            word = "too noisy to tell"
+        elif change < 1 - least:
+            word = "**slower**"
+            regressed.append(name)
+        elif change > 1 / (1 - least):
+            word = "faster"
+        figures = f"{was['ratio']:.2f}", f"{now['ratio']:.2f}", f"{100 * (change - 1):+.0f} %"
+        lines.append([f"{name}, {common}", *figures, word])
+    for row in known.values():
+        lines.append([f"{row['case']} {row['sizes']}", "", "", "", "not measured again"])
+    head = ["case, baseline", "before", "after", "change", "verdict"]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * 5, *lines])
+    return table, regressed
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    sizes = tuple(sorted(row["sizes"].items()))
+    return row["group"], row["case"], sizes, row["dtype"], row["device"]
+
+
+def command() -> str:
+    """How this process was called, without paths of this machine."""
+    return " ".join(["fastssl", *sys.argv[1:]]) if sys.argv else "fastssl"
