@@ -1,7 +1,10 @@
 """Losses of a batch spread over processes: forward and backward against open_clip's and lightly's.
 
+    python benchmarks/bench_sharded.py
+
 Each case has its own processes under gloo, one thread each, on this machine's CPU; N rows (of each
-view) in all. A step takes the slowest rank's time, from a barrier on. Memory is rank 0's.
+view) in all. A step takes the slowest rank's time, from a barrier on. Memory is rank 0's. Writes
+results/<machine>/sharded.json.
 """
 
 import gc
@@ -12,14 +15,15 @@ from multiprocessing import get_context
 from statistics import median
 
 import harness
-import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.functional import normalize
 
+from fastssl.bench.measure import peak_mib, quantiles, timed
 from fastssl.ops import info_nce
 
 PEERS = {"clip": "open_clip ClipLoss", "nt_xent": "lightly NTXentLoss"}
+ROUNDS_SHORT, ROUNDS_LONG = 41, 7  # long: calls of more than 0.1 s
 WORLDS, DTYPES = (1, 2, 4), ("float32", "bfloat16")
 CASES = [  # case, N, D, dtype, ranks
     *[("clip", 8192, 256, dtype, W) for dtype in DTYPES for W in WORLDS],
@@ -89,14 +93,14 @@ def times(providers: dict, ours: list[str], peer: str, dtype: str) -> dict[str, 
             2e-4 if dtype == "float32" else 5e-2,
         )
     gc.collect()
-    longest = torch.tensor(max(harness.timed(call, "cpu") for call in providers.values()))
+    longest = torch.tensor(max(timed(call, "cpu") for call in providers.values()))
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    rounds = harness.ROUNDS_LONG if longest > 0.1 else harness.ROUNDS_SHORT
+    rounds = ROUNDS_LONG if longest > 0.1 else ROUNDS_SHORT
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(rounds):
         for name, call in providers.items():
             dist.barrier()
-            seconds[name].append(harness.timed(call, "cpu"))
+            seconds[name].append(timed(call, "cpu"))
     return seconds
 
 
@@ -111,7 +115,7 @@ def _rank(rank: int, store: str, params: dict, ours: list[str], peer: str, alone
             return times(providers, ours, peer, params["dtype"])
         # A small call first: libraries, connections and their buffers are not this call's memory.
         make(**params | {"N": 16 * world}, rank=rank, names=[alone])[alone]()
-        return harness.peak(make(**params, rank=rank, names=[alone])[alone], "cpu")
+        return peak_mib(make(**params, rank=rank, names=[alone])[alone], "cpu")
     finally:
         dist.destroy_process_group()
 
@@ -140,7 +144,7 @@ def measure(case: str, N: int, D: int, dtype: str, world: int) -> dict:
         "threads_per_rank": 1,
         "baseline": peer,
         "rounds": len(steps[peer]),
-        "times": {name: harness.quantiles(seconds) for name, seconds in steps.items()},
+        "times": {name: quantiles(seconds) for name, seconds in steps.items()},
         "speedup": {name: median(steps[peer]) / median(steps[name]) for name in ours},
     }
     if 4 * N * N >= 2**24:  # below, the logits that others store are no memory to speak of
@@ -149,17 +153,20 @@ def measure(case: str, N: int, D: int, dtype: str, world: int) -> dict:
     return row
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its ranks compute on the CPU")
-@pytest.mark.parametrize("case,N,D,dtype,world", CASES)
-def test_sharded(case, N, D, dtype, world):
-    pytest.importorskip(PEERS[case].split()[0])
-    row = measure(case, N, D, dtype, world)
-    harness.results.setdefault(__name__, []).append(row)
-    memory = row.get("extra_mib", {})
-    each = [
-        f"{name} {t['median_ms']:.2f} ms"
-        + (f" ({row['speedup'][name]:.2f} x)" if name in row["speedup"] else "")
-        + (f" {memory[name]:.0f} MiB" if memory else "")
-        for name, t in row["times"].items()
-    ]
-    print(f"\n{case} N={N} D={D} {dtype}, {world} ranks: {', '.join(each)}", flush=True)
+def main() -> None:
+    rows = []
+    for case, N, D, dtype, world in CASES:
+        rows.append(row := measure(case, N, D, dtype, world))
+        memory = row.get("extra_mib", {})
+        each = [
+            f"{name} {t['median_ms']:.2f} ms"
+            + (f" ({row['speedup'][name]:.2f} x)" if name in row["speedup"] else "")
+            + (f" {memory[name]:.0f} MiB" if memory else "")
+            for name, t in row["times"].items()
+        ]
+        print(f"{case} N={N} D={D} {dtype}, {world} ranks: {', '.join(each)}", flush=True)
+    print(harness.write("sharded", rows))
+
+
+if __name__ == "__main__":
+    main()

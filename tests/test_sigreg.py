@@ -1,11 +1,7 @@
 """SIGReg against its integral over characteristic functions written out, in fp64."""
 
-import json
 import math
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,8 @@ from oracle import assert_no_worse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastssl
+from fastssl.bench.cases import Case
+from fastssl.bench.running import peak_alone
 from fastssl.ops import sigreg, sigreg_directions
 from fastssl.ops.sigreg import knot_weights, sigreg_bwd_ref, sigreg_directions_ref, sigreg_fwd_ref
 
@@ -429,12 +427,10 @@ def test_error_messages(call, text):
 @compiled
 def test_memory():
     """In a fresh process: far below the 16 MiB of N x S projections."""
-    params = {"case": "sigreg", "V": 1, "N": 4096, "M": 1024, "D": 64, "dtype": "float32"}
-    job = {"module": "bench_sigreg", "params": params | {"device": "cpu"}, "provider": "ours"}
-    command = [sys.executable, "harness.py", json.dumps(job)]
-    folder = Path(__file__).parents[1] / "benchmarks"
-    out = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
-    assert float(out.stdout) < 4
+    case = Case(
+        "sigreg", "sigreg", (("V", 1), ("N", 4096), ("M", 1024), ("D", 64)), "float32", "cpu"
+    )
+    assert peak_alone(case, "ours") < 4
 
 
 # --------------------------------------------------------------------------------- several ranks

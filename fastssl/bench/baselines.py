@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable
 from types import ModuleType
 
@@ -65,4 +66,4 @@ def versions() -> dict[str, str]:
 
 def chosen(name: str, wanted: list[str] | None) -> bool:
     """Whether a provider is among those wanted, all where that is None."""
-    return wanted is None or any(name == w or name.startswith(f"{w} ") for w in wanted)
+    return wanted is None or any(re.match(rf"{re.escape(w)}\b", name) for w in wanted)

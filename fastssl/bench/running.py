@@ -160,7 +160,7 @@ def _providers(case: Case, baselines, left_out: list[str]) -> tuple[dict, list[s
     return wanted, absent, {}
 
 
-def _peak(case: Case, threads: int, seconds: float, baselines, provider: str | None):
+def _peak(case: Case, threads: int, provider: str | None, baselines=None):
     """In a process of its own: names of all providers, or one's peak in MiB."""
     torch.set_num_threads(threads)
     if provider is None:
@@ -176,11 +176,18 @@ def _peak(case: Case, threads: int, seconds: float, baselines, provider: str | N
     return measure.peak_mib(call, case.device)
 
 
+def peak_alone(case: Case, provider: str, threads: int = 1) -> float | None | str:
+    """MiB of a provider's peak memory in a process of its own, or why there is none."""
+    return _alone(_peak, {"case": case, "threads": threads, "provider": provider})
+
+
 def _memory_alone(job: dict) -> tuple[dict[str, float | None], dict[str, str]]:
     """MiB by provider, and what failed; nothing of cases too small."""
     work, large = job["case"].work(), hasattr(job["case"].module, "details")
     if not large and max(4 * work.rows * work.keys, work.traffic) < LEAST_MEMORY:
         return {}, {}
+    case, threads = job["case"], job["threads"]
+    job = {"case": case, "threads": threads, "baselines": job["baselines"]}
     names = _alone(_peak, job | {"provider": None})
     if isinstance(names, str):
         return {}, {"ours": names}
@@ -188,7 +195,7 @@ def _memory_alone(job: dict) -> tuple[dict[str, float | None], dict[str, str]]:
         return {}, names
     memory, failed = {}, {}
     for name in names:
-        found = _alone(_peak, job | {"provider": name})
+        found = peak_alone(case, name, threads)
         if isinstance(found, str):
             failed[name] = found
         else:

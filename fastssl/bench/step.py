@@ -86,7 +86,7 @@ def step_providers(
     """By name, and the absent: ours; plain losses, torch's fused AdamW and torchvision's views; the
     same with our views, of which alone the difference may come."""
     found, absent = {}, []
-    kinds = {"ours": (False, False), "eager all": (True, True), "eager but views": (True, False)}
+    kinds = {"ours": (False, False), "eager": (True, True), "eager, our views": (True, False)}
     for provider, eager in kinds.items():
         arguments_of_step = (name, arguments, backbone, source, size, B, dtype, device, *eager)
         add(found, absent, provider, functools.partial(Step, *arguments_of_step))
