@@ -1,4 +1,5 @@
 import pytest
+import runs
 import steps
 import torch
 import torch.nn.functional as F
@@ -67,9 +68,10 @@ def test_lejepa_has_local_views():
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("data", ["digits", "patches", "shapes:multi", "/some/folder"])
-def test_recipes_fill_every_field_and_nothing_else(name, data):
-    config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args={"out_dim": 7}))
-    assert config.lr == 0.5 and config.method_args["out_dim"] == 7
+def test_recipes_fill_every_field_and_nothing_else(name, data, tmp_path):
+    own = runs.needed(name, tmp_path) or {"out_dim": 7}
+    config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args=own))
+    assert config.lr == 0.5 and own.items() <= config.method_args.items()
     unset = {name for name, value in vars(config).items() if value is None}
     assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
     assert set(RECIPES[name]) == {"digits", "patches", "shapes", "folder"}
@@ -86,10 +88,11 @@ def test_steps(ranks, name, arguments):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sam_moves_a_methods_state_once(name):
+def test_sam_moves_a_methods_state_once(name, tmp_path):
     """Queues, centres and running statistics of a step with SAM are those of one without."""
     pytest.importorskip("sklearn")
-    source, config = load("digits"), resolve(PretrainConfig(method=name, data="digits"))
+    source, own = load("digits"), runs.needed(name, tmp_path, channels=1)
+    config = resolve(PretrainConfig(method=name, data="digits", method_args=own))
     states = {}
     for rho in (0.0, 0.05):
         torch.manual_seed(0)
@@ -104,8 +107,9 @@ def test_sam_moves_a_methods_state_once(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("backbone", ["resnet_small", "vit_small"])
-def test_batch_norms_can_be_shared_over_ranks(name, backbone):
-    method = method_class(name)(build_backbone(backbone, 3, 32))
+def test_batch_norms_can_be_shared_over_ranks(name, backbone, tmp_path):
+    own = runs.needed(name, tmp_path)
+    method = method_class(name)(build_backbone(backbone, 3, 32), **own)
     keys = list(method.state_dict())
     norms = [m for m in method.modules() if isinstance(m, _BatchNorm)]
     converted = SyncBatchNorm.convert_sync_batchnorm(method)
