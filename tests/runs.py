@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,25 @@ _context.set_forkserver_preload(  # torch._dynamo: by optimizers
     "pytest fastssl.train fastssl.methods PIL.Image yaml safetensors.torch torch._dynamo "
     "torch.distributed.fsdp torch.distributed.checkpoint torch.distributed.tensor".split()
 )
+
+
+def needed(method, folder, channels=3):
+    """The arguments that a method cannot do without: a file, which is written into the folder."""
+    if method != "distill":
+        return {}
+    from fastssl.models import ResNetSmall
+    from fastssl.models.classifier import Classifier, packed
+
+    path = Path(folder) / f"teacher{channels}.safetensors"
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            head = torch.nn.Linear(128, 3)
+            model = Classifier(ResNetSmall(channels, 8), torch.nn.Sequential(), head)
+        head.weight.data *= 20  # so that it says different things of different images
+        about = {"channels": str(channels), "image_size": "8"}
+        path.write_bytes(packed(model, backbone="resnet_small", **about))
+    return {"teacher": str(path)}
 
 
 def free_port() -> int:

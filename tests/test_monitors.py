@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import runs
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -251,6 +252,7 @@ def test_the_weights_are_the_same_bits_without_monitors(few, tmp_path, capsys):
     "changes", [*({"method": name} for name in METHODS), {"backbone": "vit_small", "chunk": 5}]
 )
 def test_every_method_is_watched(few, tmp_path, changes):
+    changes = {"method_args": runs.needed(changes.get("method"), tmp_path), **changes}
     record = read_metrics(few(tmp_path / "run", **changes))[-1]
     assert {"probe_top1", "knn_top1", "rankme", "feature_std"} <= set(record)
 

@@ -56,7 +56,7 @@ def train(images, tmp_path_factory):
             whole[key] = train(out, world, watch=3, **settings)
         return whole[key]
 
-    train.never_stopped = never_stopped
+    train.never_stopped, train.folder = never_stopped, images.parent
     return train
 
 
@@ -92,7 +92,8 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, workers, sam_rho):
     """Also with other workers than before."""
-    settings = {"method": method, "sam_rho": sam_rho}
+    own = runs.needed(method, train.folder)
+    settings = {"method": method, "sam_rho": sam_rho, "method_args": own}
     whole = train.never_stopped(world, **settings)
     kill_at = random.randrange(4, 6)
     train(tmp_path / "run", world, kill_at, workers=workers[0], **settings)

@@ -121,6 +121,8 @@ _SETTINGS = {
     "drop_path": (float, "X", "of finetune."),
     "mixup": (float, "X", "of finetune; needs torchvision."),
     "cutmix": (float, "X", "of finetune; needs torchvision."),
+    "from_head": (int, "N", "layers of the pretraining head that finetune keeps. Default: 0."),
+    "save": (str, "FILE", "for the classifier that finetune made, for `pretrain distill`."),
     "precision": (str, "NAME", "of finetune: fp32, bf16, auto."),
     "disturbances": (names, "LIST", "of robustness. Default: all."),
     "shifts": (names, "LIST", "data sets robustness scores too."),

@@ -34,6 +34,7 @@ from .linear import fit_logistic, held_out, linear
 from .linear_sgd import linear_sgd
 from .multilabel import average_precision, label_sets, multilabel, multilabel_probe, roc_auc
 from .networks import Inputs, Network, open_network
+from .own_classifier import own_classifier
 from .retrieval import copy_detection, retrieval
 from .segmentation import ConfusionMatrix
 from .segmentation_probe import segmentation_probe
@@ -74,6 +75,7 @@ __all__ = [
     "multilabel_probe",
     "merge_results",
     "open_network",
+    "own_classifier",
     "rankme",
     "read_results",
     "retrieval",
@@ -103,6 +105,7 @@ _TRAIN_ONLY = {"knn-loo", "clusters", "diagnostics", "rankme"}
 _ON_IMAGES = {
     "linear-sgd": linear_sgd,
     "finetune": finetune,
+    "classifier": own_classifier,
     "segmentation": segmentation_probe,
     "copy-detection": copies,
     "alignment": view_alignment,

@@ -11,6 +11,7 @@ from ..extras import nearest
 from .barlow import BarlowTwins
 from .byol import BYOL
 from .dino import DINO
+from .distill import Distill
 from .lejepa import LeJEPA
 from .mae import MAE
 from .moco_v2 import MoCoV2
@@ -24,6 +25,7 @@ from .vicreg import VICReg
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
     "simclr_v2": SimCLRv2,
+    "distill": Distill,
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
@@ -43,6 +45,7 @@ __all__ = [
     "METHODS",
     "SEER",
     "BarlowTwins",
+    "Distill",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",

@@ -123,6 +123,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "byol": _by_data(_BYOL_SMALL),
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
+    "distill": _by_data({**_SIMCLR_SMALL, "method_args": {}}),
     "lejepa": _by_data(_LEJEPA_SMALL),
     "mae": _by_data(_MAE_SMALL),
     "moco_v2": _by_data(_MOCO_V2_SMALL),

@@ -4,16 +4,19 @@ import torch
 from torch import nn
 
 from ..extras import nearest, require
+from .classifier import Classifier, load_classifier
 from .heads import mlp
 from .resnet import ResNetSmall
 from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
+    "Classifier",
     "ResNetSmall",
     "ViTSmall",
     "build_backbone",
     "grid_side",
+    "load_classifier",
     "mlp",
     "patch_size",
     "patch_tokens",
