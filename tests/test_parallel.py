@@ -23,7 +23,7 @@ pytest.importorskip("safetensors")
 
 CASES = [("simclr", "vit_small", 64), ("simclr", "vit_small", 32)]
 CASES += [("simclr", "resnet_small", 64), ("simclr", "resnet_small", 32)]
-CASES += [(method, "resnet_small", 32) for method in METHODS if method != "simclr"]
+CASES += [(method, "resnet_small", 32) for method in runs.IMAGES_ONLY if method != "simclr"]
 
 
 def in_bits(name, bits, parallel, told):

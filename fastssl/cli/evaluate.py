@@ -122,6 +122,7 @@ _SETTINGS = {
     "mixup": (float, "X", "of finetune; needs torchvision."),
     "cutmix": (float, "X", "of finetune; needs torchvision."),
     "precision": (str, "NAME", "of finetune: fp32, bf16, auto."),
+    "templates": (str, "FILE", "prompts of zero-shot, one a line, {} for the name of a class."),
     "disturbances": (names, "LIST", "of robustness. Default: all."),
     "shifts": (names, "LIST", "data sets robustness scores too."),
     "groups": (str, "FILE", "CSV file, image and group, for groups. Default: classes."),

@@ -40,6 +40,7 @@ from .segmentation_probe import segmentation_probe
 from .table import table
 from .task import Task
 from .views import copies, group_accuracy, robustness, view_alignment
+from .zero_shot import class_weights, zero_shot
 
 __all__ = [
     "PROTOCOLS",
@@ -53,6 +54,7 @@ __all__ = [
     "average_precision",
     "calibration_error",
     "class_alignment",
+    "class_weights",
     "clusters",
     "copy_detection",
     "diagnostics",
@@ -108,6 +110,7 @@ _ON_IMAGES = {
     "alignment": view_alignment,
     "robustness": robustness,
     "groups": group_accuracy,
+    "zero-shot": zero_shot,
 }
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")

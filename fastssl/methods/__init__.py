@@ -10,6 +10,7 @@ from torch import nn
 from ..extras import nearest
 from .barlow import BarlowTwins
 from .byol import BYOL
+from .clip import CLIP
 from .dino import DINO
 from .lejepa import LeJEPA
 from .moco_v2 import MoCoV2
@@ -28,10 +29,12 @@ METHODS: dict[str, type[nn.Module]] = {
     "vicreg": VICReg,
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
+    "clip": CLIP,
 }
 
 __all__ = [
     "BYOL",
+    "CLIP",
     "DINO",
     "METHODS",
     "BarlowTwins",

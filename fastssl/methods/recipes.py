@@ -68,6 +68,14 @@ _SWAV_SMALL = {
     },
 }
 
+_CLIP_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "weight_decay": 0.1,
+    "method_args": {"out_dim": 64},
+}
+
 EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
@@ -96,9 +104,17 @@ def _by_data(small: dict[str, Any], **digits: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def _with_captions(small: dict[str, Any], **shapes: Any) -> dict[str, dict[str, Any]]:
+    """The same of a method that reads captions, which the other built-in data have not."""
+    recipes = _by_data(small)
+    recipes["shapes"]["method_args"] = {**small["method_args"], **shapes}
+    return {data: recipes[data] for data in ("shapes", "folder")}
+
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "barlow": _by_data(_VICREG_SMALL),
     "byol": _by_data(_BYOL_SMALL),
+    "clip": _with_captions(_CLIP_SMALL),
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "lejepa": _by_data(_LEJEPA_SMALL),

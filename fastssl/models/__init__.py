@@ -6,13 +6,16 @@ from torch import nn
 from ..extras import nearest, require
 from .heads import mlp
 from .resnet import ResNetSmall
+from .text import TextTower, build_text_tower
 from .tokens import grid_side, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
     "ResNetSmall",
+    "TextTower",
     "ViTSmall",
     "build_backbone",
+    "build_text_tower",
     "grid_side",
     "mlp",
     "patch_tokens",
