@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-cpu test-triton test-cubin lint bench gpu-check
+.PHONY: demo test test-cpu test-triton test-cubin lint bench smoke gpu-check
 .NOTPARALLEL:
 
 # --no-build-isolation builds against the very torch that will load the extension.
@@ -37,6 +37,10 @@ test-cubin: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/pytest benchmarks -s -q
+
+# A short run of every method must beat random weights by its margin.
+smoke: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smoke.py
 
 # With the active Python and no network: for a machine that has a GPU, torch and a compiler.
 gpu-check:

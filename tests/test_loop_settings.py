@@ -14,7 +14,7 @@ from fastssl.data import Batch
 from fastssl.dist import SyncBatchNorm
 from fastssl.methods import SimCLR
 from fastssl.methods.recipes import resolve
-from fastssl.models import ResNetSmall, ViTSmall
+from fastssl.models import ResNetSmall, ViTSmall, patch_tokens
 from fastssl.optim import SAM
 from fastssl.train import setup
 from fastssl.train.parallel import Objective
@@ -142,6 +142,42 @@ def test_chunks_of_the_batch_have_its_gradients():
     assert seen == [16]
 
 
+class Masked(nn.Module):
+    """Reads patch tokens, some of them hidden and some left out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = ViTSmall(1, 8)
+        self.mask_token = nn.Parameter(torch.randn(96))
+
+    def loss(self, batch):
+        generator = torch.Generator().manual_seed(batch.step)
+        x = batch.views[0]
+        order = torch.rand(len(x), 16, generator=generator).argsort(1)
+        keep, mask = order[:, :9], order % 3 == 0
+        hidden = {"mask": mask, "mask_token": self.mask_token}
+        cls, patches = patch_tokens(self.backbone, x, keep=keep, **hidden)
+        with torch.no_grad():
+            target = patch_tokens(self.backbone, x, keep=keep)[1]
+        return (patches - target).square().mean() + cls[:, 0].mean(), {}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"chunk": 5}, {"compile": True}, {"chunk": 5, "sam_rho": 0.1}]
+)
+def test_patch_tokens_are_chunked_and_compiled_too(monkeypatch, settings):
+    calls = compiled_without_kernels(monkeypatch)
+    one, other, seen = Masked(), Masked(), []
+    one.backbone.blocks[0].norm1.register_forward_hook(lambda m, x, y: seen.append(len(y)))
+    steps(made(one, **settings), Objective(one), 2)
+    steps(made(other, **{**settings, "chunk": 0, "compile": False}), Objective(other), 2)
+    chunks = [n for n in seen if n < 16]
+    assert len(calls) == (2 if "compile" in settings else 0)  # by features and by tokens
+    assert set(chunks) == ({5, 1} if "chunk" in settings else set())
+    assert_same(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_chunks_say_that_batch_norm_is_not_exact():
     with pytest.warns(UserWarning, match="statistics from 5 images at a time.*vit_small"):
         made(simclr(), chunk=5)
@@ -195,7 +231,7 @@ def test_compiled_backbones_take_the_same_steps(monkeypatch, chunk):
     keys = list(one.state_dict())
     steps(made(one, compile=True, chunk=chunk), Objective(one), 2)
     steps(made(other), Objective(other), 2)
-    assert len(calls) == 1 and list(one.state_dict()) == keys
+    assert len(calls) == 2 and list(one.state_dict()) == keys  # by features and by tokens
     assert_same(one, other, atol=1e-5, rtol=1e-4)
     assert copy.deepcopy(one.backbone).eval()(batch().views[0]).shape == (16, 96)
 

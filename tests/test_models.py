@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastssl.extras import require
-from fastssl.models import build_backbone, grid_side, mlp, patch_tokens
+from fastssl.models import build_backbone, grid_side, mlp, patch_size, patch_tokens
 from fastssl.models.vit import sincos_positions
 
 
@@ -144,3 +144,16 @@ def test_hidden_patches_say_nothing():
     assert token.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="vision transformer, got ResNetSmall"):
         patch_tokens(build_backbone("resnet_small", 1, 16), x)
+
+
+def test_blocks_that_want_more_than_tokens_are_refused():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="vision transformer, got Eva"):  # rotary positions
+        patch_size(build_backbone("timm:eva02_tiny_patch14_224", 3, 28))
+
+
+def test_hooks_see_the_class_token():
+    backbone, seen = build_backbone("vit_small", 1, 16), []
+    backbone.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    cls, _ = patch_tokens(backbone, torch.randn(2, 1, 16, 16))
+    assert len(seen) == 1 and seen[0] is cls

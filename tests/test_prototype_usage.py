@@ -163,6 +163,8 @@ def test_few_prototypes_further_terms_and_std():
     assert steps_of_messages(records_of(9.1, range(10, 1000, 10), prototype_loss=8.0064))
     both = steps_of_messages(records_of(8.0064, range(10, 1000, 10), std=0.05))
     assert [step for step, _ in both] == [10, 100] and "(std 0.050; 1 is healthy" in both[0][1]
+    low = [{"step": step, "loss": 1.0, "std": 0.05} for step in range(10, 1000, 10)]
+    assert [step for step, _ in steps_of_messages(low, warmup_steps=300)] == [310]
     assert not steps_of_messages([{"step": step, "loss": 0.0} for step in range(10, 1000, 10)])
 
 

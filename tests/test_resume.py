@@ -87,15 +87,16 @@ def assert_same_run(one, other):
     assert torch.equal(load_backbone(one)[0](x), load_backbone(other)[0](x))
 
 
-@pytest.mark.parametrize("world, workers", [(1, (0, 2)), (2, (2, 0))])
+@pytest.mark.parametrize("world, workers, sam_rho", [(1, (0, 2), 0.05), (2, (2, 0), 0.0)])
 @pytest.mark.parametrize("method", runs.IMAGES_ONLY)
-def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, workers):
+def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, workers, sam_rho):
     """Also with other workers than before."""
-    whole = train.never_stopped(world, method=method)
+    settings = {"method": method, "sam_rho": sam_rho}
+    whole = train.never_stopped(world, **settings)
     kill_at = random.randrange(4, 6)
-    train(tmp_path / "run", world, kill_at, method=method, workers=workers[0])
+    train(tmp_path / "run", world, kill_at, workers=workers[0], **settings)
     assert last(tmp_path / "run")["step"] == 3 and len(losses(tmp_path / "run")) >= kill_at - 1
-    run = train(tmp_path / "run", world, method=method, workers=workers[1], resume=True)
+    run = train(tmp_path / "run", world, workers=workers[1], resume=True, **settings)
     assert_same_run(run, whole)
     assert read_metrics(run)[-1]["step"] == STEPS
     assert len((run / "corrupt.txt").read_text().splitlines()) == 3

@@ -366,7 +366,7 @@ def test_collapse_is_announced(tmp_path, monkeypatch, tiny):
 
     monkeypatch.setattr(SimCLR, "loss", loss)
     with pytest.warns(UserWarning, match="collapsing .std 0.050"):
-        pretrain(tiny(tmp_path, epochs=1, log_every=5))
+        pretrain(tiny(tmp_path, epochs=1, warmup_epochs=0.5, log_every=5))
 
 
 class Assignments(SimCLR):

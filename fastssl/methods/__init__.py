@@ -13,22 +13,28 @@ from .byol import BYOL
 from .clip import CLIP
 from .dino import DINO
 from .lejepa import LeJEPA
+from .mae import MAE
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
+from .seer import SEER
 from .simclr import SimCLR
+from .simclr_v2 import SimCLRv2
 from .swav import SwAV
 from .vicreg import VICReg
 
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
+    "simclr_v2": SimCLRv2,
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
     "dino": DINO,
     "swav": SwAV,
+    "seer": SEER,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
+    "mae": MAE,
     "clip": CLIP,
 }
 
@@ -36,12 +42,15 @@ __all__ = [
     "BYOL",
     "CLIP",
     "DINO",
+    "MAE",
     "METHODS",
+    "SEER",
     "BarlowTwins",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",
     "SimCLR",
+    "SimCLRv2",
     "SwAV",
     "VICReg",
     "method_class",

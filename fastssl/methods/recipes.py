@@ -48,6 +48,16 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+_MAE_SMALL = {
+    "backbone": "vit_small",
+    "batch_size": 256,
+    "optimizer": "adamw",
+    "lr": 1.5e-3,
+    "weight_decay": 5e-2,
+    "warmup_epochs": 1.0,
+    "method_args": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
+}
+
 _MOCO_V2_SMALL = {
     **_SIMCLR_SMALL,
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
@@ -74,6 +84,18 @@ _CLIP_SMALL = {
     "lr": 2e-3,
     "weight_decay": 0.1,
     "method_args": {"out_dim": 64},
+}
+
+_SEER_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "method_args": {
+        "hidden_dim": 512,
+        "out_dim": 128,
+        "num_prototypes": 96,
+        "freeze_steps": 30,
+        "local_views": 4,
+    },
 }
 
 EVERY: dict[str, Any] = {
@@ -118,9 +140,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "lejepa": _by_data(_LEJEPA_SMALL),
+    "mae": _by_data(_MAE_SMALL),
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
+    "seer": _by_data(_SEER_SMALL, local_views=0),
     "simclr": _by_data(_SIMCLR_SMALL),
+    "simclr_v2": _by_data(_SIMCLR_SMALL),
     "swav": _by_data(_SWAV_SMALL, local_views=0, epsilon=0.03),
     "vicreg": _by_data(_VICREG_SMALL),
 }

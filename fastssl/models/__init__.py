@@ -7,7 +7,7 @@ from ..extras import nearest, require
 from .heads import mlp
 from .resnet import ResNetSmall
 from .text import TextTower, build_text_tower
-from .tokens import grid_side, patch_tokens
+from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "build_text_tower",
     "grid_side",
     "mlp",
+    "patch_size",
     "patch_tokens",
 ]
 

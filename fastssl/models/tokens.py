@@ -1,16 +1,20 @@
 """Patch tokens of vision transformers, with patches hidden: for masked objectives."""
 
+from types import MethodType
+
 import torch
 from torch import Tensor, nn
 
 
-def grid_side(backbone: nn.Module, size: int) -> int:
-    """Patches along a side of a square image of `size` pixels.
+def grid_side(backbone: nn.Module, size: int | None = None) -> int:
+    """Patches along a side of a square image of `size` pixels; None: of those it was built for.
 
     Raises:
         ValueError: a backbone without patch tokens, or a size that is no multiple of its patches.
     """
-    patch = _patch(backbone)
+    patch = patch_size(backbone)
+    if size is None:
+        return backbone.side if hasattr(backbone, "placed") else backbone.patch_embed.grid_size[0]
     if size % patch:
         raise ValueError(
             f"grid_side: size must be a multiple of the patches of {patch} pixels, got {size}."
@@ -42,8 +46,28 @@ def patch_tokens(
 
     Raises:
         ValueError: a backbone without patch tokens.
+
+    Notes: a run encodes as it does by `forward`: in chunks of the batch, compiled. Forward hooks of
+    the backbone are called with the class token, as those of monitors.
     """
-    _patch(backbone)
+    patch_size(backbone)
+    if mask_token is not None:
+        mask_token = mask_token.expand(len(x), -1)  # chunks of the batch take rows
+    encode = getattr(backbone, "encode_tokens", None) or MethodType(encode_tokens, backbone)
+    cls, patches = encode(x, mask, mask_token, keep)
+    for hook in backbone._forward_hooks.values():
+        hook(backbone, (x,), cls)
+    return cls, patches
+
+
+def encode_tokens(
+    backbone: nn.Module,
+    x: Tensor,
+    mask: Tensor | None,
+    mask_token: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`patch_tokens`, with a mask token (B, D) for each image: what a run may chunk and compile."""
     tokens, prefix = _embedded(backbone, x, mask, mask_token)
     if keep is not None:
         kept = keep[..., None].expand(-1, -1, tokens.shape[2])
@@ -64,17 +88,24 @@ def _embedded(
         embedded = embedded.movedim(1, 3)
     if mask is not None:
         hidden = mask.view(*embedded.shape[:-1], 1)
-        embedded = torch.where(hidden, mask_token.to(embedded.dtype), embedded)
+        token = mask_token.view(len(x), *[1] * (embedded.ndim - 2), -1).to(embedded.dtype)
+        embedded = torch.where(hidden, token, embedded)
     if not ours:
         return backbone._pos_embed(embedded), backbone.num_prefix_tokens
     return backbone.placed(embedded.flatten(1, 2)), 1
 
 
-def _patch(backbone: nn.Module) -> int:
-    """Side of its patches in pixels."""
+def patch_size(backbone: nn.Module) -> int:
+    """Side of its patches in pixels.
+
+    Raises:
+        ValueError: a backbone without patch tokens.
+    """
     if hasattr(backbone, "placed"):
         return backbone.patch
-    if not (hasattr(backbone, "_pos_embed") and hasattr(backbone, "blocks")):
+    # Of timm's with other blocks than these each wants more than the tokens.
+    plain = isinstance(getattr(backbone, "blocks", None), nn.Sequential)
+    if not (plain and hasattr(backbone, "_pos_embed")):
         raise ValueError(
             f"patch_tokens: backbone must be a vision transformer, got {type(backbone).__name__}. "
             "Use vit_small or timm:vit_..."

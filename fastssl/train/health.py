@@ -17,7 +17,8 @@ import math
 from typing import Any
 
 COLLAPSED_STD = 0.2
-"""`std` below this (1 is healthy) means all projections are becoming equal."""
+"""`std` below this after warm-up (1 is healthy) means all projections are becoming equal; in it
+that of a healthy run may fall as low."""
 COLLAPSED_FEATURE_STD = 0.03
 """`feature_std` below this after warm-up: lower than of any random network that was met (0.07 for a
 small transformer on digits; 0.5 to 0.8 for others)."""
@@ -86,7 +87,7 @@ class Health:
     def messages(self, record: dict[str, Any]) -> list[str]:
         step, news = record["step"], {}
         std = record.get("std", 1.0)
-        if std < COLLAPSED_STD:
+        if step > self._warmup and std < COLLAPSED_STD:
             news["std"] = (
                 f"the projections are collapsing (std {std:.3f}; 1 is healthy, below "
                 f"{COLLAPSED_STD} is not): all images get nearly the same features. Try a lower lr "

@@ -5,6 +5,7 @@ import fnmatch
 import os
 import sys
 import warnings
+from types import MethodType
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ..data import epoch_order, epoch_size, load
 from ..extras import nearest
 from ..gradcache import GradCache
 from ..methods.recipes import completed, resolve
+from ..models.tokens import encode_tokens
 from ..optim import (
     LAMB,
     LARS,
@@ -229,8 +231,8 @@ class _Encoder(GradCache):
 
 
 def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
-    """How the backbone and a teacher's run: so many images at a time, compiled. The names of their
-    parameters stay."""
+    """How the backbone and a teacher's run, by `forward` and by `patch_tokens`: so many images at a
+    time, compiled. The names of their parameters stay."""
     backbone, teacher = method.backbone, getattr(method, "teacher", None)
     if chunk and any(isinstance(m, _BatchNorm) and m.training for m in backbone.modules()):
         warnings.warn(
@@ -243,7 +245,9 @@ def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
     if compiled and teacher is not None:
         networks.append(getattr(teacher, "backbone", teacher))
     for network in networks:
-        encoder = _Encoder(network.forward, chunk or sys.maxsize)
-        if compiled:  # kernels for each size of the views
-            encoder.encoder.compile(dynamic=False)
-        network.forward = encoder.forward
+        tokens = MethodType(encode_tokens, network)
+        for name, function in (("forward", network.forward), ("encode_tokens", tokens)):
+            encoder = _Encoder(function, chunk or sys.maxsize)
+            if compiled:  # kernels for each size of the views
+                encoder.encoder.compile(dynamic=False)
+            setattr(network, name, encoder.forward)

@@ -1,0 +1,189 @@
+"""A short run of every method on small data: better than the same network with random weights by a
+frozen margin, and no sign of collapse.
+
+    python benchmarks/smoke.py [METHOD ...] [--seeds 0 1 2]
+
+Two runs at a time, one thread each. All methods together, which is the default, also write
+results/<machine>/smoke.json. Exit code 1 if a run fails.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+
+from fastssl.config import PretrainConfig
+from fastssl.evaluate import evaluate
+from fastssl.evaluate.table import align
+from fastssl.methods import METHODS
+from fastssl.train import pretrain
+from fastssl.train.metrics import read_metrics
+
+LEAST_STD = 0.3
+"""Of the normalised projections, 1 over the sphere; a collapse is told below 0.2."""
+
+
+def knn_20(run: Path) -> tuple[float, float]:
+    """Top-1 of 20 nearest neighbours before and after training, in percent."""
+    return _before_and_after(run, "knn", "knn-20", ks=(20,))
+
+
+def finetuned_5_shot(run: Path) -> tuple[float, float]:
+    """Top-1 after fine-tuning on five labels a class, from random weights and from the run's."""
+    return _before_and_after(run, "finetune", "5-shot", shots=(5,), seeds=3)
+
+
+def _before_and_after(run: Path, protocol: str, name: str, **settings) -> tuple[float, float]:
+    found = [
+        evaluate(run, None, [protocol], weights=weights, device="cpu", **settings)
+        for weights in ("random", "pretrained")
+    ]
+    before, after = (result[protocol]["top1_percent"][name] for result in found)
+    return before, after
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a method is tried, and what it must reach."""
+
+    margin: float
+    """Least gain in points: the mean of three seeds less three deviations, and 8 at least."""
+    data: str = "patches"
+    settings: dict[str, Any] = field(default_factory=lambda: {"epochs": 10})
+    """Fields of `PretrainConfig` that differ from the recipe's."""
+    score: Callable[[Path], tuple[float, float]] = knn_20
+    """Of a run: what its method is compared with and what it reached, in percent."""
+
+
+ROWS = {
+    "simclr": Row(margin=8.0),
+    "byol": Row(margin=8.0),
+    "moco_v2": Row(margin=8.0),
+    "moco_v3": Row(margin=8.0),
+    "dino": Row(margin=8.0),
+    "swav": Row(margin=8.0),
+    "vicreg": Row(margin=8.0),
+    "barlow": Row(margin=8.0),
+    "lejepa": Row(margin=8.0),
+}
+
+
+def tried(method: str, seed: int, out: str) -> dict[str, Any]:
+    """One run in a process of its own: what it was and what it reached."""
+    torch.set_num_threads(1)
+    row, path = ROWS[method], Path(out, f"{method}-{seed}")
+    started = time.perf_counter()
+    config = PretrainConfig(
+        method=method, data=row.data, seed=seed, out=path, device="cpu", workers=0, **row.settings
+    )
+    with open(f"{path}.log", "w") as log, redirect_stderr(log):  # two runs' progress is a muddle
+        pretrain(config)
+    trained = time.perf_counter()
+    before, after = row.score(path)
+    last = read_metrics(path)[-1]
+    warnings = path / "warnings.txt"
+    result = {
+        "method": method,
+        "data": row.data,
+        "settings": row.settings,
+        "metric": row.score.__name__,
+        "seed": seed,
+        "before": before,
+        "after": after,
+        "gain": after - before,
+        "margin": row.margin,
+        "train_s": trained - started,
+        "evaluate_s": time.perf_counter() - trained,
+        "monitors": {
+            name: last[name]
+            for name in ("std", "feature_std", "rankme", "prototypes", "effective_prototypes")
+            if name in last
+        },
+        "warnings": warnings.read_text().splitlines() if warnings.exists() else [],
+    }
+    return result | {"faults": faults(result)}
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a run, in words; [] if nothing is."""
+    found = list(result["warnings"])
+    if result["gain"] < result["margin"]:
+        found.append(f"a gain of {result['gain']:.1f} points, below {result['margin']:g}")
+    monitors = result["monitors"]
+    if monitors.get("std", 1.0) < LEAST_STD:
+        found.append(f"std {monitors['std']:.2f}, below {LEAST_STD}")
+    if monitors.get("effective_prototypes", 2.0) < 2.0:
+        found.append(f"{monitors['effective_prototypes']:.1f} prototypes in use")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="Default: all.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    options = parser.parse_args()
+    methods = options.methods or list(METHODS)
+    if missing := [name for name in methods if name not in ROWS]:
+        parser.error(f"no row in ROWS for {', '.join(missing)}; there are {', '.join(ROWS)}.")
+
+    results, failed = [], []
+    with (
+        tempfile.TemporaryDirectory() as out,
+        ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool,
+    ):
+        jobs = {
+            pool.submit(tried, method, seed, out): (method, seed)
+            for method in methods
+            for seed in options.seeds
+        }
+        for job in as_completed(jobs):
+            name = "{}, seed {}".format(*jobs[job])
+            try:
+                result = job.result()
+            except Exception as error:  # of one method; the others go on
+                failed.append(f"FAIL  {name}: {type(error).__name__}: {error}")
+                continue
+            results.append(result)
+            failed += [f"FAIL  {name}: {fault}" for fault in result["faults"]]
+            print(f"{name}: {result['gain']:+.1f} points", flush=True)
+    results.sort(key=lambda result: (methods.index(result["method"]), result["seed"]))
+    print(f"\n{text(results)}\n")
+    print("\n".join(failed or ["all pass"]))
+    if not options.methods:
+        torch.set_num_threads(1)  # as the runs had, for the record
+        print(harness.write("smoke", results))
+    return 1 if failed else 0
+
+
+def text(results: list[dict[str, Any]]) -> str:
+    """A line for each run, and of several seeds their mean and deviation."""
+    lines = [["method", "data", "metric", "seed", "before", "after", "gain", "margin", "std", "s"]]
+    for result in results:
+        numbers = [f"{result[key]:.1f}" for key in ("before", "after", "gain", "margin")]
+        std = f"{result['monitors'].get('std', float('nan')):.2f}"
+        seconds = f"{result['train_s'] + result['evaluate_s']:.0f}"
+        names = [result["method"], result["data"], result["metric"], str(result["seed"])]
+        lines.append([*names, *numbers, std, seconds])
+    for method in dict.fromkeys(result["method"] for result in results):
+        gains = [result["gain"] for result in results if result["method"] == method]
+        if len(gains) > 1:
+            mean, deviation = statistics.mean(gains), statistics.stdev(gains)
+            gain = f"{mean:.1f} ± {deviation:.1f}"
+            floor = f"{mean - 3 * deviation:.1f}"
+            lines.append([method, "", "gain; mean - 3 sd", "", "", "", gain, floor, "", ""])
+    return align(lines, left=3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
