@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .align import ALIGN
 from .barlow import BarlowTwins
 from .byol import BYOL
 from .clip import CLIP
+from .convirt import ConVIRT
 from .dino import DINO
 from .lejepa import LeJEPA
 from .mae import MAE
@@ -36,9 +38,12 @@ METHODS: dict[str, type[nn.Module]] = {
     "lejepa": LeJEPA,
     "mae": MAE,
     "clip": CLIP,
+    "align": ALIGN,
+    "convirt": ConVIRT,
 }
 
 __all__ = [
+    "ALIGN",
     "BYOL",
     "CLIP",
     "DINO",
@@ -46,6 +51,7 @@ __all__ = [
     "METHODS",
     "SEER",
     "BarlowTwins",
+    "ConVIRT",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",

@@ -86,6 +86,10 @@ _CLIP_SMALL = {
     "method_args": {"out_dim": 64},
 }
 
+_ALIGN_SMALL = {**_CLIP_SMALL, "method_args": {"temperature": 0.1}}
+
+_CONVIRT_SMALL = {**_CLIP_SMALL, "method_args": {"out_dim": 128}}
+
 _SEER_SMALL = {
     **_SIMCLR_SMALL,
     "batch_size": 128,
@@ -134,9 +138,12 @@ def _with_captions(small: dict[str, Any], **shapes: Any) -> dict[str, dict[str, 
 
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    # The captions of shapes tell left from right.
+    "align": _with_captions(_ALIGN_SMALL, flip=False),
     "barlow": _by_data(_VICREG_SMALL),
     "byol": _by_data(_BYOL_SMALL),
     "clip": _with_captions(_CLIP_SMALL),
+    "convirt": _with_captions(_CONVIRT_SMALL, flip=False),
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "lejepa": _by_data(_LEJEPA_SMALL),
