@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+from fastssl.methods import METHODS
+
+IMAGES_ONLY = [name for name, cls in METHODS.items() if not hasattr(cls, "reads_captions")]
+"""Methods that train on images without captions."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(  # torch._dynamo: by optimizers
     "pytest fastssl.train fastssl.methods PIL.Image yaml safetensors.torch torch._dynamo "
@@ -83,7 +88,6 @@ def pretrained(settings, kill_at=None, watch=None):
     import torch.distributed as dist
 
     from fastssl.config import PretrainConfig
-    from fastssl.methods import METHODS
     from fastssl.train import pretrain
 
     method = METHODS[settings["method"]]

@@ -26,7 +26,7 @@ CASES = [("simclr", "vit_small", 64), ("simclr", "vit_small", 32)]
 CASES += [("simclr", "resnet_small", 64), ("simclr", "resnet_small", 32)]
 CASES += [
     (method, "vit_small" if method in steps.NEED_PATCHES else "resnet_small", 32)
-    for method in METHODS
+    for method in runs.IMAGES_ONLY
     if method != "simclr"
 ]
 

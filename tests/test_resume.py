@@ -9,7 +9,6 @@ import pytest
 import runs
 import torch
 
-from fastssl.methods import METHODS
 from fastssl.train import load_backbone, load_checkpoint
 from fastssl.train.checkpoint import link, remove
 from fastssl.train.metrics import read_metrics
@@ -89,7 +88,7 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("world, workers, sam_rho", [(1, (0, 2), 0.05), (2, (2, 0), 0.0)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", runs.IMAGES_ONLY)
 def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, workers, sam_rho):
     """Also with other workers than before."""
     own = runs.needed(method, train.folder)

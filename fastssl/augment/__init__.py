@@ -3,7 +3,7 @@
 from .apply import augment, prepare
 from .custom import Custom
 from .packed import Packed, pack
-from .presets import byol, dino, lejepa, mae, moco_v2, simclr, small, swav, xray
+from .presets import align, byol, clip, dino, lejepa, mae, moco_v2, simclr, small, swav, xray
 from .views import (
     ColorJitter,
     GaussianBlur,
@@ -36,8 +36,10 @@ __all__ = [
     "Solarize",
     "Translate",
     "View",
+    "align",
     "augment",
     "byol",
+    "clip",
     "dino",
     "lejepa",
     "mae",

@@ -127,6 +127,25 @@ def lejepa(
     return globals_ * global_views + locals_ * local_views
 
 
+def clip(size: int = 224) -> View:
+    """Crops of 90 to 100 %, nothing else: captions may tell left from right and name colours.
+
+    Paper: CLIP, arXiv 2103.00020, whose crop is a square of the image's shorter side; the share of
+    the area is open_clip's.
+    """
+    crop = RandomResizedCrop(size, scale=(0.9, 1.0), interpolation="bicubic")
+    return View(crop, Normalize())
+
+
+def align(size: int = 289, *, flip: bool = True) -> View:
+    """Crops of 70 % of the area, as of 289 pixels from 346, and mirror images.
+
+    Paper: ALIGN, arXiv 2102.05918.
+    """
+    crop = RandomResizedCrop(size, scale=(0.7, 0.7), interpolation="bicubic")
+    return View(crop, *_flip(flip), Normalize())
+
+
 def mae(size: int = 224, *, flip: bool = True, scale: tuple[float, float] = (0.2, 1.0)) -> View:
     """Crops of 20 to 100 % and mirror images, nothing else. `scale`: other crops.
 
@@ -163,12 +182,12 @@ def small(
     )
 
 
-def xray(size: int = 224, *, flip: bool = True) -> View:
+def xray(size: int = 224, *, flip: bool = True, blur: bool = True) -> View:
     """For radiographs: crops of 60 to 100 %, moved by up to 10 %, turned by up to 20 degrees,
     brightness and contrast 0.6 to 1.4, blur of 0.1 to 3 pixels; no hue or saturation.
 
-    `flip=False` keeps the heart on its side. Paper: ConVIRT, arXiv 2010.00747; its zoom of 5 % is
-    left to the crop.
+    `flip=False` keeps the heart on its side, `blur=False` is for small images. Paper: ConVIRT,
+    arXiv 2010.00747; its zoom of 5 % is left to the crop.
     """
     return View(
         RandomResizedCrop(size, scale=(0.6, 1.0)),
@@ -176,6 +195,6 @@ def xray(size: int = 224, *, flip: bool = True) -> View:
         Rotate(20.0),
         *_flip(flip),
         ColorJitter(0.4, 0.4),
-        GaussianBlur(1.0, sigma=(0.1, 3.0)),
+        *((GaussianBlur(1.0, sigma=(0.1, 3.0)),) if blur else ()),
         Normalize(),
     )

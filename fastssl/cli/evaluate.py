@@ -124,6 +124,7 @@ _SETTINGS = {
     "from_head": (int, "N", "layers of the pretraining head that finetune keeps. Default: 0."),
     "save": (str, "FILE", "for the classifier that finetune made, for `pretrain distill`."),
     "precision": (str, "NAME", "of finetune: fp32, bf16, auto."),
+    "templates": (str, "FILE", "prompts of zero-shot, one a line, {} for the name of a class."),
     "disturbances": (names, "LIST", "of robustness. Default: all."),
     "shifts": (names, "LIST", "data sets robustness scores too."),
     "groups": (str, "FILE", "CSV file, image and group, for groups. Default: classes."),

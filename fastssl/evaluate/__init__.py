@@ -41,6 +41,7 @@ from .segmentation_probe import segmentation_probe
 from .table import table
 from .task import Task
 from .views import copies, group_accuracy, robustness, view_alignment
+from .zero_shot import class_weights, zero_shot
 
 __all__ = [
     "PROTOCOLS",
@@ -54,6 +55,7 @@ __all__ = [
     "average_precision",
     "calibration_error",
     "class_alignment",
+    "class_weights",
     "clusters",
     "copy_detection",
     "diagnostics",
@@ -111,6 +113,7 @@ _ON_IMAGES = {
     "alignment": view_alignment,
     "robustness": robustness,
     "groups": group_accuracy,
+    "zero-shot": zero_shot,
 }
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")

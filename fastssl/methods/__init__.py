@@ -8,8 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .align import ALIGN
 from .barlow import BarlowTwins
 from .byol import BYOL
+from .clip import CLIP
+from .convirt import ConVIRT
 from .dino import DINO
 from .distill import Distill
 from .lejepa import LeJEPA
@@ -36,15 +39,21 @@ METHODS: dict[str, type[nn.Module]] = {
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
     "mae": MAE,
+    "clip": CLIP,
+    "align": ALIGN,
+    "convirt": ConVIRT,
 }
 
 __all__ = [
+    "ALIGN",
     "BYOL",
+    "CLIP",
     "DINO",
     "MAE",
     "METHODS",
     "SEER",
     "BarlowTwins",
+    "ConVIRT",
     "Distill",
     "LeJEPA",
     "MoCoV2",

@@ -1,6 +1,7 @@
 """What several methods are made of."""
 
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,11 @@ def held(weight: Tensor, hold: bool) -> Tensor:
     """The weight, with a gradient of zero if it is to be held: DistributedDataParallel waits for a
     gradient of every parameter, so that none at all will not do."""
     return weight.detach() + 0 * weight if hold else weight
+
+
+def caption_ids(captions: Sequence[str], device: torch.device) -> Tensor:
+    """(B,) int32, equal for equal captions, on all ranks."""
+    return torch.tensor([crc32(c.encode()) - 2**31 for c in captions], dtype=torch.int32).to(device)
 
 
 def spread(z: Tensor) -> Tensor:
