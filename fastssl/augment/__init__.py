@@ -3,7 +3,7 @@
 from .apply import augment, prepare
 from .custom import Custom
 from .packed import Packed, pack
-from .presets import byol, dino, lejepa, mae, moco_v2, simclr, small, swav, xray
+from .presets import byol, dino, lejepa, mae, moco_v2, rad_dino, simclr, small, swav, xray
 from .views import (
     ColorJitter,
     GaussianBlur,
@@ -44,6 +44,7 @@ __all__ = [
     "moco_v2",
     "pack",
     "prepare",
+    "rad_dino",
     "simclr",
     "small",
     "swav",
