@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import runs
+import steps
 import torch
 import torch.distributed as dist
 
@@ -23,7 +24,11 @@ pytest.importorskip("safetensors")
 
 CASES = [("simclr", "vit_small", 64), ("simclr", "vit_small", 32)]
 CASES += [("simclr", "resnet_small", 64), ("simclr", "resnet_small", 32)]
-CASES += [(method, "resnet_small", 32) for method in METHODS if method != "simclr"]
+CASES += [
+    (method, "vit_small" if method in steps.NEED_PATCHES else "resnet_small", 32)
+    for method in METHODS
+    if method != "simclr"
+]
 
 
 def in_bits(name, bits, parallel, told):

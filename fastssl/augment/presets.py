@@ -157,12 +157,12 @@ def lejepa(
     return globals_ * global_views + locals_ * local_views
 
 
-def mae(size: int = 224, *, flip: bool = True) -> View:
-    """Crops of 20 to 100 % and mirror images, nothing else.
+def mae(size: int = 224, *, flip: bool = True, scale: tuple[float, float] = (0.2, 1.0)) -> View:
+    """Crops of 20 to 100 % and mirror images, nothing else. `scale`: other crops.
 
     Paper: masked autoencoders, arXiv 2111.06377.
     """
-    crop = RandomResizedCrop(size, scale=(0.2, 1.0), interpolation="bicubic")
+    crop = RandomResizedCrop(size, scale=scale, interpolation="bicubic")
     return View(crop, *_flip(flip), Normalize())
 
 

@@ -48,6 +48,16 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+_MAE_SMALL = {
+    "backbone": "vit_small",
+    "batch_size": 256,
+    "optimizer": "adamw",
+    "lr": 1.5e-3,
+    "weight_decay": 5e-2,
+    "warmup_epochs": 1.0,
+    "method_args": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
+}
+
 _MOCO_V2_SMALL = {
     **_SIMCLR_SMALL,
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
@@ -102,6 +112,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "lejepa": _by_data(_LEJEPA_SMALL),
+    "mae": _by_data(_MAE_SMALL),
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
     "simclr": _by_data(_SIMCLR_SMALL),
