@@ -85,15 +85,45 @@ def byol(size: int = 224, *, flip: bool = True, scale=(0.08, 1.0)) -> list[View]
 
 
 def dino(
-    size: int = 224, local_size: int = 96, *, local_views: int = 8, flip: bool = True
+    size: int = 224,
+    local_size: int = 96,
+    *,
+    local_views: int = 8,
+    flip: bool = True,
+    scale=(0.4, 1.0),
+    local_scale=(0.05, 0.4),
 ) -> list[View]:
     """Two global views, of 40 to 100 % with BYOL's colours, then local ones of 5 to 40 % that are
-    blurred with probability 0.5.
+    blurred with probability 0.5. DINOv2 divides the scales at 32 %.
 
     Paper: DINO, arXiv 2104.14294.
     """
-    part = RandomResizedCrop(local_size, scale=(0.05, 0.4), interpolation="bicubic")
-    return byol(size, flip=flip, scale=(0.4, 1.0)) + [_byol(part, flip, 0.5)] * local_views
+    part = RandomResizedCrop(local_size, scale=local_scale, interpolation="bicubic")
+    return byol(size, flip=flip, scale=scale) + [_byol(part, flip, 0.5)] * local_views
+
+
+def rad_dino(
+    size: int = 518,
+    local_size: int = 224,
+    *,
+    local_views: int = 8,
+    flip: bool = True,
+    scale=(0.5, 1.0),
+    local_scale=(0.2, 0.5),
+) -> list[View]:
+    """DINO's views for radiographs: larger parts, so that small findings stay in sight, and of its
+    colours only brightness and contrast, of 0.4 with probability 0.8, and blur.
+
+    `flip=False` keeps the heart on its side. Paper: RAD-DINO, arXiv 2401.10815.
+    """
+
+    def view(size, scale, blur):
+        crop = RandomResizedCrop(size, scale=scale, interpolation="bicubic")
+        colour = (ColorJitter(0.4, 0.4, p=0.8), GaussianBlur(blur))
+        return View(crop, *_flip(flip), *colour, Normalize())
+
+    whole = [view(size, scale, blur) for blur in (1.0, 0.1)]
+    return whole + [view(local_size, local_scale, 0.5)] * local_views
 
 
 def swav(
