@@ -74,8 +74,8 @@ def test_lejepa_has_local_views():
 def test_recipes_fill_every_field_and_nothing_else(name, data, tmp_path):
     needed = runs.needed(name, tmp_path)
     parameters = inspect.signature(METHODS[name].__init__).parameters.values()
-    argument, default = next((p.name, p.default) for p in parameters if type(p.default) is int)
-    given = needed | {argument: default // 2}
+    lengths = {p.name: p.default // 2 for p in parameters if type(p.default) is int}
+    given = needed | dict([*lengths.items()][:1])
     config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args=given))
     assert config.lr == 0.5 and given.items() <= config.method_args.items()
     unset = {name for name, value in vars(config).items() if value is None}
