@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-cpu test-triton test-cubin lint bench smoke gpu-check
+.PHONY: demo test test-cpu test-triton test-cubin lint bench smoke docs gpu-check
 .NOTPARALLEL:
 
 # --no-build-isolation builds against the very torch that will load the extension.
@@ -35,12 +35,19 @@ test-triton: .venv/installed-dev
 test-cubin: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/*_cubin.py
 
+# A selection that takes under ten minutes on two cores; README's table is made of it.
+RESULTS = benchmarks/results/$(shell $(BIN)/python -c "from fastssl.bench.results import machine; print(machine())")
 bench: .venv/installed-dev
-	$(BIN)/pytest benchmarks -s -q
+	$(BIN)/fastssl bench losses sinkhorn sigreg optim augment methods --short --out $(RESULTS)/bench
+	$(BIN)/python benchmarks/tables.py
 
 # A short run of every method must beat random weights by its margin.
 smoke: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smoke.py
+
+# Pages that are made of docstrings and results.
+docs: .venv/installed-dev
+	$(BIN)/python docs/compare.py
 
 # With the active Python and no network: for a machine that has a GPU, torch and a compiler.
 gpu-check:

@@ -303,7 +303,7 @@ def test_drop_path_skips_whole_blocks_and_keeps_the_mean():
 
 def test_a_classifier_leaves_the_network_it_copies_alone():
     net = Net()
-    model = Classifier(net, task(net), task(net).train)
+    model = Classifier(net, task(net), task(net).train, nn.Sequential())
     model.backbone.norm.weight.data.fill_(7)
     assert net.norm.weight.eq(1).all() and model.head.weight.shape == (3, 3)
 

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from . import results, running
 from .cases import GROUPS, Case, cases, scaling_cases
+from .charts import draw
 from .results import compare, read
 
-__all__ = ["GROUPS", "Case", "bench", "cases", "compare", "read"]
+__all__ = ["GROUPS", "Case", "bench", "cases", "compare", "draw", "read"]
 
 
 def bench(
@@ -51,7 +53,9 @@ def bench(
         The folder. An unfinished run's has the rows so far.
 
     Raises:
-        ValueError: an unknown name or size. ImportError: matplotlib is missing.
+        ValueError: an unknown name or size.
+
+    Notes: warns where there are no pictures because matplotlib is missing; `draw` makes them later.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     threads = threads or torch.get_num_threads()
@@ -73,9 +77,10 @@ def bench(
         result["scaling"] = _curves(groups, device, options)
         result["seconds"] = time.perf_counter() - started
         results.write(folder, result)
-    from .charts import draw
-
-    draw(folder, result)
+    try:
+        draw(folder, result)
+    except ImportError as error:
+        warnings.warn(f"no pictures: {error}", stacklevel=2)
     return folder
 
 

@@ -124,6 +124,18 @@ def markdown(result: dict[str, Any], groups: Sequence[str] | None = None) -> str
     return "\n\n".join(parts) + "\n"
 
 
+def compact(result: dict[str, Any]) -> str:
+    """Of each case and dtype the largest size; and every row slower than a baseline."""
+    largest = {(row["case"], row["dtype"]): row for row in result["rows"]}  # sizes ascend
+    kept = [
+        row
+        for row in result["rows"]
+        if "images_per_s" not in row
+        and (row is largest[row["case"], row["dtype"]] or "slower" in verdict(row))
+    ]
+    return f"{provenance(result['environment'])}\n\n{_table(kept)}"
+
+
 def provenance(environment: dict[str, Any]) -> str:
     """Machine, threads, versions, date and commit in a sentence."""
     there = {k: v for k, v in environment["versions"].items() if v != "absent"}

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from torch import Tensor, nn
 from ..augment import augment
 from ..data import epoch_order
 from ..extras import nearest, require
+from ..models import classifier
 from ..optim import param_groups, param_groups_layer_decay
 from ..random import step_seed
+from ..train.backbones import load_method
+from ..train.checkpoint import replacing
 from .features import Split, loaded, process, top1_percent
 from .kshot import draw, draw_share, percent_name
 from .layers import transformer_blocks
@@ -79,6 +84,8 @@ def finetune(
     mixup: float | None = None,
     cutmix: float | None = None,
     precision: str = "auto",
+    from_head: int = 0,
+    save: str | Path | None = None,
     seeds: int = 3,
 ) -> dict:
     """Top-1 accuracy after training a copy of the whole network and a linear head on labels.
@@ -103,6 +110,10 @@ def finetune(
         epochs, train_batch_size, lr, weight_decay, layer_decay, drop_path, mixup, cutmix: instead
             of the recipe's; batches are at most the labelled images.
         precision: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU.
+        from_head: hidden layers of the head that the run was pretrained with that are kept, below a
+            classifier that begins at zero; 1 is SimCLRv2's.
+        save: file (.safetensors) for the classifier of seed 0, a teacher for `distill`; with one
+            number of labels only.
         seeds: of the head, the order, the augmentation and the drawn labels; from 2 on the
             deviation is given.
 
@@ -111,8 +122,9 @@ def finetune(
         after each epoch and the chosen one.
 
     Raises:
-        ValueError: an unknown recipe, a value out of range, or images without one label each.
-        ImportError: mixup or cutmix without torchvision. FloatingPointError: the loss diverged.
+        ValueError: an unknown recipe, a value out of range, images without one label each, or a
+            network that from_head or save cannot work with. ImportError: mixup or cutmix without
+            torchvision. FloatingPointError: the loss diverged.
 
     Notes: augmentation is crops of 8 to 100 % and, where it means the same, the mirror image; MAE's
         RandAugment and random erasing are left out. Drop path skips a block as a whole, attention
@@ -124,7 +136,8 @@ def finetune(
         >>> found["finetune"]["protocol"]["recipe_name"]
         'cnn'
 
-    Paper: MAE, arXiv 2111.06377; SimCLR, arXiv 2002.05709; SwAV, arXiv 2006.09882.
+    Paper: MAE, arXiv 2111.06377; SimCLR, arXiv 2002.05709; SwAV, arXiv 2006.09882; SimCLRv2, arXiv
+        2006.10029.
     """
     check_one_label("finetune", task.train, task.test)
     backbone = task.network.backbone
@@ -158,6 +171,9 @@ def finetune(
             dataclasses.replace(chosen, **given),
         )
 
+    neck = _neck(task, from_head)
+    if save is not None:
+        save = _checked_path(task, Path(save), settings)
     runs = [(name, seed) for name in settings for seed in range(seeds)]
     rank, world = process()
     done = {}
@@ -167,7 +183,10 @@ def finetune(
             positions = draw(task.train.labels, part, seed)
         else:
             positions = draw_share(task.train.labels, part, seed)
-        done[name, seed] = _once(task, task.train[positions], r, precision, seed)
+        found, model = _once(task, task.train[positions], r, precision, seed, neck)
+        done[name, seed] = found
+        if save is not None and seed == 0:
+            _save(model, save, task, found)
     if world > 1:
         parts: list[Any] = [None] * world
         dist.all_gather_object(parts, done)
@@ -183,6 +202,7 @@ def finetune(
         "recipe": {name: dataclasses.asdict(r) for name, (_, r) in settings.items()},
         "recipe_name": recipe,
         "precision": precision,
+        "from_head": from_head,
         "augmentation": str(task.inputs.training_view(task.train.source.mirror)),
         "momentum": 0.9,
         "epoch": "best on a tenth of the labelled images, held out; the last if there is none",
@@ -192,12 +212,61 @@ def finetune(
     return result | {"protocol": protocol}
 
 
-def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> dict:
-    """One run: the test accuracy of its best epoch, and how that was chosen."""
+def _neck(task: Task, from_head: int) -> nn.Sequential:
+    """The layers of the run's head that are kept."""
+    if not from_head:
+        return nn.Sequential()
+    run, weights = task.network.run, task.network.about.get("weights")
+    if run is None or weights not in ("pretrained", "random"):
+        raise ValueError(
+            "finetune: from_head needs a run's folder, in which the head is beside the student's "
+            f"backbone, got {task.network.about}. Give the folder, or leave from_head at 0."
+        )
+    method = load_method(run, trained=weights == "pretrained")
+    head = getattr(method, "head", getattr(method, "projector", None))
+    return classifier.first_layers(head, from_head)
+
+
+def _checked_path(task: Task, save: Path, settings: dict[str, Any]) -> Path:
+    if "backbone" not in task.network.about or task.inputs.mean is not None:
+        raise ValueError(
+            "finetune: save needs a network of known name whose images are normalised as in "
+            f"pretraining, got {task.network.about}. Give a run's folder."
+        )
+    if len(settings) > 1 or save.suffix != ".safetensors":
+        raise ValueError(
+            "finetune: save must be one .safetensors file, for one number of labels, got "
+            f"{str(save)!r} for {', '.join(settings)}."
+        )
+    return save
+
+
+def _save(model: "Classifier", path: Path, task: Task, found: dict[str, Any]) -> None:
+    source = task.train.source
+    content = classifier.packed(
+        model,
+        backbone=task.network.about["backbone"],
+        method="finetune",
+        data=source.name,
+        channels=str(task.inputs.channels or source.channels),
+        image_size=str(task.inputs.size),
+        classes=json.dumps(list(source.class_names)),
+        labels=str(found["run"]["labels"]),
+        test_top1_percent=str(found["top1_percent"]),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _once(
+    task: Task, labelled: Split, r: Recipe, precision: str, seed: int, neck: nn.Sequential
+) -> tuple[dict, "Classifier"]:
+    """One run: the test accuracy of its best epoch and how that was chosen, and the network."""
     devices = [task.device] if torch.device(task.device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(step_seed(seed, 0, 0))
-        model = Classifier(task.network.backbone, task, labelled).to(task.device)
+        model = Classifier(task.network.backbone, task, labelled, neck).to(task.device)
         held = held_out(labelled.labels, seed)
         fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
         batch_size = min(r.batch_size, len(fitted))
@@ -241,24 +310,21 @@ def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> 
     run = {"seed": seed, "labels": len(labelled), "fitted_on": len(fitted)}
     run |= {"batch_size": batch_size, "lr": r.lr * scale, "held_out": len(scored)}
     run |= {"held_out_top1_percent": curve, "epoch": chosen if curve else r.epochs}
-    return {"top1_percent": test, "run": run | {"top1_percent": test}}
+    return {"top1_percent": test, "run": run | {"top1_percent": test}}, model
 
 
-class Classifier(nn.Module):
-    """A copy of a backbone, all of it to be trained, and a linear head."""
+class Classifier(classifier.Classifier):
+    """A copy of a backbone and of layers of its head, all to be trained, and a linear head."""
 
-    def __init__(self, backbone: nn.Module, task: Task, labelled: Split):
-        super().__init__()
-        self.backbone = copy.deepcopy(backbone).requires_grad_().to(task.device).eval()
+    def __init__(self, backbone: nn.Module, task: Task, labelled: Split, neck: nn.Sequential):
+        body = copy.deepcopy(nn.Sequential(backbone, neck)).requires_grad_().to(task.device).eval()
         images, _ = labelled.source.batch(labelled.index[:1])
         with torch.no_grad():
-            width = self.backbone(task.inputs(images).to(task.device)).shape[1]
-        self.head = nn.Linear(width, task.num_classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
+            width = body(task.inputs(images).to(task.device)).shape[1]
+        head = nn.Linear(width, task.num_classes)
+        nn.init.normal_(head.weight, std=0.0 if len(neck) else 0.01)
+        nn.init.zeros_(head.bias)
+        super().__init__(*body, head)
 
     @torch.no_grad()
     def score(self, task: Task, split: Split, precision: str) -> float:
@@ -291,6 +357,8 @@ def _optimizer(model: Classifier, r: Recipe, scale: float) -> torch.optim.Optimi
         groups = param_groups_layer_decay(model.backbone, lr, r.weight_decay, r.layer_decay)
     else:
         groups = [g | {"lr": lr} for g in param_groups(model.backbone, r.weight_decay)]
+    if len(model.neck):
+        groups += [g | {"lr": lr} for g in param_groups(model.neck, r.weight_decay)]
     groups += [g | {"lr": lr * r.head_times} for g in param_groups(model.head, r.weight_decay)]
     if r.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(0.9, 0.999))

@@ -78,6 +78,18 @@ _SWAV_SMALL = {
     },
 }
 
+_CLIP_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "weight_decay": 0.1,
+    "method_args": {"out_dim": 64},
+}
+
+_ALIGN_SMALL = {**_CLIP_SMALL, "method_args": {"temperature": 0.1}}
+
+_CONVIRT_SMALL = {**_CLIP_SMALL, "method_args": {"out_dim": 128}}
+
 _SEER_SMALL = {
     **_SIMCLR_SMALL,
     "batch_size": 128,
@@ -118,11 +130,23 @@ def _by_data(small: dict[str, Any], **digits: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def _with_captions(small: dict[str, Any], **shapes: Any) -> dict[str, dict[str, Any]]:
+    """The same of a method that reads captions, which the other built-in data have not."""
+    recipes = _by_data(small)
+    recipes["shapes"]["method_args"] = {**small["method_args"], **shapes}
+    return {data: recipes[data] for data in ("shapes", "folder")}
+
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    # The captions of shapes tell left from right.
+    "align": _with_captions(_ALIGN_SMALL, flip=False),
     "barlow": _by_data(_VICREG_SMALL),
     "byol": _by_data(_BYOL_SMALL),
+    "clip": _with_captions(_CLIP_SMALL),
+    "convirt": _with_captions(_CONVIRT_SMALL, flip=False),
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
+    "distill": _by_data({**_SIMCLR_SMALL, "method_args": {}}),
     "lejepa": _by_data(_LEJEPA_SMALL),
     "mae": _by_data(_MAE_SMALL),
     "moco_v2": _by_data(_MOCO_V2_SMALL),

@@ -4,16 +4,22 @@ import torch
 from torch import nn
 
 from ..extras import nearest, require
+from .classifier import Classifier, load_classifier
 from .heads import mlp
 from .resnet import ResNetSmall
+from .text import TextTower, build_text_tower
 from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
+    "Classifier",
     "ResNetSmall",
+    "TextTower",
     "ViTSmall",
     "build_backbone",
+    "build_text_tower",
     "grid_side",
+    "load_classifier",
     "mlp",
     "patch_size",
     "patch_tokens",
