@@ -41,13 +41,14 @@ TOTAL_S = 530
 
 
 def main() -> int:
-    import harness
     import torch
 
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device. Run `make test` for what needs none.")
         return 2
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks/results" / harness.machine())
+    words = torch.cuda.get_device_name().lower().split()  # as fastssl.bench.results.machine
+    name = "-".join(word for word in words if word not in ("nvidia", "amd", "gpu"))
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks/results" / name)
     folder.mkdir(parents=True, exist_ok=True)
     started, report = time.time(), {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}

@@ -19,7 +19,7 @@ from ..extras import nearest
 from .measure import Work
 
 GROUPS = "losses sinkhorn sigreg optim augment step methods".split()
-SHORT_FLOP = 5e10
+SHORT_FLOP = 6e10
 """Of a case of the short selection at most."""
 
 
@@ -63,7 +63,7 @@ def cases(
         groups: among `GROUPS`; None: all. names: of cases; None: all of the groups.
         sizes: values by letter in the place of a case's own; letters it lacks are passed over.
         dtypes: None: all that the case has.
-        short: of each case two sizes, the second smallest and the largest of up to 50 GFLOP.
+        short: of each case two sizes, the second smallest and the largest of up to 60 GFLOP.
 
     Raises:
         ValueError: an unknown group, case, letter or dtype, or nothing left.

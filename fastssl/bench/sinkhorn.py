@@ -97,9 +97,9 @@ def make(case: str, dtype: str, device: str, N: int, M: int, D: int = 0) -> tupl
     }, []
 
 
-def published(scores):
+def published(scores, epsilon: float = EPSILON):
     """SwAV's and DINOv2's iteration: prototypes in rows, in float32 and in place."""
-    M = (scores.float() / EPSILON).exp().T
+    M = (scores.float() / epsilon).exp().T
     K, B = M.shape
     M /= M.sum()
     for _ in range(ITERATIONS):

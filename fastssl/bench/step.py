@@ -281,7 +281,7 @@ def _swav(method: nn.Module) -> None:
         crops, terms = [*high, *low], []
         for a, scores in enumerate(high):
             every = scores.detach() if queue is None else torch.cat([queue[a], scores.detach()])
-            q = published_codes(every)[-len(scores) :]
+            q = published_codes(every, epsilon)[-len(scores) :]
             others = [x for v, x in enumerate(crops) if v != a]
             terms += [
                 -(q * F.log_softmax(x.float() / temperature, 1)).sum(1).mean() for x in others
@@ -297,12 +297,15 @@ def _dino(method: nn.Module) -> None:
     ours = method.dino
 
     def loss(teacher, student, teacher_temp):
-        t = F.softmax((teacher.float() - ours.center.view(1, 1, -1)) / teacher_temp, dim=2)
+        if ours.centering == "sinkhorn":
+            t = published_codes(teacher.flatten(0, 1), teacher_temp).view_as(teacher)
+        else:
+            t = F.softmax((teacher.float() - ours.center.flatten()) / teacher_temp, dim=2)
+            ours.update_center(teacher)
         s = [F.log_softmax(x.float() / ours.student_temp, dim=1) for x in student]
         terms = [
             -(t[a] * x).sum(1).mean() for a in range(len(t)) for v, x in enumerate(s) if v != a
         ]
-        ours.update_center(teacher)
         return torch.stack(terms).mean()
 
     loss.center, loss.student_temp = ours.center, ours.student_temp
