@@ -58,6 +58,19 @@ _MAE_SMALL = {
     "method_args": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
 }
 
+# Of radiographs: published for some 0.3 M of them.
+_MAE_THORAX = {
+    "backbone": "timm:vit_small_patch16_224",
+    "image_size": 224,
+    "batch_size": 2048,
+    "optimizer": "adamw",
+    "lr": 1.2e-3,
+    "weight_decay": 5e-2,
+    "warmup_epochs": 40.0,
+    "epochs": 800,
+    "method_args": {"mask_ratio": 0.9, "min_crop": 0.5, "norm_pix": False, "decoder_depth": 2},
+}
+
 _MOCO_V2_SMALL = {
     **_SIMCLR_SMALL,
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
@@ -148,7 +161,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "distill": _by_data({**_SIMCLR_SMALL, "method_args": {}}),
     "lejepa": _by_data(_LEJEPA_SMALL),
-    "mae": _by_data(_MAE_SMALL),
+    "mae": _by_data(_MAE_SMALL) | {"thorax": _MAE_THORAX},
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
     "seer": _by_data(_SEER_SMALL, local_views=0),
