@@ -11,6 +11,7 @@ from ..extras import nearest
 from .barlow import BarlowTwins
 from .byol import BYOL
 from .dino import DINO
+from .dinov2 import DINOv2
 from .lejepa import LeJEPA
 from .mae import MAE
 from .moco_v2 import MoCoV2
@@ -25,6 +26,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
     "dino": DINO,
+    "dinov2": DINOv2,
     "swav": SwAV,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
@@ -35,6 +37,7 @@ METHODS: dict[str, type[nn.Module]] = {
 __all__ = [
     "BYOL",
     "DINO",
+    "DINOv2",
     "MAE",
     "METHODS",
     "BarlowTwins",
