@@ -17,7 +17,7 @@ from fastssl.train.parallel import Objective
 from fastssl.train.update import Update
 
 CPU = torch.device("cpu")
-NEED_PATCHES = {"mae"}
+NEED_PATCHES = {"dinov2", "mae"}
 """Methods that read patch tokens."""
 
 

@@ -14,6 +14,7 @@ from .byol import BYOL
 from .clip import CLIP
 from .convirt import ConVIRT
 from .dino import DINO
+from .dinov2 import DINOv2
 from .distill import Distill
 from .lejepa import LeJEPA
 from .mae import MAE
@@ -33,6 +34,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
     "dino": DINO,
+    "dinov2": DINOv2,
     "swav": SwAV,
     "seer": SEER,
     "vicreg": VICReg,
@@ -49,6 +51,7 @@ __all__ = [
     "BYOL",
     "CLIP",
     "DINO",
+    "DINOv2",
     "MAE",
     "METHODS",
     "SEER",
