@@ -71,7 +71,7 @@ class ShapesSource(TensorSource):
         shapes:multi: 1 to 3 smaller shapes of different classes in different quarters.
         shapes:spurious: in the training split the colour tells the class with probability 0.95.
         shapes:long_tail: in the training split class k is as frequent as 1 / (k + 1).
-        shapes:mismatched: in the training split 30 % of the captions are of another image.
+        shapes:mismatched: greyscale; in the training split 30 % of the captions are others'.
 
     Args:
         name: the variant.
@@ -127,7 +127,7 @@ class ShapesSource(TensorSource):
     def captions(self, index: Tensor) -> list[str]:
         """A sentence for each of samples `index` (B,): size, colour, shape and place.
 
-        The two variants whose colours are not those drawn leave colours out.
+        The variants whose colours are not those drawn leave colours out.
         """
         if self._variant == "mismatched" and self._split == "train":
             u, other = self._uniform(index, _CAPTION, 2).unbind(1)
@@ -143,7 +143,7 @@ class ShapesSource(TensorSource):
             for step, colour, shape, (x, y) in zip(*row, strict=True):
                 if shape >= 0:
                     words = [_SIZE_WORDS[step], COLOURS[colour], SHAPE_NAMES[shape]]
-                    if self._variant in ("greyscale", "inverted"):
+                    if self._variant in _COLOURLESS:
                         del words[1]
                     if SHAPE_NAMES[shape] != "stripes":
                         words.insert(0, "a")
@@ -155,7 +155,7 @@ class ShapesSource(TensorSource):
     def templates(self) -> tuple[str, ...]:
         """Captions of one shape with {} in the place of its class, for zero-shot classification."""
         words = [_SIZE_WORDS, COLOURS, ["{}"], itertools.chain(*_PLACES)]
-        if self._variant in ("greyscale", "inverted"):
+        if self._variant in _COLOURLESS:
             del words[1]
         return ("a {}", *(f"a {' '.join(parts)}" for parts in itertools.product(*words)))
 
@@ -261,7 +261,7 @@ class ShapesSource(TensorSource):
             image = image.lerp(scene.rgb[:, k, :, None, None], cover[:, None])
         if self._variant == "inverted":
             image = 1 - image
-        if self._variant == "greyscale":
+        if self._variant in ("greyscale", "mismatched"):
             image = torch.einsum("bchw,c->bhw", image, _LUMINANCE)[:, None]
         count = image.shape[1:].numel()
         pairs = (count + 1) // 2
@@ -279,6 +279,7 @@ class ShapesSource(TensorSource):
         return mask
 
 
+_COLOURLESS = ("greyscale", "inverted", "mismatched")
 _SIZE_WORDS = ("small", "medium", "large")
 _OFF_CENTRE = 2 / 16
 _PLACES = (
