@@ -76,7 +76,9 @@ def test_recipes_fill_every_field_and_nothing_else(name, data):
     config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args=given))
     assert config.lr == 0.5 and config.method_args[argument] == default // 2
     unset = {name for name, value in vars(config).items() if value is None}
-    assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
+    assert unset == {
+        "image_size", "init_from", "log_every", "max_side", "recipe", "trackers", "workers"
+    }  # fmt: skip
     assert set(RECIPES[name]) >= {"digits", "patches", "shapes", "folder"}
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
 
