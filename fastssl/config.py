@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import re
 import types
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -210,6 +211,22 @@ def field_help() -> dict[str, str]:
     for statement, following in zip(body, body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             texts[statement.target.id] = inspect.cleandoc(following.value.value)
+    return texts
+
+
+def argument_help(cls: type) -> dict[str, str]:
+    """The text behind each name in the `Args:` of a class's docstring, in one line."""
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        begun = re.match(r"([\w, ]+): (.+)", line)
+        if begun:
+            names = [name.strip() for name in begun[1].split(",")]
+            texts |= dict.fromkeys(names, begun[2])
+        elif line.startswith(" ") and names:
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+        else:
+            names = []
     return texts
 
 

@@ -36,4 +36,5 @@ def run(argv: list[str]) -> int:
             print(textwrap.fill(line, 78, initial_indent=f"{name:12}", subsequent_indent=" " * 12))
             name = ""
     print("\nOptions and defaults: fastssl pretrain METHOD DATA --help")
+    print("Losses, figures, recipes: docs/methods/METHOD.md")
     return 0

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -145,12 +144,12 @@ def _defaults(method: str | None, data: str | None, recipe: str | None) -> dict:
 
 def _method_options(method: str) -> dict[str, tuple[type, object, str]]:
     """Type, default and text of each keyword argument of a method's class."""
-    from ..config import method_arguments
+    from ..config import argument_help, method_arguments
     from ..methods import method_class
 
     cls = method_class(method)
     parameters = inspect.signature(cls.__init__).parameters
-    text = dict(re.findall(r"^ *(\w+): (.+)$", cls.__doc__ or "", re.MULTILINE))
+    text = argument_help(cls)
     return {
         name: (kind, parameters[name].default, text.get(name, ""))
         for name, kind in method_arguments(method).items()
