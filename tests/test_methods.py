@@ -82,6 +82,10 @@ def test_recipes_fill_every_field_and_nothing_else(name, data, tmp_path):
     assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
     wanted = {"shapes", "folder"} | ({"digits", "patches"} if name in IMAGES_ONLY else set())
     assert set(RECIPES[name]) >= wanted
+    assert unset == {
+        "image_size", "init_from", "log_every", "max_side", "recipe", "trackers", "workers"
+    }  # fmt: skip
+    assert set(RECIPES[name]) >= {"digits", "patches", "shapes", "folder"}
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 from ..config import PretrainConfig
+from ..extras import nearest
+from .published import CIFAR10, IMAGENET
 
 _SIMCLR_SMALL = {
     "backbone": "resnet_small",
@@ -147,6 +149,7 @@ EVERY: dict[str, Any] = {
     "sam_rho": 0.0,
     "sam_adaptive": False,
     "freeze": [],
+    "optimizer_args": {},
     "chunk": 0,
     "save_every": 5,
     "keep": 1,
@@ -195,7 +198,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "swav": _by_data(_SWAV_SMALL, local_views=0, epsilon=0.03),
     "vicreg": _by_data(_VICREG_SMALL),
 }
-"""Method; `digits`, `patches`, `shapes` or `folder` (anything else); fields of `PretrainConfig`."""
+"""Method; `digits`, `patches`, `shapes` or `folder` (anything else), or the name of a `recipe`;
+fields of `PretrainConfig`."""
+for _name, _settings in (("cifar10", CIFAR10), ("imagenet", IMAGENET)):
+    for _method, _values in _settings.items():
+        RECIPES[_method][_name] = _values
 
 
 def resolve(config: PretrainConfig) -> PretrainConfig:
@@ -203,9 +210,18 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
 
     `method_args` are merged: the recipe's, then the config's over them. What depends
     on data or machine stays unset where the recipe has none: `image_size`, `log_every`, `workers`.
+
+    Raises:
+        ValueError: a recipe that the method does not have.
     """
     recipes = RECIPES.get(config.method, {"folder": _OWN})
-    recipe = EVERY | recipes.get(config.data.partition(":")[0], recipes["folder"])  # shapes:multi
+    if config.recipe and config.recipe not in recipes:
+        raise ValueError(
+            f"config: recipe must be one of {config.method}, got {config.recipe!r}. "
+            f"{nearest(config.recipe, recipes)}"
+        )
+    name = config.recipe or config.data.partition(":")[0]  # shapes:multi
+    recipe = EVERY | recipes.get(name, recipes["folder"])
     values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     values["method_args"] = {**recipe["method_args"], **config.method_args}
     config = dataclasses.replace(config, **values)
