@@ -12,6 +12,7 @@ from .barlow import BarlowTwins
 from .byol import BYOL
 from .dino import DINO
 from .lejepa import LeJEPA
+from .look import LOOK
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
 from .simclr import SimCLR
@@ -28,11 +29,13 @@ METHODS: dict[str, type[nn.Module]] = {
     "vicreg": VICReg,
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
+    "look": LOOK,
 }
 
 __all__ = [
     "BYOL",
     "DINO",
+    "LOOK",
     "METHODS",
     "BarlowTwins",
     "LeJEPA",

@@ -48,6 +48,12 @@ _LEJEPA_SMALL = {
     "method_args": {"lam": 0.02, "out_dim": 32, "global_views": 4, "local_views": 0},
 }
 
+_LOOK_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "method_args": {"k": 200, "momentum": 0.99, "queue_size": 2048, "hidden_dim": 512},
+}
+
 _MOCO_V2_SMALL = {
     **_SIMCLR_SMALL,
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
@@ -102,6 +108,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "lejepa": _by_data(_LEJEPA_SMALL),
+    "look": _by_data(_LOOK_SMALL),
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
     "simclr": _by_data(_SIMCLR_SMALL),
