@@ -76,6 +76,7 @@ ROWS = {
     "vicreg": Row(margin=8.0, settings={"epochs": 15}),
     "barlow": Row(margin=8.0, settings={"epochs": 15}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
+    "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
 }
 
 

@@ -17,6 +17,7 @@ from .dino import DINO
 from .dinov2 import DINOv2
 from .distill import Distill
 from .lejepa import LeJEPA
+from .look import LOOK
 from .mae import MAE
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
@@ -41,6 +42,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
     "mae": MAE,
+    "look": LOOK,
     "clip": CLIP,
     "align": ALIGN,
     "convirt": ConVIRT,
@@ -52,6 +54,7 @@ __all__ = [
     "CLIP",
     "DINO",
     "DINOv2",
+    "LOOK",
     "MAE",
     "METHODS",
     "SEER",

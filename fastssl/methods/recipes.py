@@ -97,6 +97,12 @@ _MAE_THORAX = {
     "method_args": {"mask_ratio": 0.9, "min_crop": 0.5, "norm_pix": False, "decoder_depth": 2},
 }
 
+_LOOK_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "method_args": {"k": 200, "momentum": 0.99, "queue_size": 2048, "hidden_dim": 512},
+}
+
 _MOCO_V2_SMALL = {
     **_SIMCLR_SMALL,
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
@@ -189,6 +195,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "distill": _by_data({**_SIMCLR_SMALL, "method_args": {}}),
     "dinov2": {**_by_data(_DINOV2_SMALL, local_views=0), "rad_dino": _RAD_DINO},
     "lejepa": _by_data(_LEJEPA_SMALL),
+    "look": _by_data(_LOOK_SMALL),
     "mae": _by_data(_MAE_SMALL) | {"thorax": _MAE_THORAX},
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
