@@ -63,7 +63,8 @@ def cases(
         groups: among `GROUPS`; None: all. names: of cases; None: all of the groups.
         sizes: values by letter in the place of a case's own; letters it lacks are passed over.
         dtypes: None: all that the case has.
-        short: of each case two sizes, the second smallest and the largest of up to 60 GFLOP.
+        short: of each case two sizes, the second smallest and the largest of up to 60 GFLOP;
+            the smallest where all are larger.
 
     Raises:
         ValueError: an unknown group, case, letter or dtype, or nothing left.
@@ -138,6 +139,6 @@ def _with_sizes(own: list[dict], given: dict) -> list[dict]:
 
 
 def _short(each: list[Case]) -> list[Case]:
-    small = [case for case in each if case.work().flop <= SHORT_FLOP]
-    small.sort(key=lambda case: case.work().flop or case.work().traffic)
+    each = sorted(each, key=lambda case: case.work().flop or case.work().traffic)
+    small = [case for case in each if case.work().flop <= SHORT_FLOP] or each[:1]
     return small if len(small) <= 2 else [small[1], small[-1]]
