@@ -44,6 +44,7 @@ smoke: .venv/installed-dev
 
 # Pages that are made of docstrings and results.
 docs: .venv/installed-dev
+	$(BIN)/python docs/methods.py
 	$(BIN)/python docs/compare.py
 
 # With the active Python and no network: for a machine that has a GPU, torch and a compiler.

@@ -100,14 +100,15 @@ ROWS = {
         needs=taught,
     ),
     "seer": Row(margin=8.0, settings={"epochs": 10, "method_args": {"local_views": 2}}),
-    "byol": Row(margin=8.0),
+    "byol": Row(margin=8.0, settings={"epochs": 15}),
     "moco_v2": Row(margin=8.0),
     "moco_v3": Row(margin=8.0),
     "dino": Row(margin=8.0),
-    "swav": Row(margin=8.0),
-    "vicreg": Row(margin=8.0),
-    "barlow": Row(margin=8.0),
-    "lejepa": Row(margin=8.0),
+    "swav": Row(margin=8.0, settings={"epochs": 15}),
+    "vicreg": Row(margin=8.0, settings={"epochs": 15}),
+    "barlow": Row(margin=8.0, settings={"epochs": 15}),
+    "lejepa": Row(margin=8.0, settings={"epochs": 6}),
+    "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
 }
 
 

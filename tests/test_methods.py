@@ -79,7 +79,9 @@ def test_recipes_fill_every_field_and_nothing_else(name, data, tmp_path):
     config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args=given))
     assert config.lr == 0.5 and given.items() <= config.method_args.items()
     unset = {name for name, value in vars(config).items() if value is None}
-    assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
+    assert unset == {
+        "image_size", "init_from", "log_every", "max_side", "recipe", "trackers", "workers"
+    }  # fmt: skip
     wanted = {"shapes", "folder"} | ({"digits", "patches"} if name in IMAGES_ONLY else set())
     assert set(RECIPES[name]) >= wanted
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)

@@ -5,6 +5,7 @@ import os
 from ..extras import nearest
 from .builtin import digits, patches
 from .captions import check_captions, draw_captions
+from .cifar import cifar, find_cifar
 from .dataset import DatasetSource, HuggingFaceSource
 from .decode import decode
 from .folder import FolderSource, ListSource
@@ -54,6 +55,7 @@ def load(
             - `digits`, `patches`, `shapes` or a variant (see `ShapesSource`);
             - a folder of images (`FolderSource`), or a `.txt`, `.csv` or `.tsv` list of them
               (`ListSource`);
+            - the folder of CIFAR-10's binary version (`cifar`);
             - `shards:` and a folder or pattern of tar files, or one `.tar` (`ShardSource`);
             - `hf:` and a data set of Hugging Face's library (`HuggingFaceSource`);
             - a `.npz`, `.pt` or `.safetensors` file of arrays (`TensorSource`);
@@ -115,4 +117,6 @@ def load(
         if suffix in _TENSORS:
             return tensor_file(name, split)
         return _SUFFIXES[suffix](name, split, image_size, max_side)
+    if folder := find_cifar(name):
+        return cifar(folder, split)
     return FolderSource(name, split, image_size, max_side)

@@ -3,6 +3,17 @@
 Paper: Caron et al., "Emerging properties in self-supervised vision transformers",
 arXiv 2104.14294.
 
+Loss: the teacher's distribution over K prototypes for a large crop a is t_a = softmax((scores_a -
+c) / tau_t), sharpened and centred, without gradient; the student's for crop v is s_v =
+softmax(scores_v / tau_s). Over the 2 (V - 1) pairs a != v
+    loss = mean of -sum over k of t_a log s_v
+The centre c is a moving average of the teacher's scores, the teacher one of the student. Centring
+alone would make all images alike, sharpening alone would put all on one prototype.
+
+Figures: ImageNet, ViT-S/16: kNN 69.3 and linear 74.0 (100 epochs), 74.5 and 77.0 (800); ViT-S/8:
+kNN 78.3; ResNet-50: linear 75.3 [authors' release]. CIFAR-10, ResNet-18, 1000 epochs: linear 89.5
+[re-implementation].
+
 What differs: the temperature of the teacher rises by the step, not the epoch; the magnitudes of
 the last layer never train (the released code can free them); crops of a size go through a network
 in one forward, so that BatchNorms, where the backbone has them, see them together; images of up to

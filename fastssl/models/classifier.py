@@ -23,7 +23,10 @@ class Classifier(nn.Module):
         self.backbone, self.neck, self.head = backbone, neck, head
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.neck(self.backbone(x)))
+        return self.head(self.neck(self.features(x)))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
 
 
 def first_layers(head: nn.Module, count: int) -> nn.Sequential:
