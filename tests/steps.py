@@ -32,7 +32,8 @@ def batch(step=0, count=16, part=slice(None), sizes=(8, 8)):
     generator = torch.Generator().manual_seed(step)
     views = [torch.randn(count, 1, size, size, generator=generator)[part] for size in sizes]
     index = torch.arange(count)[part]
-    return Batch(views, index, torch.full_like(index, -1), step, 10, step / 2)
+    captions = [f"number {i} of 16, step {step}" for i in index.tolist()]
+    return Batch(views, index, torch.full_like(index, -1), step, 10, step / 2, captions)
 
 
 def with_gradients(method, loss):

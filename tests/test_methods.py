@@ -1,9 +1,11 @@
 import inspect
 
 import pytest
+import runs
 import steps
 import torch
 import torch.nn.functional as F
+from runs import IMAGES_ONLY
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.augment import GaussianBlur, HorizontalFlip
@@ -69,17 +71,19 @@ def test_lejepa_has_local_views():
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("data", ["digits", "patches", "shapes:multi", "/some/folder"])
-def test_recipes_fill_every_field_and_nothing_else(name, data):
+def test_recipes_fill_every_field_and_nothing_else(name, data, tmp_path):
+    needed = runs.needed(name, tmp_path)
     parameters = inspect.signature(METHODS[name].__init__).parameters.values()
-    argument, default = next((p.name, p.default) for p in parameters if type(p.default) is int)
-    given = {argument: default // 2}
+    lengths = {p.name: p.default // 2 for p in parameters if type(p.default) is int}
+    given = needed | dict([*lengths.items()][:1])
     config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args=given))
-    assert config.lr == 0.5 and config.method_args[argument] == default // 2
+    assert config.lr == 0.5 and given.items() <= config.method_args.items()
     unset = {name for name, value in vars(config).items() if value is None}
     assert unset == {
         "image_size", "init_from", "log_every", "max_side", "recipe", "trackers", "workers"
     }  # fmt: skip
-    assert set(RECIPES[name]) >= {"digits", "patches", "shapes", "folder"}
+    wanted = {"shapes", "folder"} | ({"digits", "patches"} if name in IMAGES_ONLY else set())
+    assert set(RECIPES[name]) >= wanted
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
 
 
@@ -93,10 +97,11 @@ def test_steps(ranks, name, arguments):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sam_moves_a_methods_state_once(name):
+def test_sam_moves_a_methods_state_once(name, tmp_path):
     """Queues, centres and running statistics of a step with SAM are those of one without."""
     pytest.importorskip("sklearn")
-    source, config = load("digits"), resolve(PretrainConfig(method=name, data="digits"))
+    source, own = load("digits"), runs.needed(name, tmp_path, channels=1)
+    config = resolve(PretrainConfig(method=name, data="digits", method_args=own))
     states = {}
     for rho in (0.0, 0.05):
         torch.manual_seed(0)
@@ -111,10 +116,11 @@ def test_sam_moves_a_methods_state_once(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("backbone", ["resnet_small", "vit_small"])
-def test_batch_norms_can_be_shared_over_ranks(name, backbone):
+def test_batch_norms_can_be_shared_over_ranks(name, backbone, tmp_path):
     if name in steps.NEED_PATCHES and backbone == "resnet_small":
         return
-    method = method_class(name)(build_backbone(backbone, 3, 32))
+    own = runs.needed(name, tmp_path)
+    method = method_class(name)(build_backbone(backbone, 3, 32), **own)
     keys = list(method.state_dict())
     norms = [m for m in method.modules() if isinstance(m, _BatchNorm)]
     converted = SyncBatchNorm.convert_sync_batchnorm(method)

@@ -26,7 +26,7 @@ CASES = [("simclr", "vit_small", 64), ("simclr", "vit_small", 32)]
 CASES += [("simclr", "resnet_small", 64), ("simclr", "resnet_small", 32)]
 CASES += [
     (method, "vit_small" if method in steps.NEED_PATCHES else "resnet_small", 32)
-    for method in METHODS
+    for method in runs.IMAGES_ONLY
     if method != "simclr"
 ]
 
@@ -80,7 +80,7 @@ def train(folder, parallel):
                 method=name, data=f"{folder}/images", out=f"{folder}/{parallel}/{name}_{backbone}",
                 parallel="ddp" if parallel == "one" else parallel, backbone=backbone, device="cpu",
                 image_size=8, batch_size=8, epochs=epochs, lr=1e-3, max_grad_norm=1.0, workers=0,
-                log_every=5,
+                log_every=5, method_args=runs.needed(method, folder),
             )
         )  # fmt: skip
     if world == 1 or dist.get_rank() == 0:
@@ -96,6 +96,7 @@ def folder(tmp_path_factory):
     pixels = torch.randint(0, 256, (40, 10, 10, 3), generator=torch.Generator().manual_seed(0))
     for number, picture in enumerate(pixels.byte().numpy()):
         Image.fromarray(picture).save(folder / "images" / f"{number:02}.png")
+    runs.needed("distill", folder)  # before two ranks do
     for parallel in ("one", "ddp", "fsdp"):
         runs.run(train, str(folder), parallel, world=1 if parallel == "one" else 2)
     return folder

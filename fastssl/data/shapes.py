@@ -1,5 +1,6 @@
 """Images of simple shapes, drawn by formula: nothing to download, the same on every machine."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -144,6 +145,14 @@ class ShapesSource(TensorSource):
                     parts.append(" ".join(words + [_PLACES[y + 1][x + 1]]))
             sentences.append(" and ".join(parts))
         return sentences
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Captions of one shape with {} in the place of its class, for zero-shot classification."""
+        words = [_SIZE_WORDS, COLOURS, ["{}"], itertools.chain(*_PLACES)]
+        if self._variant in ("greyscale", "inverted"):
+            del words[1]
+        return ("a {}", *(f"a {' '.join(parts)}" for parts in itertools.product(*words)))
 
     def masks(self, index: Tensor) -> Tensor:
         """(B, H, W) int64 of samples `index` (B,): 0 background, 1 + class where a shape is seen.

@@ -34,12 +34,14 @@ from .linear import fit_logistic, held_out, linear
 from .linear_sgd import linear_sgd
 from .multilabel import average_precision, label_sets, multilabel, multilabel_probe, roc_auc
 from .networks import Inputs, Network, open_network
+from .own_classifier import own_classifier
 from .retrieval import copy_detection, retrieval
 from .segmentation import ConfusionMatrix
 from .segmentation_probe import segmentation_probe
 from .table import table
 from .task import Task
 from .views import copies, group_accuracy, robustness, view_alignment
+from .zero_shot import class_weights, zero_shot
 
 __all__ = [
     "PROTOCOLS",
@@ -53,6 +55,7 @@ __all__ = [
     "average_precision",
     "calibration_error",
     "class_alignment",
+    "class_weights",
     "clusters",
     "copy_detection",
     "diagnostics",
@@ -74,6 +77,7 @@ __all__ = [
     "multilabel_probe",
     "merge_results",
     "open_network",
+    "own_classifier",
     "rankme",
     "read_results",
     "retrieval",
@@ -103,15 +107,17 @@ _TRAIN_ONLY = {"knn-loo", "clusters", "diagnostics", "rankme"}
 _ON_IMAGES = {
     "linear-sgd": linear_sgd,
     "finetune": finetune,
+    "classifier": own_classifier,
     "segmentation": segmentation_probe,
     "copy-detection": copies,
     "alignment": view_alignment,
     "robustness": robustness,
     "groups": group_accuracy,
+    "zero-shot": zero_shot,
 }
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")
-_ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
+_ANY_LABELS = {"multilabel", "finetune", "segmentation", "copy-detection", "alignment", "rankme"}
 _SCORED = {"test": "test split", "held-out": "a tenth of the training split, held out"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}
 _GIVEN |= {"h", "y", "task"}

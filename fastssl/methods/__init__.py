@@ -8,9 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .align import ALIGN
 from .barlow import BarlowTwins
 from .byol import BYOL
+from .clip import CLIP
+from .convirt import ConVIRT
 from .dino import DINO
+from .distill import Distill
 from .lejepa import LeJEPA
 from .mae import MAE
 from .moco_v2 import MoCoV2
@@ -24,6 +28,7 @@ from .vicreg import VICReg
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
     "simclr_v2": SimCLRv2,
+    "distill": Distill,
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
@@ -34,15 +39,22 @@ METHODS: dict[str, type[nn.Module]] = {
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
     "mae": MAE,
+    "clip": CLIP,
+    "align": ALIGN,
+    "convirt": ConVIRT,
 }
 
 __all__ = [
+    "ALIGN",
     "BYOL",
+    "CLIP",
     "DINO",
     "MAE",
     "METHODS",
     "SEER",
     "BarlowTwins",
+    "ConVIRT",
+    "Distill",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",

@@ -23,24 +23,14 @@ in one forward, so that BatchNorms, where the backbone has them, see them togeth
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import schedules
 from ..augment import View, dino
 from ..data import Batch
 from ..losses import DINOLoss
-from ..models import mlp
-from ..ops import effective_prototypes, prototype_usage
 from ..optim import EMA
-from .blocks import encode, held, multi_crop, spread
-
-
-class Prototypes(nn.Linear):
-    """Cosines of z (B, D) with K prototypes: a weight-normed layer whose magnitudes are 1."""
-
-    def forward(self, z: Tensor, hold: bool = False) -> Tensor:
-        return F.linear(F.normalize(z), F.normalize(held(self.weight, hold)))
+from .blocks import Prototypes, dino_projector, encode, multi_crop, spread, teacher_scalars
 
 
 class DINO(nn.Module):
@@ -84,12 +74,7 @@ class DINO(nn.Module):
         super().__init__()
         self.backbone = backbone
         dims = [backbone.feature_dim, hidden_dim, hidden_dim, bottleneck_dim]
-        self.projector = mlp(dims, norm="bn" if batch_norm else None, act="gelu")
-        for layer in self.projector:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        self.projector = dino_projector(dims, "bn" if batch_norm else None)
         self.prototypes = Prototypes(bottleneck_dim, out_dim, bias=False)
         parts = {name: getattr(self, name) for name in ("backbone", "projector", "prototypes")}
         # BatchNorms of the teacher, in training mode, have statistics of their own.
@@ -119,16 +104,9 @@ class DINO(nn.Module):
         t = torch.stack(encode(self.ema, batch.views[:2]))  # the teacher's, without gradient
         progress = batch.epoch / self.temperature_epochs if self.temperature_epochs else 1.0
         tau_t = schedules.linear(progress, *self.temperatures)
-        bias = -self.dino.center.flatten() / tau_t  # stays 0 with sinkhorn
-        usage = prototype_usage(t.flatten(0, 1), tau_t, bias)
+        told = teacher_scalars(t.flatten(0, 1), self.dino, tau_t)
         loss = self.dino(t, s.chunk(len(z)), teacher_temp=tau_t)  # eq. 3; moves the centre, eq. 4
-        return loss, {
-            "std": spread(z[0]),
-            "prototypes": s.shape[1],
-            "effective_prototypes": effective_prototypes(usage),
-            "student_temperature": self.dino.student_temp,
-            "teacher_temperature": tau_t,
-        }
+        return loss, {"std": spread(z[0]), **told}
 
     def after_step(self, step: int, total_steps: int) -> None:
         self.ema.momentum = schedules.cosine(step / total_steps, self.momentum, 1.0)

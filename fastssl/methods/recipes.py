@@ -60,6 +60,19 @@ _MAE_SMALL = {
     "method_args": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
 }
 
+# Of radiographs: published for some 0.3 M of them.
+_MAE_THORAX = {
+    "backbone": "timm:vit_small_patch16_224",
+    "image_size": 224,
+    "batch_size": 2048,
+    "optimizer": "adamw",
+    "lr": 1.2e-3,
+    "weight_decay": 5e-2,
+    "warmup_epochs": 40.0,
+    "epochs": 800,
+    "method_args": {"mask_ratio": 0.9, "min_crop": 0.5, "norm_pix": False, "decoder_depth": 2},
+}
+
 _MOCO_V2_SMALL = {
     **_SIMCLR_SMALL,
     "method_args": {"temperature": 0.1, "momentum": 0.99, "queue_size": 1024},
@@ -79,6 +92,18 @@ _SWAV_SMALL = {
         "local_views": 4,
     },
 }
+
+_CLIP_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "lr": 2e-3,
+    "weight_decay": 0.1,
+    "method_args": {"out_dim": 64},
+}
+
+_ALIGN_SMALL = {**_CLIP_SMALL, "method_args": {"temperature": 0.1}}
+
+_CONVIRT_SMALL = {**_CLIP_SMALL, "method_args": {"out_dim": 128}}
 
 _SEER_SMALL = {
     **_SIMCLR_SMALL,
@@ -121,13 +146,25 @@ def _by_data(small: dict[str, Any], **digits: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def _with_captions(small: dict[str, Any], **shapes: Any) -> dict[str, dict[str, Any]]:
+    """The same of a method that reads captions, which the other built-in data have not."""
+    recipes = _by_data(small)
+    recipes["shapes"]["method_args"] = {**small["method_args"], **shapes}
+    return {data: recipes[data] for data in ("shapes", "folder")}
+
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    # The captions of shapes tell left from right.
+    "align": _with_captions(_ALIGN_SMALL, flip=False),
     "barlow": _by_data(_VICREG_SMALL),
     "byol": _by_data(_BYOL_SMALL),
+    "clip": _with_captions(_CLIP_SMALL),
+    "convirt": _with_captions(_CONVIRT_SMALL, flip=False),
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
+    "distill": _by_data({**_SIMCLR_SMALL, "method_args": {}}),
     "lejepa": _by_data(_LEJEPA_SMALL),
-    "mae": _by_data(_MAE_SMALL),
+    "mae": _by_data(_MAE_SMALL) | {"thorax": _MAE_THORAX},
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
     "seer": _by_data(_SEER_SMALL, local_views=0),

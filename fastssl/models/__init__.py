@@ -4,17 +4,23 @@ import torch
 from torch import nn
 
 from ..extras import nearest, require
+from .classifier import Classifier, load_classifier
 from .heads import mlp
 from .resnet import ResNet18CIFAR, ResNetSmall
+from .text import TextTower, build_text_tower
 from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
     "ResNet18CIFAR",
+    "Classifier",
     "ResNetSmall",
+    "TextTower",
     "ViTSmall",
     "build_backbone",
+    "build_text_tower",
     "grid_side",
+    "load_classifier",
     "mlp",
     "patch_size",
     "patch_tokens",
