@@ -96,6 +96,7 @@ ROWS = {
     "vicreg": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "barlow": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
+    "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
 }
 
 

@@ -17,7 +17,7 @@ from fastssl.train.parallel import Objective
 from fastssl.train.update import Update
 
 CPU = torch.device("cpu")
-NEED_PATCHES = {"mae"}
+NEED_PATCHES = {"dinov2", "mae"}
 """Methods that read patch tokens."""
 
 
@@ -28,12 +28,12 @@ def built(name, **arguments):
 
 
 def batch(step=0, count=16, part=slice(None), sizes=(8, 8)):
-    """The sizes are those of the views; two steps are an epoch."""
+    """The sizes are those of the views; two steps are an epoch. Three classes."""
     generator = torch.Generator().manual_seed(step)
     views = [torch.randn(count, 1, size, size, generator=generator)[part] for size in sizes]
     index = torch.arange(count)[part]
     captions = [f"number {i} of 16, step {step}" for i in index.tolist()]
-    return Batch(views, index, torch.full_like(index, -1), step, 10, step / 2, captions)
+    return Batch(views, index, index % 3, step, 10, step / 2, captions)
 
 
 def with_gradients(method, loss):

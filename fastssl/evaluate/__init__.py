@@ -40,6 +40,7 @@ from .segmentation import ConfusionMatrix
 from .segmentation_probe import segmentation_probe
 from .table import table
 from .task import Task
+from .text_retrieval import text_ranks, text_retrieval
 from .views import copies, group_accuracy, robustness, view_alignment
 from .zero_shot import class_weights, zero_shot
 
@@ -86,6 +87,7 @@ __all__ = [
     "segmentation_probe",
     "subset",
     "table",
+    "text_ranks",
     "uniformity",
 ]
 
@@ -114,10 +116,13 @@ _ON_IMAGES = {
     "robustness": robustness,
     "groups": group_accuracy,
     "zero-shot": zero_shot,
+    "text-retrieval": text_retrieval,
 }
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")
 _ANY_LABELS = {"multilabel", "finetune", "segmentation", "copy-detection", "alignment", "rankme"}
+_ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
+_ANY_LABELS |= {"text-retrieval"}
 _SCORED = {"test": "test split", "held-out": "a tenth of the training split, held out"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}
 _GIVEN |= {"h", "y", "task"}

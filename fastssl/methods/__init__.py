@@ -14,8 +14,10 @@ from .byol import BYOL
 from .clip import CLIP
 from .convirt import ConVIRT
 from .dino import DINO
+from .dinov2 import DINOv2
 from .distill import Distill
 from .lejepa import LeJEPA
+from .look import LOOK
 from .mae import MAE
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
@@ -33,12 +35,14 @@ METHODS: dict[str, type[nn.Module]] = {
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
     "dino": DINO,
+    "dinov2": DINOv2,
     "swav": SwAV,
     "seer": SEER,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
     "mae": MAE,
+    "look": LOOK,
     "clip": CLIP,
     "align": ALIGN,
     "convirt": ConVIRT,
@@ -49,6 +53,8 @@ __all__ = [
     "BYOL",
     "CLIP",
     "DINO",
+    "DINOv2",
+    "LOOK",
     "MAE",
     "METHODS",
     "SEER",

@@ -47,9 +47,11 @@ def encode(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list
     return [out[v] for v in range(len(views))]
 
 
-def batch_mean(x: Tensor) -> Tensor:
-    """The mean of x (B,) over the rows of all ranks, equal on each of them."""
-    return global_mean(x.sum(), x.new_full((), len(x)), resolve_levels("batch_mean"))
+def batch_mean(x: Tensor, part: Tensor | None = None) -> Tensor:
+    """The mean of x (B,) over the rows of all ranks that take part (B,), equal on each rank; 0 if
+    none does. None: all do."""
+    part = torch.ones_like(x, dtype=torch.bool) if part is None else part
+    return global_mean((x * part).sum(), part.sum(), resolve_levels("batch_mean"))
 
 
 def multi_crop(

@@ -40,6 +40,30 @@ _DINO_SMALL = {
     },
 }
 
+_DINOV2_SMALL = {
+    **_DINO_SMALL,
+    "backbone": "vit_small",
+    "batch_size": 64,
+    "method_args": {
+        "momentum": 0.99,
+        "teacher_temperature": 0.04,
+        "hidden_dim": 256,
+        "bottleneck_dim": 64,
+        "out_dim": 256,
+        "local_views": 2,
+    },
+}
+
+# To go on from weights that `init_from` names, on radiographs; for small ones a backbone as theirs.
+_RAD_DINO = {
+    **_DINOV2_SMALL,
+    "backbone": "timm:vit_base_patch14_dinov2",
+    "epochs": 100,
+    "lr": 5e-4,
+    "warmup_epochs": 5.0,
+    "method_args": {"global_area": 0.5, "local_area": 0.2, "colors": False},
+}
+
 _LEJEPA_SMALL = {
     "backbone": "resnet_small",
     "batch_size": 256,
@@ -71,6 +95,12 @@ _MAE_THORAX = {
     "warmup_epochs": 40.0,
     "epochs": 800,
     "method_args": {"mask_ratio": 0.9, "min_crop": 0.5, "norm_pix": False, "decoder_depth": 2},
+}
+
+_LOOK_SMALL = {
+    **_SIMCLR_SMALL,
+    "batch_size": 128,
+    "method_args": {"k": 200, "momentum": 0.99, "queue_size": 2048, "hidden_dim": 512},
 }
 
 _MOCO_V2_SMALL = {
@@ -163,7 +193,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Parts of an 8 x 8 digit say too little: with them the loss stays near ln K, SwAV's too.
     "dino": _by_data(_DINO_SMALL, local_views=0),
     "distill": _by_data({**_SIMCLR_SMALL, "method_args": {}}),
+    "dinov2": {**_by_data(_DINOV2_SMALL, local_views=0), "rad_dino": _RAD_DINO},
     "lejepa": _by_data(_LEJEPA_SMALL),
+    "look": _by_data(_LOOK_SMALL),
     "mae": _by_data(_MAE_SMALL) | {"thorax": _MAE_THORAX},
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),

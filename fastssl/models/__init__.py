@@ -12,8 +12,8 @@ from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
-    "ResNet18CIFAR",
     "Classifier",
+    "ResNet18CIFAR",
     "ResNetSmall",
     "TextTower",
     "ViTSmall",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import PretrainConfig
 from ..methods import method_class
@@ -99,6 +99,20 @@ def check_backbone(name: str, image_size: int) -> None:
             f"{name} is made for images of 224 pixels: of {image_size} its stem leaves "
             f"{image_size // 4} and its last map has {side} x {side}, which costs much accuracy. "
             "Use resnet_small, whose stem keeps the size, or a larger image_size."
+        )
+
+
+def check_labels(config: PretrainConfig, source) -> None:
+    """Refuse data without a label an image to a method that `needs_labels`."""
+    if not getattr(method_class(config.method), "needs_labels", False):
+        return
+    several = source.num_classes > 1 and isinstance(source[0][1], Tensor)
+    if several or source.num_classes < 2:
+        got = "several an image" if several else "none"
+        raise ValueError(
+            f"pretrain: {config.method} needs data with one label an image, got {source.name}, "
+            f"which has {got}. Put the images in a folder for each class, or train a method that "
+            "needs no labels."
         )
 
 

@@ -33,7 +33,7 @@ from ..optim import (
 )
 from ..optim.blockwise import Blockwise
 from . import folder, held_out, weights
-from .combinations import check_backbone, check_bf16, check_combinations
+from .combinations import check_backbone, check_bf16, check_combinations, check_labels
 
 
 def settle(config: PretrainConfig, world: int, source=None):
@@ -67,6 +67,7 @@ def settle(config: PretrainConfig, world: int, source=None):
     source = load(
         config.data if source is None else source, "train", config.image_size, config.max_side
     )
+    check_labels(config, source)
     if config.image_size is None:
         check_backbone(config.backbone, source.image_size)
     drawn, _ = held_out.split(source, config.hold_out, config.seed)
