@@ -76,7 +76,7 @@ ROWS = {
     "vicreg": Row(margin=8.0),
     "barlow": Row(margin=8.0),
     "lejepa": Row(margin=8.0),
-    "look": Row(margin=8.0, data="shapes", settings={"epochs": 6}),
+    "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
 }
 
 

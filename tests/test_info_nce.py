@@ -373,6 +373,12 @@ def test_a_row_without_negatives_has_neither_loss_nor_gradient(extra, frozen):
     assert (q.grad == 0).all() and (frozen or (k.grad == 0).all())
 
 
+def test_even_soft_targets_of_equal_logits():
+    q, k = torch.ones(3, 4), torch.ones(7, 4)
+    loss = info_nce(q, k, temperature=0.3, soft_target=torch.full((3, 7), 1 / 7))
+    assert float(loss) == pytest.approx(math.log(7))
+
+
 def test_a_soft_target_without_keys_that_count():
     q = torch.randn(2, 8, requires_grad=True)
     ids, key_ids, soft = torch.tensor([1, 2]), torch.tensor([1, 1]), torch.full((2, 2), 0.5)

@@ -1,5 +1,6 @@
 """KoLeo and top-k search against their formulas written out in fp64."""
 
+import math
 from functools import partial
 
 import pytest
@@ -63,6 +64,10 @@ def test_parity_with_lightly():
         ours, theirs = (library.KoLeoLoss(*args) for library in (losses, lightly))
         expected = with_gradients(theirs, x)
         torch.testing.assert_close(with_gradients(ours, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_koleo_in_closed_form():
+    assert float(koleo(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))) == pytest.approx(-math.log(2) / 2)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

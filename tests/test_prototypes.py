@@ -49,6 +49,15 @@ def codes(scores, epsilon, *args, **options):
     return (scores.double() / epsilon + bias.double().unsqueeze(-2)).softmax(-1)
 
 
+@pytest.mark.parametrize("n_iters", [1, 3, 50])
+def test_closed_forms(n_iters):
+    sure = 1 / (1 + math.exp(-1))
+    want = torch.tensor([[sure, 1 - sure], [1 - sure, sure]])
+    torch.testing.assert_close(sinkhorn(torch.eye(2), epsilon=1.0, n_iters=n_iters), want)
+    even = sinkhorn(torch.full((6, 4), 0.7), 0.05, n_iters=n_iters)  # no difference to tell
+    torch.testing.assert_close(even, torch.full((6, 4), 0.25))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epsilon", [0.02, 0.04, 0.05])
