@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 ENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test test-cpu test-triton test-cubin lint bench smoke gpu-check
+.PHONY: demo test test-cpu test-triton test-cubin lint bench smoke docs gpu-check
 .NOTPARALLEL:
 
 # --no-build-isolation builds against the very torch that will load the extension.
@@ -41,6 +41,11 @@ bench: .venv/installed-dev
 # A short run of every method must beat random weights by its margin.
 smoke: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smoke.py
+
+# Pages that are made of docstrings and results.
+docs: .venv/installed-dev
+	$(BIN)/python docs/methods.py
+	$(BIN)/python docs/compare.py
 
 # With the active Python and no network: for a machine that has a GPU, torch and a compiler.
 gpu-check:

@@ -68,14 +68,14 @@ class Row:
 
 ROWS = {
     "simclr": Row(margin=8.0),
-    "byol": Row(margin=8.0),
+    "byol": Row(margin=8.0, settings={"epochs": 15}),
     "moco_v2": Row(margin=8.0),
     "moco_v3": Row(margin=8.0),
     "dino": Row(margin=8.0),
-    "swav": Row(margin=8.0),
-    "vicreg": Row(margin=8.0),
-    "barlow": Row(margin=8.0),
-    "lejepa": Row(margin=8.0),
+    "swav": Row(margin=8.0, settings={"epochs": 15}),
+    "vicreg": Row(margin=8.0, settings={"epochs": 15}),
+    "barlow": Row(margin=8.0, settings={"epochs": 15}),
+    "lejepa": Row(margin=8.0, settings={"epochs": 6}),
     "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
 }
 

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import re
 import types
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,8 +36,11 @@ class PretrainConfig:
     """The run's folder; none: runs/METHOD."""
     method_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the method's class, e.g. temperature."""
+    recipe: str | None = None
+    """The method's recipe that unset fields come from, as `cifar10` or `imagenet` after published
+    runs; none: that of the data."""
     backbone: str | None = None
-    """`resnet_small`, `vit_small`, `timm:NAME` or `torchvision:NAME`."""
+    """`resnet_small`, `resnet18_cifar`, `vit_small`, `timm:NAME` or `torchvision:NAME`."""
     init_from: str | None = None
     """Weights to start from: a run's folder, a .safetensors or .pt file (with `:teacher` its
     teacher), or `timm`, `torchvision` for what they publish; none: random."""
@@ -54,6 +58,8 @@ class PretrainConfig:
         | None
     ) = None  # fmt: skip
     """LARS and LAMB are for batches of thousands; 8-bit states take a quarter of the memory."""
+    optimizer_args: dict[str, Any] | None = None
+    """Keyword arguments of the optimizer's class, as eta=0.02,clip=true for LARS."""
     lr: float | None = None
     """Peak learning rate, used as it is (no scaling with the batch)."""
     lr_schedule: Literal["cosine", "linear", "constant"] | None = None
@@ -208,6 +214,22 @@ def field_help() -> dict[str, str]:
     return texts
 
 
+def argument_help(cls: type) -> dict[str, str]:
+    """The text behind each name in the `Args:` of a class's docstring, in one line."""
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        begun = re.match(r"([\w, ]+): (.+)", line)
+        if begun:
+            names = [name.strip() for name in begun[1].split(",")]
+            texts |= dict.fromkeys(names, begun[2])
+        elif line.startswith(" ") and names:
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    return texts
+
+
 def type_name(kind: Any) -> str:
     """A type as a reader writes it: `int or none`, `adamw, lars, sgd or none`."""
     *names, last = _type_names(kind)
@@ -274,9 +296,19 @@ def _as_type(value: Any, kind: Any) -> Any:
         return float(value)
     if origin is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
+    if origin is dict and isinstance(value, str):
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        return {name.strip(): _number_or_text(text.strip()) for name, _, text in pairs}
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     # By exact type: True is an int to isinstance, and `epochs: true` is a mistake.
     if type(value) is (origin or kind):
         return value
     raise ValueError
+
+
+def _number_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

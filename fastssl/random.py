@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Streams keep the uses of one seed apart.
-AUGMENT, ORDER, STEP, SPLIT, SLICES, CUSTOM, SHAPES, MIXTURE = range(8)
+AUGMENT, ORDER, STEP, SPLIT, SLICES, CUSTOM, SHAPES, MIXTURE, MASK, CAPTIONS = range(10)
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)

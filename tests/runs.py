@@ -5,14 +5,39 @@ import os
 import signal
 import socket
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
+
+from fastssl.methods import METHODS
+
+IMAGES_ONLY = [name for name, cls in METHODS.items() if not hasattr(cls, "reads_captions")]
+"""Methods that train on images without captions."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(  # torch._dynamo: by optimizers
     "pytest fastssl.train fastssl.methods PIL.Image yaml safetensors.torch torch._dynamo "
     "torch.distributed.fsdp torch.distributed.checkpoint torch.distributed.tensor".split()
 )
+
+
+def needed(method, folder, channels=3):
+    """The arguments that a method cannot do without: a file, which is written into the folder."""
+    if method != "distill":
+        return {}
+    from fastssl.models import ResNetSmall
+    from fastssl.models.classifier import Classifier, packed
+
+    path = Path(folder) / f"teacher{channels}.safetensors"
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            head = torch.nn.Linear(128, 3)
+            model = Classifier(ResNetSmall(channels, 8), torch.nn.Sequential(), head)
+        head.weight.data *= 20  # so that it says different things of different images
+        about = {"channels": str(channels), "image_size": "8"}
+        path.write_bytes(packed(model, backbone="resnet_small", **about))
+    return {"teacher": str(path)}
 
 
 def free_port() -> int:
@@ -63,7 +88,6 @@ def pretrained(settings, kill_at=None, watch=None):
     import torch.distributed as dist
 
     from fastssl.config import PretrainConfig
-    from fastssl.methods import METHODS
     from fastssl.train import pretrain
 
     method = METHODS[settings["method"]]

@@ -11,17 +11,20 @@ from fastssl.data import Batch
 from fastssl.dist import SyncBatchNorm
 from fastssl.methods import METHODS
 from fastssl.methods.recipes import resolve
-from fastssl.models import ResNetSmall
+from fastssl.models import ResNetSmall, ViTSmall
 from fastssl.train import setup
 from fastssl.train.parallel import Objective
 from fastssl.train.update import Update
 
 CPU = torch.device("cpu")
+NEED_PATCHES = {"dinov2", "mae"}
+"""Methods that read patch tokens."""
 
 
 def built(name, **arguments):
     torch.manual_seed(0)
-    return METHODS[name](ResNetSmall(1, 8, 16), **arguments)
+    backbone = ViTSmall(1, 8, 24, 2) if name in NEED_PATCHES else ResNetSmall(1, 8, 16)
+    return METHODS[name](backbone, **arguments)
 
 
 def batch(step=0, count=16, part=slice(None), sizes=(8, 8)):
@@ -29,7 +32,8 @@ def batch(step=0, count=16, part=slice(None), sizes=(8, 8)):
     generator = torch.Generator().manual_seed(step)
     views = [torch.randn(count, 1, size, size, generator=generator)[part] for size in sizes]
     index = torch.arange(count)[part]
-    return Batch(views, index, index % 3, step, 10, step / 2)
+    captions = [f"number {i} of 16, step {step}" for i in index.tolist()]
+    return Batch(views, index, index % 3, step, 10, step / 2, captions)
 
 
 def with_gradients(method, loss):

@@ -24,12 +24,19 @@ from fastssl.evaluate import (
     subset,
 )
 from fastssl.evaluate.features import fingerprint
-from fastssl.evaluate.finetune import RECIPES, Classifier, _drop_path, finetune
+from fastssl.evaluate.finetune import (
+    RECIPES,
+    Classifier,
+    _drop_path,
+    _loss,
+    _rate_factor,
+    finetune,
+)
 from fastssl.evaluate.kshot import draw_share
 from fastssl.evaluate.layers import FeatureMap, LastBlocks, transformer_blocks
 from fastssl.evaluate.linear_sgd import PRESETS, Heads, Preset, linear_sgd, rate_factor
 from fastssl.evaluate.segmentation_probe import segmentation_probe
-from fastssl.models import build_backbone
+from fastssl.models import build_backbone, patch_tokens
 from fastssl.optim import LARS
 
 
@@ -287,6 +294,77 @@ def test_finetune_of_a_transformer_decays_rates_by_layer_mixes_and_drops():
     assert found == again
 
 
+def several_labels(count=60):
+    """Images whose channels are bright, each by itself, where a label says so."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 2, (count, 3), generator=g)
+    images = 160 * y[:, :, None, None] + torch.randint(0, 60, (count, 3, 8, 8), generator=g)
+    return TensorSource("channels", images.byte(), y, ["red", "green", "blue"])
+
+
+def several(net, count=60):
+    split = Split.whole(several_labels(count))
+    return Task(open_network(net), split, split, Inputs(8))
+
+
+def test_finetune_with_several_labels_an_image():
+    settings = {"epochs": 4, "train_batch_size": 18, "lr": 0.5}
+    found = finetune(several(Net()), seeds=2, **settings)
+    assert set(found["percent"]) == set(found["sd_percent"]) == {"finetune-auc", "finetune-map"}
+    assert found["percent"]["finetune-auc"] > 90
+    assert len(found["percent_by_seed"]["finetune-auc"]) == 2
+    run = found["protocol"]["runs"]["finetune"][0]
+    best = max(run["held_out_auc_percent"])
+    assert run["epoch"] == 1 + run["held_out_auc_percent"].index(best)
+    assert (run["held_out"], run["fitted_on"]) == (6, 54)
+    few = finetune(several(Net()), seeds=1, shares=(0.5,), **settings)
+    assert few["protocol"]["runs"]["finetune-50%"][0]["labels"] == 30
+    json.dumps(found)
+
+
+def test_loss_of_several_labels_is_a_binary_cross_entropy_each():
+    logits, y = torch.tensor([[0.0, 2.0], [-1.0, 0.0]]), torch.tensor([[1, 0], [0, 0]])
+    net = nn.Identity()
+    loss = _loss(net, logits, y, RECIPES["thorax"], "fp32")
+    p = logits.double().sigmoid()
+    want = -torch.where(y == 1, p, 1 - p).log().mean()
+    torch.testing.assert_close(loss.double(), want, atol=1e-6, rtol=0)
+
+
+def test_the_thorax_recipe_is_that_of_transformers_with_several_labels():
+    net = build_backbone("vit_small", 3, 8)
+    found = finetune(several(net), epochs=1, seeds=1)
+    assert found["protocol"]["recipe_name"] == "thorax"
+    recipe = found["protocol"]["recipe"]["finetune"]
+    assert (recipe["layer_decay"], recipe["drop_path"], recipe["pool"]) == (0.55, 0.2, "patches")
+    last = _rate_factor(RECIPES["thorax"], 75)
+    assert last == pytest.approx(0.01) and _rate_factor(RECIPES["thorax"], 5) == 1
+
+
+def test_the_mean_of_patches_may_be_what_the_head_sees():
+    net = build_backbone("vit_small", 3, 8).eval()
+    x = torch.randn(4, 3, 8, 8)
+    model = Classifier(net, task(net), task(net).train, torch.nn.Sequential(), "patches")
+    torch.testing.assert_close(model.features(x), patch_tokens(net, x)[1].mean(dim=1))
+    model = Classifier(net, task(net), task(net).train, torch.nn.Sequential())
+    torch.testing.assert_close(model.features(x), net(x))
+
+
+def test_what_several_labels_do_not_take():
+    for settings, message in [
+        ({"shots": (5,)}, r"shots must be of images with one label, got \(5,\)"),
+        ({"recipe": "vit"}, "must neither mix nor smooth labels .* got 'vit'. Use thorax or cnn"),
+        ({"recipe": "cnn", "mixup": 0.8}, "must neither mix nor smooth"),
+        ({"pool": "mean"}, 'pool must be "own" or "patches", got \'mean\''),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            finetune(several(Net()), **settings)
+    uncertain = several(Net())
+    uncertain.train.source.labels[0, 0] = -1
+    with pytest.raises(ValueError, match="targets must be 0 or 1, got -1"):
+        finetune(uncertain)
+
+
 def test_drop_path_skips_whole_blocks_and_keeps_the_mean():
     net = build_backbone("vit_small", 3, 8)
     blocks = transformer_blocks(net)
@@ -303,7 +381,7 @@ def test_drop_path_skips_whole_blocks_and_keeps_the_mean():
 
 def test_a_classifier_leaves_the_network_it_copies_alone():
     net = Net()
-    model = Classifier(net, task(net), task(net).train)
+    model = Classifier(net, task(net), task(net).train, nn.Sequential())
     model.backbone.norm.weight.data.fill_(7)
     assert net.norm.weight.eq(1).all() and model.head.weight.shape == (3, 3)
 

@@ -1,7 +1,11 @@
+import inspect
+
 import pytest
+import runs
 import steps
 import torch
 import torch.nn.functional as F
+from runs import IMAGES_ONLY
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.augment import GaussianBlur, HorizontalFlip
@@ -67,12 +71,19 @@ def test_lejepa_has_local_views():
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("data", ["digits", "patches", "shapes:multi", "/some/folder"])
-def test_recipes_fill_every_field_and_nothing_else(name, data):
-    config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args={"out_dim": 7}))
-    assert config.lr == 0.5 and config.method_args["out_dim"] == 7
+def test_recipes_fill_every_field_and_nothing_else(name, data, tmp_path):
+    needed = runs.needed(name, tmp_path)
+    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
+    lengths = {p.name: p.default // 2 for p in parameters if type(p.default) is int}
+    given = needed | dict([*lengths.items()][:1])
+    config = resolve(PretrainConfig(method=name, data=data, lr=0.5, method_args=given))
+    assert config.lr == 0.5 and given.items() <= config.method_args.items()
     unset = {name for name, value in vars(config).items() if value is None}
-    assert unset == {"image_size", "init_from", "log_every", "max_side", "trackers", "workers"}
-    assert set(RECIPES[name]) == {"digits", "patches", "shapes", "folder"}
+    assert unset == {
+        "image_size", "init_from", "log_every", "max_side", "recipe", "trackers", "workers"
+    }  # fmt: skip
+    wanted = {"shapes", "folder"} | ({"digits", "patches"} if name in IMAGES_ONLY else set())
+    assert set(RECIPES[name]) >= wanted
     method_class(name)(build_backbone(config.backbone, 3, 32), **config.method_args)
 
 
@@ -86,19 +97,18 @@ def test_steps(ranks, name, arguments):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sam_moves_a_methods_state_once(name):
+def test_sam_moves_a_methods_state_once(name, tmp_path):
     """Queues, centres and running statistics of a step with SAM are those of one without."""
     pytest.importorskip("sklearn")
-    source, config = load("digits"), resolve(PretrainConfig(method=name, data="digits"))
+    source, own = load("digits"), runs.needed(name, tmp_path, channels=1)
+    config = resolve(PretrainConfig(method=name, data="digits", method_args=own))
     states = {}
     for rho in (0.0, 0.05):
         torch.manual_seed(0)
         backbone = build_backbone(config.backbone, source.channels, source.image_size)
         method = METHODS[name](backbone, **config.method_args)
         sizes = [view.size for view in method.views(source.image_size, source)]
-        objective, settings = Objective(method), {"steps": 1, "sizes": sizes}
-        steps.trained(method, objective, **settings)  # so that queues are not empty
-        states[rho] = steps.trained(method, objective, first=1, sam_rho=rho, **settings)
+        states[rho] = steps.trained(method, Objective(method), steps=1, sizes=sizes, sam_rho=rho)
         assert states[rho]["losses"].isfinite().all()
     different = {key for key, x in states[0.0].items() if not torch.equal(x, states[0.05][key])}
     assert different and not different & {*dict(method.named_buffers()), "losses"}
@@ -106,8 +116,11 @@ def test_sam_moves_a_methods_state_once(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("backbone", ["resnet_small", "vit_small"])
-def test_batch_norms_can_be_shared_over_ranks(name, backbone):
-    method = method_class(name)(build_backbone(backbone, 3, 32))
+def test_batch_norms_can_be_shared_over_ranks(name, backbone, tmp_path):
+    if name in steps.NEED_PATCHES and backbone == "resnet_small":
+        return
+    own = runs.needed(name, tmp_path)
+    method = method_class(name)(build_backbone(backbone, 3, 32), **own)
     keys = list(method.state_dict())
     norms = [m for m in method.modules() if isinstance(m, _BatchNorm)]
     converted = SyncBatchNorm.convert_sync_batchnorm(method)

@@ -9,7 +9,6 @@ import pytest
 import runs
 import torch
 
-from fastssl.methods import METHODS
 from fastssl.train import load_backbone, load_checkpoint
 from fastssl.train.checkpoint import link, remove
 from fastssl.train.metrics import read_metrics
@@ -56,7 +55,7 @@ def train(images, tmp_path_factory):
             whole[key] = train(out, world, watch=3, **settings)
         return whole[key]
 
-    train.never_stopped = never_stopped
+    train.never_stopped, train.folder = never_stopped, images.parent
     return train
 
 
@@ -89,10 +88,11 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("world, workers, sam_rho", [(1, (0, 2), 0.05), (2, (2, 0), 0.0)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", runs.IMAGES_ONLY)
 def test_a_killed_run_goes_on_to_the_same_bits(train, tmp_path, method, world, workers, sam_rho):
     """Also with other workers than before."""
-    settings = {"method": method, "sam_rho": sam_rho}
+    own = runs.needed(method, train.folder)
+    settings = {"method": method, "sam_rho": sam_rho, "method_args": own}
     whole = train.never_stopped(world, **settings)
     kill_at = random.randrange(4, 6)
     train(tmp_path / "run", world, kill_at, workers=workers[0], **settings)

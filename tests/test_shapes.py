@@ -17,6 +17,7 @@ CHECKSUMS = {
     "shapes:multi": 1335345285,
     "shapes:spurious": 1220123975,
     "shapes:long_tail": 1277774906,
+    "shapes:mismatched": 1294958643,  # as greyscale
 }
 
 
@@ -264,6 +265,13 @@ def test_captions_of_variants():
     for name in ("shapes:greyscale", "shapes:inverted"):
         for caption in ShapesSource(name, size=1, image_size=1).captions(torch.arange(50)):
             assert not set(caption.split()) & set(COLOURS)
+    index = torch.arange(1000)
+    for split, least, most in (("train", 0.26, 0.34), ("test", 0, 0)):
+        right, other = (
+            ShapesSource(name, split, size=1, image_size=1).captions(index)
+            for name in ("shapes:greyscale", "shapes:mismatched")
+        )
+        assert least <= sum(a != b for a, b in zip(right, other, strict=True)) / 1000 <= most
 
 
 def test_tracks_move_from_the_image():

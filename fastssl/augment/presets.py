@@ -85,15 +85,45 @@ def byol(size: int = 224, *, flip: bool = True, scale=(0.08, 1.0)) -> list[View]
 
 
 def dino(
-    size: int = 224, local_size: int = 96, *, local_views: int = 8, flip: bool = True
+    size: int = 224,
+    local_size: int = 96,
+    *,
+    local_views: int = 8,
+    flip: bool = True,
+    scale=(0.4, 1.0),
+    local_scale=(0.05, 0.4),
 ) -> list[View]:
     """Two global views, of 40 to 100 % with BYOL's colours, then local ones of 5 to 40 % that are
-    blurred with probability 0.5.
+    blurred with probability 0.5. DINOv2 divides the scales at 32 %.
 
     Paper: DINO, arXiv 2104.14294.
     """
-    part = RandomResizedCrop(local_size, scale=(0.05, 0.4), interpolation="bicubic")
-    return byol(size, flip=flip, scale=(0.4, 1.0)) + [_byol(part, flip, 0.5)] * local_views
+    part = RandomResizedCrop(local_size, scale=local_scale, interpolation="bicubic")
+    return byol(size, flip=flip, scale=scale) + [_byol(part, flip, 0.5)] * local_views
+
+
+def rad_dino(
+    size: int = 518,
+    local_size: int = 224,
+    *,
+    local_views: int = 8,
+    flip: bool = True,
+    scale=(0.5, 1.0),
+    local_scale=(0.2, 0.5),
+) -> list[View]:
+    """DINO's views for radiographs: larger parts, so that small findings stay in sight, and of its
+    colours only brightness and contrast, of 0.4 with probability 0.8, and blur.
+
+    `flip=False` keeps the heart on its side. Paper: RAD-DINO, arXiv 2401.10815.
+    """
+
+    def view(size, scale, blur):
+        crop = RandomResizedCrop(size, scale=scale, interpolation="bicubic")
+        colour = (ColorJitter(0.4, 0.4, p=0.8), GaussianBlur(blur))
+        return View(crop, *_flip(flip), *colour, Normalize())
+
+    whole = [view(size, scale, blur) for blur in (1.0, 0.1)]
+    return whole + [view(local_size, local_scale, 0.5)] * local_views
 
 
 def swav(
@@ -127,12 +157,31 @@ def lejepa(
     return globals_ * global_views + locals_ * local_views
 
 
-def mae(size: int = 224, *, flip: bool = True) -> View:
-    """Crops of 20 to 100 % and mirror images, nothing else.
+def clip(size: int = 224) -> View:
+    """Crops of 90 to 100 %, nothing else: captions may tell left from right and name colours.
+
+    Paper: CLIP, arXiv 2103.00020, whose crop is a square of the image's shorter side; the share of
+    the area is open_clip's.
+    """
+    crop = RandomResizedCrop(size, scale=(0.9, 1.0), interpolation="bicubic")
+    return View(crop, Normalize())
+
+
+def align(size: int = 289, *, flip: bool = True) -> View:
+    """Crops of 70 % of the area, as of 289 pixels from 346, and mirror images.
+
+    Paper: ALIGN, arXiv 2102.05918.
+    """
+    crop = RandomResizedCrop(size, scale=(0.7, 0.7), interpolation="bicubic")
+    return View(crop, *_flip(flip), Normalize())
+
+
+def mae(size: int = 224, *, flip: bool = True, scale: tuple[float, float] = (0.2, 1.0)) -> View:
+    """Crops of 20 to 100 % and mirror images, nothing else. `scale`: other crops.
 
     Paper: masked autoencoders, arXiv 2111.06377.
     """
-    crop = RandomResizedCrop(size, scale=(0.2, 1.0), interpolation="bicubic")
+    crop = RandomResizedCrop(size, scale=scale, interpolation="bicubic")
     return View(crop, *_flip(flip), Normalize())
 
 
@@ -163,12 +212,12 @@ def small(
     )
 
 
-def xray(size: int = 224, *, flip: bool = True) -> View:
+def xray(size: int = 224, *, flip: bool = True, blur: bool = True) -> View:
     """For radiographs: crops of 60 to 100 %, moved by up to 10 %, turned by up to 20 degrees,
     brightness and contrast 0.6 to 1.4, blur of 0.1 to 3 pixels; no hue or saturation.
 
-    `flip=False` keeps the heart on its side. Paper: ConVIRT, arXiv 2010.00747; its zoom of 5 % is
-    left to the crop.
+    `flip=False` keeps the heart on its side, `blur=False` is for small images. Paper: ConVIRT,
+    arXiv 2010.00747; its zoom of 5 % is left to the crop.
     """
     return View(
         RandomResizedCrop(size, scale=(0.6, 1.0)),
@@ -176,6 +225,6 @@ def xray(size: int = 224, *, flip: bool = True) -> View:
         Rotate(20.0),
         *_flip(flip),
         ColorJitter(0.4, 0.4),
-        GaussianBlur(1.0, sigma=(0.1, 3.0)),
+        *((GaussianBlur(1.0, sigma=(0.1, 3.0)),) if blur else ()),
         Normalize(),
     )

@@ -3,6 +3,7 @@
   fastssl methods                           what can be trained
   fastssl pretrain METHOD DATA --out RUN    learn a backbone without labels
   fastssl evaluate CKPT                     measure what its features are worth
+  fastssl compare METHOD [METHOD ...]       methods side by side on one data set
   fastssl report RUN [RUN ...]              one page on a run, or on several
   fastssl embed RUN FOLDER --out FILE       features of all images in a folder
   fastssl export RUN --format F --out FILE  the backbone for timm, torchvision,
@@ -15,8 +16,9 @@
 defaults on your data: `fastssl pretrain METHOD DATA --help`. Results and
 reports go into the run's folder.
 
-Exit codes: 0 done; 1 a result below its bound (demo); 2 an error, in one line
-on stderr; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM), both saved.
+Exit codes: 0 done; 1 a result below its bound (demo) or a method that failed
+(compare); 2 an error, in one line on stderr; 130 interrupted (Ctrl-C),
+143 terminated (SIGTERM), both saved.
 """
 
 import importlib
@@ -26,7 +28,7 @@ import warnings
 
 from ..extras import nearest
 
-COMMANDS = "methods pretrain evaluate report embed export demo info".split()
+COMMANDS = "methods pretrain evaluate compare report embed export demo info".split()
 # What a user can cause: one message, no traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
@@ -34,8 +36,8 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code.
 
-    0; 1 for a result below its bound; 2 for an error; 130 and 143 for a run that SIGINT (Ctrl-C) or
-    SIGTERM stopped and that can be resumed.
+    0; 1 for a result below its bound or a method that failed; 2 for an error; 130 and 143
+    for a run that SIGINT (Ctrl-C) or SIGTERM stopped and that can be resumed.
     """
     argv = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:

@@ -4,6 +4,8 @@ import os
 
 from ..extras import nearest
 from .builtin import digits, patches
+from .captions import check_captions, draw_captions
+from .cifar import cifar, find_cifar
 from .dataset import DatasetSource, HuggingFaceSource
 from .decode import decode
 from .folder import FolderSource, ListSource
@@ -24,7 +26,9 @@ __all__ = [
     "ShardSource",
     "TensorSource",
     "batches",
+    "check_captions",
     "decode",
+    "draw_captions",
     "epoch_order",
     "epoch_size",
     "load",
@@ -51,6 +55,7 @@ def load(
             - `digits`, `patches`, `shapes` or a variant (see `ShapesSource`);
             - a folder of images (`FolderSource`), or a `.txt`, `.csv` or `.tsv` list of them
               (`ListSource`);
+            - the folder of CIFAR-10's binary version (`cifar`);
             - `shards:` and a folder or pattern of tar files, or one `.tar` (`ShardSource`);
             - `hf:` and a data set of Hugging Face's library (`HuggingFaceSource`);
             - a `.npz`, `.pt` or `.safetensors` file of arrays (`TensorSource`);
@@ -67,7 +72,9 @@ def load(
         `source.batch(index)` is (images, labels int64 (B,)), images uint8 (B, C, H, W) or, of a
         folder, `fastssl.augment.Packed`; and the attributes name, class_names, num_classes,
         channels, image_size, mirror (whether a mirror image still shows the same thing), corrupt
-        (the unreadable files met so far, with the reason).
+        (the unreadable files met so far, with the reason). One with captions has
+        `source.captions(index)`, a text for each of the samples index (B,), "" where there is none;
+        several of an image stand in lines.
 
     Raises:
         ValueError: unknown split or prefix. FileNotFoundError: no such data, or no image in it.
@@ -110,4 +117,6 @@ def load(
         if suffix in _TENSORS:
             return tensor_file(name, split)
         return _SUFFIXES[suffix](name, split, image_size, max_side)
+    if folder := find_cifar(name):
+        return cifar(folder, split)
     return FolderSource(name, split, image_size, max_side)

@@ -3,9 +3,11 @@
 import csv
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .images import EXTENSIONS, ImageSource
 from .listing import Listing, listing
@@ -108,9 +110,10 @@ class ListSource(ImageSource):
     """The images that a text file names, one a line, by paths from the list's own folder.
 
     `.txt`: the path, and behind a space or tab a label if there is one. `.csv` and `.tsv`: columns
-    path and label, or under a heading those named `path` and `label`. Labels are whole numbers from
-    0 on, or names, which are numbered in alphabetical order; no label, or -1, is none. A line that
-    begins with # is passed over in a `.txt`.
+    path and label, or under a heading those named `path`, `label` and `caption`. Labels are whole
+    numbers from 0 on, or names, which are numbered in alphabetical order; no label, or -1, is none.
+    Several captions stand in lines of one cell, in quotes. A line that begins with # is passed over
+    in a `.txt`.
 
     All of a list is one split. That of testing is the file of the same name with `test` or `val` in
     the place of `train`. Names are numbered over both.
@@ -140,9 +143,17 @@ class ListSource(ImageSource):
         rows = [_read_list(each) for each in lists]
         self.paths = _existing_files(lists[split == "test"], rows[split == "test"])
         labels, class_names = _numbered(lists, rows)
+        self._captions = [row[3] for row in rows[split == "test"]]
         super().__init__(
             str(given), torch.tensor(labels[split == "test"]), class_names, image_size, max_side
         )
+
+    @property
+    def captions(self) -> Callable[[Tensor], list[str]] | None:
+        """The captions of samples index (B,), "" where there is none; None without a column."""
+        if None in self._captions:
+            return None
+        return lambda index: [self._captions[self._shown(i)] for i in index.tolist()]
 
 
 def other_splits(path: Path) -> list[Path]:
@@ -163,7 +174,8 @@ def no_test_split(path: str | Path) -> str:
     return f"load: {path} has no test split: {rule}. To train, or embed, none is needed."
 
 
-_Row = tuple[int, str, str]  # number of the line, path, label or ""
+# Number of the line, path, label or "", caption or None where there is no column of them.
+_Row = tuple[int, str, str, str | None]
 
 
 def _read_list(path: Path) -> list[_Row]:
@@ -171,11 +183,11 @@ def _read_list(path: Path) -> list[_Row]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if kind == ".txt":
             lines = [(n, line.strip()) for n, line in enumerate(file, 1)]
-            rows = [(n, *_split_line(line)) for n, line in lines if line and line[0] != "#"]
+            rows = [(n, *_split_line(line), None) for n, line in lines if line and line[0] != "#"]
         else:
             reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",")
             cells = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(row)]
-            at, of = 0, 1
+            at, of, says = 0, 1, None
             if cells and not _is_image(cells[0][1][0]):
                 heading = cells.pop(0)[1]
                 if "path" not in heading:
@@ -185,13 +197,18 @@ def _read_list(path: Path) -> list[_Row]:
                     )
                 at = heading.index("path")
                 of = heading.index("label") if "label" in heading else len(heading)
+                says = heading.index("caption") if "caption" in heading else None
             rows = [
-                (n, row[at] if at < len(row) else "", row[of] if of < len(row) else "")
+                (n, *("" if i >= len(row) else row[i] for i in (at, of)), _caption(row, says))
                 for n, row in cells
             ]
     if not rows:
         raise ValueError(f"load: {path} must name images, one a line, got no line of any.")
     return rows
+
+
+def _caption(row: list[str], column: int | None) -> str | None:
+    return None if column is None else "".join(row[column : column + 1])
 
 
 def _split_line(line: str) -> tuple[str, str]:
@@ -208,11 +225,11 @@ def _is_image(name: str) -> bool:
 def _existing_files(path: Path, rows: list[_Row]) -> list[str]:
     """The files of a list, in its order. Folders are listed: that is faster than asking for every
     file."""
-    files = [os.path.normpath(os.path.join(path.parent, name)) for _, name, _ in rows]
+    files = [os.path.normpath(os.path.join(path.parent, name)) for _, name, *_ in rows]
     there: dict[str, set[str]] = {}
     first: dict[str, int] = {}
     missing = []
-    for (line, name, _), file in zip(rows, files, strict=True):
+    for (line, name, *_), file in zip(rows, files, strict=True):
         folder, base = os.path.split(file)
         if folder not in there:
             there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -246,11 +263,11 @@ def _numbered(lists: list[Path], rows: list[list[_Row]]) -> tuple[list[list[int]
             f"got {' and '.join(where)}."
         )
     if True in seen:
-        labels = [[int(label or -1) for _, _, label in part] for part in rows]
+        labels = [[int(label or -1) for _, _, label, _ in part] for part in rows]
         return labels, number_names(max(max(part) for part in labels), f"labels in {lists[0]}")
-    names = sorted({label for part in rows for _, _, label in part if label})
+    names = sorted({label for part in rows for _, _, label, _ in part if label})
     numbers = {"": -1} | {name: n for n, name in enumerate(names)}
-    return [[numbers[label] for _, _, label in part] for part in rows], tuple(names)
+    return [[numbers[label] for _, _, label, _ in part] for part in rows], tuple(names)
 
 
 def number_names(largest: int, of: str) -> tuple[str, ...]:

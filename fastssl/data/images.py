@@ -89,6 +89,12 @@ class ImageSource:
         images, labels, _ = zip(*(self[i] for i in index.tolist()), strict=True)
         return pack(images), torch.stack([torch.as_tensor(label) for label in labels])
 
+    def _shown(self, i: int) -> int:
+        """The sample whose image stands for that of i: i, or the next that can be read."""
+        while i in self._reasons:
+            i = (i + 1) % len(self)
+        return i
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)

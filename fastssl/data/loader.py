@@ -29,6 +29,8 @@ class Batch:
     """Those of the whole run."""
     epoch: float = 0.0
     """Passes over the data done before this step, with the part of the current one."""
+    captions: list[str] | None = None
+    """One a sample, for a method that has `reads_captions`."""
 
 
 def epoch_size(source) -> int:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -106,13 +106,25 @@ class Mixture:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int) -> tuple[Tensor, int | Tensor, int]:
+        part, inner = self._place(i)
+        image, label, _ = self.sources[part][inner]
+        return image, self._label(part, label), i
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The source of sample i, and its number there."""
         at = i % len(self)
         part = int(torch.searchsorted(self._ends, at, right=True))
         inner = at - int(self._ends[part] - self._sizes[part])
-        if self._subset is not None:
-            inner = int(self._subset[part][inner])
-        image, label, _ = self.sources[part][inner]
-        return image, self._label(part, label), i
+        return part, inner if self._subset is None else int(self._subset[part][inner])
+
+    @property
+    def captions(self) -> Callable[[Tensor], list[str]] | None:
+        """Those of the sources, None unless all of them have some."""
+        own = [getattr(source, "captions", None) for source in self.sources]
+        if None in own:
+            return None
+        places = partial(map, self._place)
+        return lambda index: [own[p](torch.tensor([i]))[0] for p, i in places(index.tolist())]
 
     def _label(self, part: int, label: int | Tensor) -> int | Tensor:
         offset = self._offsets[part]

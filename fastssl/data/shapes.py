@@ -1,5 +1,6 @@
 """Images of simple shapes, drawn by formula: nothing to download, the same on every machine."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,14 +18,15 @@ SHAPE_NAMES = ("disc", "ring", "square", "triangle", "plus", "stripes", "checker
 COLOURS = ("red", "blue", "purple", "pink", "orange", "yellow", "green", "cyan")
 _HUES = (0, 230, 275, 320, 30, 56, 120, 180)  # degrees
 VARIANTS = ("shapes",) + tuple(
-    f"shapes:{name}" for name in ("greyscale", "inverted", "multi", "spurious", "long_tail")
+    f"shapes:{name}"
+    for name in ("greyscale", "inverted", "multi", "spurious", "long_tail", "mismatched")
 )
 _SIZES = {"train": 4096, "test": 1024}
 _LUMINANCE = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
 _GAP, _NOISE = 0.25, 0.05
 # Counter words of the random numbers: one view for the image, one for each of three shapes, and
-# behind them one for each frame's noise.
-_IMAGE, _SHAPE, _FRAME = 0, 1, 4
+# behind them one for each frame's noise; the last one for captions.
+_IMAGE, _SHAPE, _FRAME, _CAPTION = 0, 1, 4, 255
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class ShapesSource(TensorSource):
         shapes:multi: 1 to 3 smaller shapes of different classes in different quarters.
         shapes:spurious: in the training split the colour tells the class with probability 0.95.
         shapes:long_tail: in the training split class k is as frequent as 1 / (k + 1).
+        shapes:mismatched: greyscale; in the training split 30 % of the captions are others'.
 
     Args:
         name: the variant.
@@ -124,8 +127,11 @@ class ShapesSource(TensorSource):
     def captions(self, index: Tensor) -> list[str]:
         """A sentence for each of samples `index` (B,): size, colour, shape and place.
 
-        The two variants whose colours are not those drawn leave colours out.
+        The variants whose colours are not those drawn leave colours out.
         """
+        if self._variant == "mismatched" and self._split == "train":
+            u, other = self._uniform(index, _CAPTION, 2).unbind(1)
+            index = index.where(u >= 0.3, (other * _SIZES["train"]).long())
         scene = self.scene(index)
         low, high = _radii(self._variant)
         steps = (scene.radius - low) / (high - low) * len(_SIZE_WORDS)
@@ -137,13 +143,21 @@ class ShapesSource(TensorSource):
             for step, colour, shape, (x, y) in zip(*row, strict=True):
                 if shape >= 0:
                     words = [_SIZE_WORDS[step], COLOURS[colour], SHAPE_NAMES[shape]]
-                    if self._variant in ("greyscale", "inverted"):
+                    if self._variant in _COLOURLESS:
                         del words[1]
                     if SHAPE_NAMES[shape] != "stripes":
                         words.insert(0, "a")
                     parts.append(" ".join(words + [_PLACES[y + 1][x + 1]]))
             sentences.append(" and ".join(parts))
         return sentences
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Captions of one shape with {} in the place of its class, for zero-shot classification."""
+        words = [_SIZE_WORDS, COLOURS, ["{}"], itertools.chain(*_PLACES)]
+        if self._variant in _COLOURLESS:
+            del words[1]
+        return ("a {}", *(f"a {' '.join(parts)}" for parts in itertools.product(*words)))
 
     def masks(self, index: Tensor) -> Tensor:
         """(B, H, W) int64 of samples `index` (B,): 0 background, 1 + class where a shape is seen.
@@ -247,7 +261,7 @@ class ShapesSource(TensorSource):
             image = image.lerp(scene.rgb[:, k, :, None, None], cover[:, None])
         if self._variant == "inverted":
             image = 1 - image
-        if self._variant == "greyscale":
+        if self._variant in ("greyscale", "mismatched"):
             image = torch.einsum("bchw,c->bhw", image, _LUMINANCE)[:, None]
         count = image.shape[1:].numel()
         pairs = (count + 1) // 2
@@ -265,6 +279,7 @@ class ShapesSource(TensorSource):
         return mask
 
 
+_COLOURLESS = ("greyscale", "inverted", "mismatched")
 _SIZE_WORDS = ("small", "medium", "large")
 _OFF_CENTRE = 2 / 16
 _PLACES = (

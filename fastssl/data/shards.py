@@ -70,7 +70,7 @@ class ShardSource(ImageSource):
 
     def captions(self, index: Tensor) -> list[str]:
         """The text of samples `index` (B,), "" where there is none."""
-        texts = (self._bytes(i, _TEXT, _TEXT_SIZE) for i in index.tolist())
+        texts = (self._bytes(self._shown(i), _TEXT, _TEXT_SIZE) for i in index.tolist())
         return [text.decode(errors="replace").strip() for text in texts]
 
     def where(self, i: int) -> str:

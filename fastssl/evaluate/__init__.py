@@ -34,12 +34,15 @@ from .linear import fit_logistic, held_out, linear
 from .linear_sgd import linear_sgd
 from .multilabel import average_precision, label_sets, multilabel, multilabel_probe, roc_auc
 from .networks import Inputs, Network, open_network
+from .own_classifier import own_classifier
 from .retrieval import copy_detection, retrieval
 from .segmentation import ConfusionMatrix
 from .segmentation_probe import segmentation_probe
 from .table import table
 from .task import Task
+from .text_retrieval import text_ranks, text_retrieval
 from .views import copies, group_accuracy, robustness, view_alignment
+from .zero_shot import class_weights, zero_shot
 
 __all__ = [
     "PROTOCOLS",
@@ -53,6 +56,7 @@ __all__ = [
     "average_precision",
     "calibration_error",
     "class_alignment",
+    "class_weights",
     "clusters",
     "copy_detection",
     "diagnostics",
@@ -74,6 +78,7 @@ __all__ = [
     "multilabel_probe",
     "merge_results",
     "open_network",
+    "own_classifier",
     "rankme",
     "read_results",
     "retrieval",
@@ -82,6 +87,7 @@ __all__ = [
     "segmentation_probe",
     "subset",
     "table",
+    "text_ranks",
     "uniformity",
 ]
 
@@ -103,15 +109,20 @@ _TRAIN_ONLY = {"knn-loo", "clusters", "diagnostics", "rankme"}
 _ON_IMAGES = {
     "linear-sgd": linear_sgd,
     "finetune": finetune,
+    "classifier": own_classifier,
     "segmentation": segmentation_probe,
     "copy-detection": copies,
     "alignment": view_alignment,
     "robustness": robustness,
     "groups": group_accuracy,
+    "zero-shot": zero_shot,
+    "text-retrieval": text_retrieval,
 }
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")
+_ANY_LABELS = {"multilabel", "finetune", "segmentation", "copy-detection", "alignment", "rankme"}
 _ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
+_ANY_LABELS |= {"text-retrieval"}
 _SCORED = {"test": "test split", "held-out": "a tenth of the training split, held out"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}
 _GIVEN |= {"h", "y", "task"}

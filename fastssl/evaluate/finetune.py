@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,16 @@ from torch import Tensor, nn
 from ..augment import augment
 from ..data import epoch_order
 from ..extras import nearest, require
+from ..models import classifier
 from ..optim import param_groups, param_groups_layer_decay
 from ..random import step_seed
+from ..train.backbones import load_method
+from ..train.checkpoint import replacing
 from .features import Split, loaded, process, top1_percent
 from .kshot import draw, draw_share, percent_name
-from .layers import transformer_blocks
+from .layers import FeatureMap, transformer_blocks
 from .linear import held_out
+from .multilabel import average_precision, check_targets, roc_auc
 from .task import Task, check_one_label, spread
 
 
@@ -41,6 +47,8 @@ class Recipe:
     """Shares of the epochs after which the rate falls to `gamma` of itself; else it is a cosine."""
     gamma: float = 0.2
     warmup_epochs: int = 0
+    last_share: float = 0.0
+    """Of the rate, that the cosine ends at."""
     weight_decay: float = 0.0
     layer_decay: float = 1.0
     drop_path: float = 0.0
@@ -49,6 +57,8 @@ class Recipe:
     cutmix: float = 0.0
     """Beta distributions' parameter; 0 is none. With both, one of them in each batch."""
     label_smoothing: float = 0.0
+    pool: str = "own"
+    """Features under the head: the network's own, or "patches", the mean of its last map."""
 
 
 # Of few-label recipes that differ, the one for 1 % has that in its name.
@@ -56,6 +66,10 @@ RECIPES = {
     "vit": Recipe(
         "adamw", 5e-4, True, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
         drop_path=0.1, mixup=0.8, cutmix=1.0, label_smoothing=0.1,
+    ),
+    "thorax": Recipe(
+        "adamw", 2.5e-4, True, 1024, 75, warmup_epochs=5, last_share=0.01, weight_decay=0.05,
+        layer_decay=0.55, drop_path=0.2, pool="patches",
     ),
     "cnn": Recipe("nesterov", 0.01, True, 256, 50, head_times=10, weight_decay=1e-4),
     "simclr": Recipe("nesterov", 0.05, True, 1024, 30),
@@ -78,45 +92,62 @@ def finetune(
     drop_path: float | None = None,
     mixup: float | None = None,
     cutmix: float | None = None,
+    pool: str | None = None,
     precision: str = "auto",
+    from_head: int = 0,
+    save: str | Path | None = None,
     seeds: int = 3,
 ) -> dict:
-    """Top-1 accuracy after training a copy of the whole network and a linear head on labels.
+    """Accuracy after training a copy of the whole network and a linear head on labels.
 
     A tenth of the labelled images is held out class by class. The network is scored on it after
     every epoch; the weights of the best epoch (the first among equals) are scored on the test split
-    once. Where no class has two images it is the last epoch.
+    once. Where no class has two images it is the last epoch. Images with several labels are learned
+    by binary cross-entropy and scored by the mean area under the ROC curve; the tenth is a random
+    one.
 
     | recipe | optimizer | rate | batch, epochs | else |
     |---|---|---|---|---|
     | vit (MAE's ViT-B) | AdamW, decay 0.05 | 5e-4 B/256, times 0.65 a block downwards, 5 epochs
       warm-up, cosine | 1024, 100 | drop path 0.1, mixup 0.8, cutmix 1.0, smoothing 0.1 |
+    | thorax (MAE on radiographs) | AdamW, decay 0.05 | 2.5e-4 B/256, times 0.55 a block downwards,
+      5 epochs warm-up, cosine to a hundredth | 1024, 75 | drop path 0.2, mean of the patches |
     | cnn (ours) | Nesterov 0.9, decay 1e-4 | 0.01 B/256, head 10 times, cosine | 256, 50 | |
     | simclr | Nesterov 0.9 | 0.05 B/256, cosine | 1024, 30; of 1 % 60 | |
     | swav | Nesterov 0.9 | 0.01, head 0.2; of 1 % 0.02 and 5; a fifth at 60 and 80 % | 256, 20 | |
 
     Args:
         task: network and images.
-        recipe: by default "vit" for a network with transformer blocks, else "cnn".
+        recipe: by default "vit" for a network with transformer blocks, of several labels an image
+            "thorax", else "cnn".
         shares: of the labels, in (0, 1], the same number of each class; 1 is all.
         shots: numbers of labels a class, instead of shares.
         epochs, train_batch_size, lr, weight_decay, layer_decay, drop_path, mixup, cutmix: instead
             of the recipe's; batches are at most the labelled images.
+        pool: "own", the network's features, or "patches", the mean of its last map.
         precision: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU.
+        from_head: hidden layers of the head that the run was pretrained with that are kept, below a
+            classifier that begins at zero; 1 is SimCLRv2's.
+        save: file (.safetensors) for the classifier of seed 0, a teacher for `distill`; with one
+            number of labels only.
         seeds: of the head, the order, the augmentation and the drawn labels; from 2 on the
             deviation is given.
 
     Returns:
-        `top1_percent`, of several seeds `sd_percent`, and the `protocol` with the score held out
-        after each epoch and the chosen one.
+        `top1_percent`, or of several labels `percent` with AUC and AP, of several seeds
+        `sd_percent`, and the `protocol` with the score held out after each epoch and the chosen
+        one.
 
     Raises:
-        ValueError: an unknown recipe, a value out of range, or images without one label each.
+        ValueError: an unknown recipe, a value out of range, images without labels, several labels
+            an image with shots, save or a recipe that mixes them, or a network that from_head or
+            save cannot work with.
         ImportError: mixup or cutmix without torchvision. FloatingPointError: the loss diverged.
 
-    Notes: augmentation is crops of 8 to 100 % and, where it means the same, the mirror image; MAE's
-        RandAugment and random erasing are left out. Drop path skips a block as a whole, attention
-        and MLP together, by a hook: any backbone's. Under torchrun the runs are dealt out to ranks.
+    Notes: augmentation is crops of 8 to 100 % and, where it means the same, the mirror image;
+        RandAugment and random erasing of the MAE recipes are left out. Drop path skips a block as a
+        whole, attention and MLP together, by a hook: any backbone's. Under torchrun the runs are
+        dealt out to ranks.
 
     Example:
         >>> from fastssl.evaluate import evaluate
@@ -124,11 +155,18 @@ def finetune(
         >>> found["finetune"]["protocol"]["recipe_name"]
         'cnn'
 
-    Paper: MAE, arXiv 2111.06377; SimCLR, arXiv 2002.05709; SwAV, arXiv 2006.09882.
+    Paper: MAE, arXiv 2111.06377; SimCLR, arXiv 2002.05709; SwAV, arXiv 2006.09882; SimCLRv2, arXiv
+        2006.10029.
     """
-    check_one_label("finetune", task.train, task.test)
+    several = task.train.labels.ndim == 2
+    if several:
+        for split in (task.train, task.test):
+            check_targets("finetune", torch.zeros(split.labels.shape), split.labels)
+    else:
+        check_one_label("finetune", task.train, task.test)
     backbone = task.network.backbone
-    recipe = recipe or ("vit" if transformer_blocks(backbone) else "cnn")
+    default = "thorax" if several else "vit"
+    recipe = recipe or (default if transformer_blocks(backbone) else "cnn")
     if recipe not in RECIPES:
         known = nearest(recipe, [name for name in RECIPES if "%" not in name])
         raise ValueError(f"finetune: recipe must be a known one, got {recipe!r}. {known}")
@@ -138,6 +176,13 @@ def finetune(
         )
     if seeds < 1:
         raise ValueError(f"finetune: seeds must be >= 1, got {seeds}.")
+    if pool not in (None, "own", "patches"):
+        raise ValueError(f'finetune: pool must be "own" or "patches", got {pool!r}.')
+    if several and shots:
+        raise ValueError(
+            f"finetune: shots must be of images with one label, got {tuple(shots)} and several "
+            "labels an image. Use shares."
+        )
     given = {
         "epochs": epochs, "batch_size": train_batch_size, "lr": lr, "weight_decay": weight_decay,
         "layer_decay": layer_decay, "drop_path": drop_path, "mixup": mixup, "cutmix": cutmix,
@@ -146,6 +191,8 @@ def finetune(
     for name, value in given.items():
         if value < (1 if name in ("epochs", "batch_size") else 0):
             raise ValueError(f"finetune: {name} must be at least 1, a rate at least 0, got {value}")
+    if pool is not None:
+        given["pool"] = pool
     if precision == "auto":
         precision = "bf16" if torch.device(task.device).type == "cuda" else "fp32"
     settings = {}
@@ -158,6 +205,15 @@ def finetune(
             dataclasses.replace(chosen, **given),
         )
 
+    if several and any(r.mixup or r.cutmix or r.label_smoothing for _, r in settings.values()):
+        raise ValueError(
+            f"finetune: recipe must neither mix nor smooth labels where images have several, got "
+            f"{recipe!r}. Use thorax or cnn, without mixup and cutmix."
+        )
+    neck = _neck(task, from_head)
+    if save is not None:
+        save = _checked_path(task, Path(save), settings)
+
     runs = [(name, seed) for name in settings for seed in range(seeds)]
     rank, world = process()
     done = {}
@@ -166,39 +222,109 @@ def finetune(
         if shots:
             positions = draw(task.train.labels, part, seed)
         else:
-            positions = draw_share(task.train.labels, part, seed)
-        done[name, seed] = _once(task, task.train[positions], r, precision, seed)
+            labels = task.train.labels
+            classes = torch.zeros(len(labels), dtype=torch.int64) if several else labels
+            positions = draw_share(classes, part, seed)
+        found, model = _once(task, task.train[positions], r, precision, seed, neck)
+        done[name, seed] = found
+        if save is not None and seed == 0:
+            _save(model, save, task, found)
     if world > 1:
         parts: list[Any] = [None] * world
         dist.all_gather_object(parts, done)
         done = {key: value for found in parts for key, value in found.items()}
 
+    kind, measures = "top1_percent", {"": "top1_percent"}
+    if several:
+        kind, measures = "percent", {"-auc": "auc_percent", "-map": "map_percent"}
     found = spread(
-        [{name: done[name, seed]["top1_percent"] for name in settings} for seed in range(seeds)]
+        [
+            {
+                f"{name}{m}": done[name, seed][key]
+                for name in settings
+                for m, key in measures.items()
+            }
+            for seed in range(seeds)
+        ]
     )
-    result = {"top1_percent": found["mean"]}
+    result = {kind: found["mean"]}
     if "sd" in found:
-        result |= {"sd_percent": found["sd"], "top1_percent_by_seed": found["each"]}
+        result |= {"sd_percent": found["sd"], f"{kind}_by_seed": found["each"]}
     protocol = {
         "recipe": {name: dataclasses.asdict(r) for name, (_, r) in settings.items()},
         "recipe_name": recipe,
         "precision": precision,
+        "from_head": from_head,
         "augmentation": str(task.inputs.training_view(task.train.source.mirror)),
         "momentum": 0.9,
         "epoch": "best on a tenth of the labelled images, held out; the last if there is none",
         "seeds": seeds,
-        "runs": {name: [done[name, seed]["run"] for seed in range(seeds)] for name in settings},
+        "runs": {name: [done[name, seed] for seed in range(seeds)] for name in settings},
     }
     return result | {"protocol": protocol}
 
 
-def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> dict:
-    """One run: the test accuracy of its best epoch, and how that was chosen."""
+def _neck(task: Task, from_head: int) -> nn.Sequential:
+    """The layers of the run's head that are kept."""
+    if not from_head:
+        return nn.Sequential()
+    run, weights = task.network.run, task.network.about.get("weights")
+    if run is None or weights not in ("pretrained", "random"):
+        raise ValueError(
+            "finetune: from_head needs a run's folder, in which the head is beside the student's "
+            f"backbone, got {task.network.about}. Give the folder, or leave from_head at 0."
+        )
+    method = load_method(run, trained=weights == "pretrained")
+    head = getattr(method, "head", getattr(method, "projector", None))
+    return classifier.first_layers(head, from_head)
+
+
+def _checked_path(task: Task, save: Path, settings: dict[str, Any]) -> Path:
+    if "backbone" not in task.network.about or task.inputs.mean is not None:
+        raise ValueError(
+            "finetune: save needs a network of known name whose images are normalised as in "
+            f"pretraining, got {task.network.about}. Give a run's folder."
+        )
+    if len(settings) > 1 or save.suffix != ".safetensors" or task.train.labels.ndim == 2:
+        raise ValueError(
+            "finetune: save must be one .safetensors file, for one number of labels and images of "
+            f"one class each, got {str(save)!r} for {', '.join(settings)}."
+        )
+    if any(r.pool != "own" for _, r in settings.values()):
+        raise ValueError("finetune: save must go with pool own, got the mean of patches.")
+    return save
+
+
+def _save(model: "Classifier", path: Path, task: Task, found: dict[str, Any]) -> None:
+    source = task.train.source
+    content = classifier.packed(
+        model,
+        backbone=task.network.about["backbone"],
+        method="finetune",
+        data=source.name,
+        channels=str(task.inputs.channels or source.channels),
+        image_size=str(task.inputs.size),
+        classes=json.dumps(list(source.class_names)),
+        labels=str(found["labels"]),
+        test_top1_percent=str(found["top1_percent"]),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _once(
+    task: Task, labelled: Split, r: Recipe, precision: str, seed: int, neck: nn.Sequential
+) -> tuple[dict, "Classifier"]:
+    """One run: what its best epoch reaches on the test split and how that was chosen, and the
+    network."""
+    several = labelled.labels.ndim == 2
     devices = [task.device] if torch.device(task.device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(step_seed(seed, 0, 0))
-        model = Classifier(task.network.backbone, task, labelled).to(task.device)
-        held = held_out(labelled.labels, seed)
+        model = Classifier(task.network.backbone, task, labelled, neck, r.pool).to(task.device)
+        classes = torch.zeros(len(labelled), dtype=torch.int64) if several else labelled.labels
+        held = held_out(classes, seed)
         fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
         batch_size = min(r.batch_size, len(fitted))
         scale = batch_size / 256 if r.linear_rule else 1.0
@@ -231,7 +357,7 @@ def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> 
                     "Try a lower lr or precision fp32."
                 )
             if len(scored):
-                curve.append(model.score(task, scored, precision))
+                curve.append(next(iter(model.score(task, scored, precision).values())))
                 if curve[-1] > best:
                     best, chosen = curve[-1], epoch + 1
                     weights = copy.deepcopy(model.state_dict())
@@ -240,38 +366,48 @@ def _once(task: Task, labelled: Split, r: Recipe, precision: str, seed: int) -> 
         test = model.score(task, task.test, precision)
     run = {"seed": seed, "labels": len(labelled), "fitted_on": len(fitted)}
     run |= {"batch_size": batch_size, "lr": r.lr * scale, "held_out": len(scored)}
-    run |= {"held_out_top1_percent": curve, "epoch": chosen if curve else r.epochs}
-    return {"top1_percent": test, "run": run | {"top1_percent": test}}
+    run |= {f"held_out_{next(iter(test))}": curve, "epoch": chosen if curve else r.epochs}
+    return run | test, model
 
 
-class Classifier(nn.Module):
-    """A copy of a backbone, all of it to be trained, and a linear head."""
+class Classifier(classifier.Classifier):
+    """A copy of a backbone and of layers of its head, all to be trained, and a linear head."""
 
-    def __init__(self, backbone: nn.Module, task: Task, labelled: Split):
-        super().__init__()
-        self.backbone = copy.deepcopy(backbone).requires_grad_().to(task.device).eval()
+    def __init__(
+        self, backbone: nn.Module, task: Task, labelled: Split, neck: nn.Sequential, pool="own"
+    ):
+        body = copy.deepcopy(nn.Sequential(backbone, neck)).requires_grad_().to(task.device).eval()
+        super().__init__(*body, head=nn.Identity())
+        self.pool = pool
         images, _ = labelled.source.batch(labelled.index[:1])
         with torch.no_grad():
-            width = self.backbone(task.inputs(images).to(task.device)).shape[1]
+            width = self(task.inputs(images).to(task.device)).shape[1]
         self.head = nn.Linear(width, task.num_classes)
-        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.normal_(self.head.weight, std=0.0 if len(neck) else 0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
+    def features(self, x: Tensor) -> Tensor:
+        if self.pool == "patches":
+            return FeatureMap(self.backbone)(x).mean(dim=(2, 3))
+        return super().features(x)
 
     @torch.no_grad()
-    def score(self, task: Task, split: Split, precision: str) -> float:
-        """Top-1 accuracy, in percent, on centre squares."""
+    def score(self, task: Task, split: Split, precision: str) -> dict[str, float]:
+        """In percent, on centre squares: top-1, or of several labels the means of AUC, by which
+        epochs are chosen, and AP over the classes that have both."""
         self.eval()
-        predicted, labels = [], []
+        scores, labels = [], []
         parts = split.index.split(task.batch_size)
         for images, y, _ in loaded(split.source, parts, task.device):
             with _autocast(task.device, precision):
                 logits = self(task.inputs(images))
-            predicted.append(logits.argmax(1).cpu())
+            scores.append(logits.float().cpu())
             labels.append(y.cpu())
-        return top1_percent(torch.cat(predicted), torch.cat(labels))
+        scores, y = torch.cat(scores), torch.cat(labels)
+        if y.ndim == 1:
+            return {"top1_percent": top1_percent(scores.argmax(1), y)}
+        measures = {"auc_percent": roc_auc(scores, y), "map_percent": average_precision(scores, y)}
+        return {name: 100 * x.nanmean().nan_to_num().item() for name, x in measures.items()}
 
 
 def _autocast(device, precision: str):
@@ -282,6 +418,8 @@ def _autocast(device, precision: str):
 def _loss(model: nn.Module, x: Tensor, y: Tensor, r: Recipe, precision: str) -> Tensor:
     with _autocast(x.device, precision):
         logits = model(x)
+    if y.ndim == 2 and not (r.mixup or r.cutmix):  # several labels, not shares of one
+        return F.binary_cross_entropy_with_logits(logits.float(), y.float())
     return F.cross_entropy(logits.float(), y, label_smoothing=r.label_smoothing)
 
 
@@ -291,6 +429,8 @@ def _optimizer(model: Classifier, r: Recipe, scale: float) -> torch.optim.Optimi
         groups = param_groups_layer_decay(model.backbone, lr, r.weight_decay, r.layer_decay)
     else:
         groups = [g | {"lr": lr} for g in param_groups(model.backbone, r.weight_decay)]
+    if len(model.neck):
+        groups += [g | {"lr": lr} for g in param_groups(model.neck, r.weight_decay)]
     groups += [g | {"lr": lr * r.head_times} for g in param_groups(model.head, r.weight_decay)]
     if r.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(0.9, 0.999))
@@ -303,7 +443,8 @@ def _rate_factor(r: Recipe, epoch: float) -> float:
     warmup = min(r.warmup_epochs, r.epochs // 2)
     if epoch < warmup:
         return epoch / warmup
-    return (1 + math.cos(math.pi * (epoch - warmup) / (r.epochs - warmup))) / 2
+    cosine = (1 + math.cos(math.pi * (epoch - warmup) / (r.epochs - warmup))) / 2
+    return r.last_share + (1 - r.last_share) * cosine
 
 
 def _mixing(r: Recipe, num_classes: int):

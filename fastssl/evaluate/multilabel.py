@@ -41,7 +41,7 @@ def multilabel(scores: Tensor, targets: Tensor, names: Sequence[str] | None = No
         >>> multilabel(scores, torch.tensor([[1, 1], [0, 1], [1, 1]]))["skipped"]
         ['1']
     """
-    _check("multilabel", scores, targets)
+    check_targets("multilabel", scores, targets)
     names = [str(c) for c in range(scores.shape[1])] if names is None else list(names)
     if len(names) != scores.shape[1]:
         raise ValueError(
@@ -113,7 +113,7 @@ def multilabel_probe(
             "multilabel: train_y and test_y must have the same classes and train_h 10 rows or "
             f"more, got {tuple(train_y.shape)} and {tuple(test_y.shape)}."
         )
-    _check("multilabel", train_h.new_zeros(train_y.shape), train_y)
+    check_targets("multilabel", train_h.new_zeros(train_y.shape), train_y)
     num_classes = train_y.shape[1]
     held = held_out(torch.zeros(len(train_y), dtype=torch.int64))
     fit_h, held_h = standardise(train_h[~held], train_h[~held], train_h[held])
@@ -178,7 +178,7 @@ def label_sets(scores: Tensor, targets: Tensor, weights: str = "uniform", n_min:
     Paper: ReaL: Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159; subgroups by number
     of labels as in the multi-label re-assessment of ImageNet.
     """
-    _check("label_sets", scores, targets)
+    check_targets("label_sets", scores, targets)
     if weights not in ("uniform", "size"):
         raise ValueError(f'label_sets: weights must be "uniform" or "size", got {weights!r}.')
     some = (targets != 0).any(1)
@@ -225,7 +225,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
         >>> average_precision(scores, torch.tensor([[1], [0], [1]]))  # (1/1 + 2/3) / 2
         tensor([0.8333], dtype=torch.float64)
     """
-    _check("average_precision", scores, targets)
+    check_targets("average_precision", scores, targets)
     return _by_class(ap_of_rows, scores, targets)
 
 
@@ -246,7 +246,7 @@ def roc_auc(scores: Tensor, targets: Tensor) -> Tensor:
         >>> roc_auc(scores, torch.tensor([[1], [0], [1]]))  # one pair right, one tied
         tensor([0.7500], dtype=torch.float64)
     """
-    _check("roc_auc", scores, targets)
+    check_targets("roc_auc", scores, targets)
     return _by_class(_auc_of_rows, scores, targets)
 
 
@@ -290,7 +290,7 @@ def _by_class(rows: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets:
     return torch.cat([rows(s, t) for s, t in blocks])
 
 
-def _check(caller: str, scores: Tensor, targets: Tensor) -> None:
+def check_targets(caller: str, scores: Tensor, targets: Tensor) -> None:
     if scores.ndim != 2 or not scores.is_floating_point() or scores.numel() == 0:
         raise ValueError(
             f"{caller}: scores must be floating point (N, C) with N, C >= 1, "

@@ -8,40 +8,64 @@ from pathlib import Path
 from torch import nn
 
 from ..extras import nearest
+from .align import ALIGN
 from .barlow import BarlowTwins
 from .byol import BYOL
+from .clip import CLIP
+from .convirt import ConVIRT
 from .dino import DINO
+from .dinov2 import DINOv2
+from .distill import Distill
 from .lejepa import LeJEPA
 from .look import LOOK
+from .mae import MAE
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
+from .seer import SEER
 from .simclr import SimCLR
+from .simclr_v2 import SimCLRv2
 from .swav import SwAV
 from .vicreg import VICReg
 
 METHODS: dict[str, type[nn.Module]] = {
     "simclr": SimCLR,
+    "simclr_v2": SimCLRv2,
+    "distill": Distill,
     "byol": BYOL,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
     "dino": DINO,
+    "dinov2": DINOv2,
     "swav": SwAV,
+    "seer": SEER,
     "vicreg": VICReg,
     "barlow": BarlowTwins,
     "lejepa": LeJEPA,
+    "mae": MAE,
     "look": LOOK,
+    "clip": CLIP,
+    "align": ALIGN,
+    "convirt": ConVIRT,
 }
 
 __all__ = [
+    "ALIGN",
     "BYOL",
+    "CLIP",
     "DINO",
+    "DINOv2",
     "LOOK",
+    "MAE",
     "METHODS",
+    "SEER",
     "BarlowTwins",
+    "ConVIRT",
+    "Distill",
     "LeJEPA",
     "MoCoV2",
     "MoCoV3",
     "SimCLR",
+    "SimCLRv2",
     "SwAV",
     "VICReg",
     "method_class",

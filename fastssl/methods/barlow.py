@@ -3,6 +3,14 @@
 Paper: Zbontar, Jing, Misra, LeCun, Deny, "Barlow Twins: self-supervised learning via redundancy
 reduction", arXiv 2103.03230.
 
+Loss: with C the correlations, over the batch of all ranks, of the dimensions of one view's
+projections with those of the other's,
+    loss = sum over i of (1 - C_ii)^2 + lambda sum over i != j of C_ij^2
+The diagonal makes views agree, the rest keeps dimensions from saying the same.
+
+Figures: ImageNet, ResNet-50, linear: 73.5 (1000 epochs) [authors' release]; 70.8 (300), 71.8
+(1000) [re-implementation]. CIFAR-10, ResNet-18, 1000 epochs: linear 92.1 [re-implementation].
+
 What differs: images of up to 64 pixels have views of one kind with milder crops, no blur and no
 solarisation.
 """

@@ -1,6 +1,7 @@
 """What several methods are made of."""
 
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from ..augment import View, small
 from ..dist import resolve_levels
 from ..losses.ranks import global_mean
+from ..models import mlp
+from ..ops import effective_prototypes, prototype_usage
 
 
 class Branch(nn.Module):
@@ -82,6 +85,54 @@ def held(weight: Tensor, hold: bool) -> Tensor:
     """The weight, with a gradient of zero if it is to be held: DistributedDataParallel waits for a
     gradient of every parameter, so that none at all will not do."""
     return weight.detach() + 0 * weight if hold else weight
+
+
+def caption_ids(captions: Sequence[str], device: torch.device) -> Tensor:
+    """(B,) int32, equal for equal captions, on all ranks."""
+    return torch.tensor([crc32(c.encode()) - 2**31 for c in captions], dtype=torch.int32).to(device)
+
+
+def dino_projector(dims: Sequence[int], norm: str | None = None) -> nn.Sequential:
+    """An MLP with GELU, of DINO's small random weights: (B, dims[0]) to (B, dims[-1])."""
+    projector = mlp(dims, norm=norm, act="gelu")
+    for layer in projector:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return projector
+
+
+class Prototypes(nn.Linear):
+    """Cosines of z (B, D) with K prototypes: a weight-normed layer whose magnitudes are 1."""
+
+    def forward(self, z: Tensor, hold: bool = False) -> Tensor:
+        return F.linear(F.normalize(z), F.normalize(held(self.weight, hold)))
+
+
+class PrototypeHead(nn.Module):
+    """DINO's: z = g(h) and the scores of its prototypes, (N, D) to (N, dims[-1]) and (N, K)."""
+
+    def __init__(self, dims: Sequence[int], K: int):
+        super().__init__()
+        self.projector = dino_projector(dims)
+        self.prototypes = Prototypes(dims[-1], K, bias=False)
+
+    def forward(self, h: Tensor, hold: bool = False) -> tuple[Tensor, Tensor]:
+        z = self.projector(h)
+        return z, self.prototypes(z, hold)
+
+
+def teacher_scalars(t: Tensor, dino: nn.Module, tau_t: float) -> dict[str, Tensor | float]:
+    """What `health` and monitors read of scores t (N, K) of a teacher and of their `DINOLoss`, to
+    be called before the loss moves its centre."""
+    bias = -dino.center.flatten() / tau_t  # stays 0 with sinkhorn
+    return {
+        "prototypes": t.shape[1],
+        "effective_prototypes": effective_prototypes(prototype_usage(t, tau_t, bias)),
+        "student_temperature": dino.student_temp,
+        "teacher_temperature": tau_t,
+    }
 
 
 def spread(z: Tensor) -> Tensor:

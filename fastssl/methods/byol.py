@@ -3,6 +3,16 @@
 Paper: Grill et al., "Bootstrap your own latent: a new approach to self-supervised learning",
 arXiv 2006.07733.
 
+Loss: with the prediction p = q(g(f(x))) of one view and the teacher's projection t = g(f(x)) of
+the other, which takes no gradient:
+    |p / |p| - t / |t||^2 = 2 - 2 cos(p, t)
+the mean over images and both directions. The teacher is the student's moving average, whose m
+rises to 1. Nothing holds images apart: the predictor and the slow teacher keep them from
+collapsing.
+
+Figures: ImageNet, ResNet-50, 200 epochs: linear 71.8 [re-implementation]. CIFAR-10, ResNet-18,
+1000 epochs: linear 92.6 [re-implementation].
+
 What differs: both views go through a network in one forward, so that its BatchNorms see them
 together; the loss is the mean over the two directions (the paper's sum is twice that); images of
 up to 64 pixels have views of one kind with milder crops, no blur and no solarisation.

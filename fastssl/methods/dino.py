@@ -3,6 +3,17 @@
 Paper: Caron et al., "Emerging properties in self-supervised vision transformers",
 arXiv 2104.14294.
 
+Loss: the teacher's distribution over K prototypes for a large crop a is t_a = softmax((scores_a -
+c) / tau_t), sharpened and centred, without gradient; the student's for crop v is s_v =
+softmax(scores_v / tau_s). Over the 2 (V - 1) pairs a != v
+    loss = mean of -sum over k of t_a log s_v
+The centre c is a moving average of the teacher's scores, the teacher one of the student. Centring
+alone would make all images alike, sharpening alone would put all on one prototype.
+
+Figures: ImageNet, ViT-S/16: kNN 69.3 and linear 74.0 (100 epochs), 74.5 and 77.0 (800); ViT-S/8:
+kNN 78.3; ResNet-50: linear 75.3 [authors' release]. CIFAR-10, ResNet-18, 1000 epochs: linear 89.5
+[re-implementation].
+
 What differs: the temperature of the teacher rises by the step, not the epoch; the magnitudes of
 the last layer never train (the released code can free them); crops of a size go through a network
 in one forward, so that BatchNorms, where the backbone has them, see them together; images of up to
@@ -12,24 +23,14 @@ in one forward, so that BatchNorms, where the backbone has them, see them togeth
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import schedules
 from ..augment import View, dino
 from ..data import Batch
 from ..losses import DINOLoss
-from ..models import mlp
-from ..ops import effective_prototypes, prototype_usage
 from ..optim import EMA
-from .blocks import encode, held, multi_crop, spread
-
-
-class Prototypes(nn.Linear):
-    """Cosines of z (B, D) with K prototypes: a weight-normed layer whose magnitudes are 1."""
-
-    def forward(self, z: Tensor, hold: bool = False) -> Tensor:
-        return F.linear(F.normalize(z), F.normalize(held(self.weight, hold)))
+from .blocks import Prototypes, dino_projector, encode, multi_crop, spread, teacher_scalars
 
 
 class DINO(nn.Module):
@@ -73,12 +74,7 @@ class DINO(nn.Module):
         super().__init__()
         self.backbone = backbone
         dims = [backbone.feature_dim, hidden_dim, hidden_dim, bottleneck_dim]
-        self.projector = mlp(dims, norm="bn" if batch_norm else None, act="gelu")
-        for layer in self.projector:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        self.projector = dino_projector(dims, "bn" if batch_norm else None)
         self.prototypes = Prototypes(bottleneck_dim, out_dim, bias=False)
         parts = {name: getattr(self, name) for name in ("backbone", "projector", "prototypes")}
         # BatchNorms of the teacher, in training mode, have statistics of their own.
@@ -108,16 +104,9 @@ class DINO(nn.Module):
         t = torch.stack(encode(self.ema, batch.views[:2]))  # the teacher's, without gradient
         progress = batch.epoch / self.temperature_epochs if self.temperature_epochs else 1.0
         tau_t = schedules.linear(progress, *self.temperatures)
-        bias = -self.dino.center.flatten() / tau_t  # stays 0 with sinkhorn
-        usage = prototype_usage(t.flatten(0, 1), tau_t, bias)
+        told = teacher_scalars(t.flatten(0, 1), self.dino, tau_t)
         loss = self.dino(t, s.chunk(len(z)), teacher_temp=tau_t)  # eq. 3; moves the centre, eq. 4
-        return loss, {
-            "std": spread(z[0]),
-            "prototypes": s.shape[1],
-            "effective_prototypes": effective_prototypes(usage),
-            "student_temperature": self.dino.student_temp,
-            "teacher_temperature": tau_t,
-        }
+        return loss, {"std": spread(z[0]), **told}
 
     def after_step(self, step: int, total_steps: int) -> None:
         self.ema.momentum = schedules.cosine(step / total_steps, self.momentum, 1.0)

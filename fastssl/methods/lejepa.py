@@ -3,6 +3,15 @@
 Paper: Balestriero, LeCun, "LeJEPA: provable and scalable self-supervised learning without the
 heuristics", arXiv 2511.08544.
 
+Loss: with mu the mean of the projections z of an image's global views,
+    (1 - lambda) mean over all views of (z - mu)^2 + lambda SIGReg(z)
+SIGReg draws random directions, and in each compares the characteristic function of the batch's
+projections of a view with that of the normal distribution (Epps and Pulley's test). No teacher, no
+stopped gradient, no predictor, no queue.
+
+Figures: ImageNet, ViT-H/14: linear 79 [secondary]. Imagenette, ViT-S/8 at 128 pixels, 800 epochs:
+linear 90.7 [authors' release].
+
 What differs: images of up to 64 pixels have views of one size with milder crops, no blur and no
 solarisation; the defaults of the projector are those of small backbones.
 """

@@ -3,6 +3,15 @@
 Paper: Chen, Fan, Girshick, He, "Improved baselines with momentum contrastive learning",
 arXiv 2003.04297; the queue and the moving encoder: He et al., arXiv 1911.05722.
 
+Loss: InfoNCE over a queue. With the query q of one view, the key k that the moving encoder makes
+of the other, and the keys n of earlier steps, all normalised:
+    l = -log(exp(q . k / tau) / (exp(q . k / tau) + sum over n of exp(q . n / tau)))
+and the mean over the batch. Keys and queue take no gradient; the key encoder is theta_k = m
+theta_k + (1 - m) theta_q after each step, and the oldest keys of the queue make room for k.
+
+Figures: ImageNet, ResNet-50, linear: 67.5 (200 epochs), 71.1 (800) [authors' release]. CIFAR-10,
+ResNet-18, 1000 epochs: linear 92.9 [re-implementation].
+
 What differs: no batch is shuffled over GPUs; BatchNorm takes its statistics over the batch of all
 ranks, of queries and keys apart. Queue and key encoder move after the optimizer, not before the
 loss. Images of up to 64 pixels get milder crops and no blur.

@@ -3,6 +3,16 @@
 Paper: Chen, Xie, He, "An empirical study of training self-supervised vision transformers",
 arXiv 2104.02057.
 
+Loss: InfoNCE both ways, with the keys of the batch. q = p(g(f(x))) of the trained network, k =
+g(f(x)) of its moving average, normalised, both of both views:
+    ctr(q, k) = -2 tau log(exp(q_i . k_i / tau) / sum over j of exp(q_i . k_j / tau)),   mean over i
+    loss = ctr(q0, k1) + ctr(q1, k0)
+Keys come from all ranks and take no gradient.
+
+Figures: ImageNet, linear: ResNet-50 68.9, 72.8, 74.6 (100, 300, 1000 epochs); ViT-S 73.2, ViT-B
+76.7; fine-tuned ViT-S 81.4, ViT-B 83.2 [authors' release]. CIFAR-10, ResNet-18, 1000 epochs:
+linear 93.1 [re-implementation].
+
 What differs: the heads are those of the paper's transformers for every backbone; images of up to 64
 pixels have views of one kind with milder crops, no blur and no solarisation.
 """

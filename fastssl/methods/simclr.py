@@ -3,6 +3,15 @@
 Paper: Chen, Kornblith, Norouzi, Hinton, "A simple framework for contrastive learning of visual
 representations", arXiv 2002.05709.
 
+Loss: NT-Xent. For each of the 2 B views i of B images, with its other view p, and z normalised,
+s_ij = z_i . z_j / tau:
+    l_i = -log(exp(s_ip) / sum over j != i of exp(s_ij))
+and the mean over i: every other view in the batch, of all ranks, is a negative.
+
+Figures: ImageNet, linear: ResNet-50 64.5 (100 epochs), 69.1 (1000); twice and four times as wide
+74.2 and 76.6 [authors' release]. CIFAR-10, ResNet-18, 1000 epochs: linear about 91 [authors'
+release], 90.7 [re-implementation].
+
 What differs: the loss is the mean over the 2 B views (the released code sums the two halves); the
 head has no normalisation after its last layer; images of up to 64 pixels get milder crops and no
 blur.

@@ -3,6 +3,16 @@
 Paper: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
 arXiv 2006.09882.
 
+Loss: the code q_a of large crop a is Sinkhorn-Knopp's assignment of its scores s_a = C z to the K
+prototypes: softmax(s_a / epsilon + bias) with the bias that gives each prototype as much of the
+batch, and of the queue. Each other crop v predicts it:
+    loss = mean over a and v != a of -q_a . log softmax(s_v / tau)
+Codes take no gradient; the rows of C have unit length.
+
+Figures: ImageNet, ResNet-50, linear: 72.1, 73.9, 74.6, 75.3 (100, 200, 400, 800 epochs of batch
+4096); 72.7 and 74.3 (200 and 400 of batch 256); 70.1 without small crops (400) [authors' release].
+CIFAR-10, ResNet-18, 1000 epochs, two crops: linear 89.2 [re-implementation].
+
 What differs: the queues are filled from the first step, and take part once they are full and
 wait_epochs are over (the released code fills them from then on); prototypes are normalised after a
 step, not before the next; images of up to 64 pixels have milder colours and no blur.

@@ -3,6 +3,15 @@
 Paper: Bardes, Ponce, LeCun, "VICReg: variance-invariance-covariance regularization for
 self-supervised learning", arXiv 2105.04906.
 
+Loss: of the embeddings z, z' (B, D) of two views, not normalised,
+    lambda mean((z - z')^2) + mu v + nu (c(z) + c(z'))
+    v: the mean over dimensions of max(0, 1 - sqrt(var + 1e-4)), the mean of both views'
+    c(z): the sum of the squared covariances of different dimensions, over D
+Variance keeps the images apart, covariance the dimensions; both are over the batch of all ranks.
+
+Figures: ImageNet, linear, 1000 epochs: ResNet-50 73.2, twice as wide 75.5, ResNet-200 twice as
+wide 77.3 [authors' release]. CIFAR-10, ResNet-18, 1000 epochs: linear 92.1 [re-implementation].
+
 What differs: as in the released code invariance is a mean over the dimensions, not a sum, and
 variance the mean of the two views'; images of up to 64 pixels have views of one kind with milder
 crops, no blur and no solarisation.

@@ -4,29 +4,36 @@ import torch
 from torch import nn
 
 from ..extras import nearest, require
+from .classifier import Classifier, load_classifier
 from .heads import mlp
-from .resnet import ResNetSmall
+from .resnet import ResNet18CIFAR, ResNetSmall
+from .text import TextTower, build_text_tower
 from .tokens import grid_side, patch_size, patch_tokens
 from .vit import ViTSmall
 
 __all__ = [
+    "Classifier",
+    "ResNet18CIFAR",
     "ResNetSmall",
+    "TextTower",
     "ViTSmall",
     "build_backbone",
+    "build_text_tower",
     "grid_side",
+    "load_classifier",
     "mlp",
     "patch_size",
     "patch_tokens",
 ]
 
-_BUILTIN = {"resnet_small": ResNetSmall, "vit_small": ViTSmall}
+_BUILTIN = {"resnet_small": ResNetSmall, "resnet18_cifar": ResNet18CIFAR, "vit_small": ViTSmall}
 
 
 def build_backbone(name: str, in_chans: int, image_size: int) -> nn.Module:
     """Build a backbone with random weights from torch's generator.
 
     Args:
-        name: `resnet_small`, `vit_small`, `timm:NAME` or `torchvision:NAME`.
+        name: `resnet_small`, `resnet18_cifar`, `vit_small`, `timm:NAME` or `torchvision:NAME`.
         in_chans: channels of the images.
         image_size: side of the images in pixels.
 

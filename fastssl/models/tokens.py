@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 
-def grid_side(backbone: nn.Module, size: int) -> int:
-    """Patches along a side of a square image of `size` pixels.
+def grid_side(backbone: nn.Module, size: int | None = None) -> int:
+    """Patches along a side of a square image of `size` pixels; None: of those it was built for.
 
     Raises:
         ValueError: a backbone without patch tokens, or a size that is no multiple of its patches.
     """
     patch = patch_size(backbone)
+    if size is None:
+        return backbone.side if hasattr(backbone, "placed") else backbone.patch_embed.grid_size[0]
     if size % patch:
         raise ValueError(
             f"grid_side: size must be a multiple of the patches of {patch} pixels, got {size}."

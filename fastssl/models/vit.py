@@ -28,7 +28,10 @@ def sincos_positions(side: int, dim: int, spread: int | None = None) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP: (B, L, dim) to (B, L, dim)."""
+    """Pre-norm attention and MLP: (B, L, dim) to (B, L, dim).
+
+    A mask, bool and to be broadcast to (B, heads, L, L), is true where a row's token may look.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: int = 4):
         super().__init__()
@@ -40,12 +43,12 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(dim, mlp_ratio * dim)
         self.fc2 = nn.Linear(mlp_ratio * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, L, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, dim / heads) each
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, dim)
-        x = x + self.proj(h)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, dim / heads)
+        x = x + self.proj(h.transpose(1, 2).reshape(B, L, dim))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 

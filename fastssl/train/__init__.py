@@ -1,6 +1,6 @@
 """The loop between data and checkpoint."""
 
-from .backbones import load_backbone, random_backbone
+from .backbones import load_backbone, load_method, random_backbone
 from .checkpoint import load_checkpoint, save_checkpoint
 from .exporting import export
 from .loop import Run, pretrain
@@ -10,6 +10,7 @@ __all__ = [
     "export",
     "load_backbone",
     "load_checkpoint",
+    "load_method",
     "pretrain",
     "random_backbone",
     "save_checkpoint",

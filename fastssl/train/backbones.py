@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ..augment import prepare
 from ..data import load
 from ..extras import require
+from ..methods import method_class
 from ..models import build_backbone
 from ..random import permutation
-from .checkpoint import replacing
+from .checkpoint import load_checkpoint, replacing
+from .kept import last_checkpoint
 from .weights import EXPORTED, ROLES, fit, read_weights
 
 
@@ -106,6 +108,32 @@ def random_backbone(
         backbone, [prepare(source.batch(i)[0], info["image_size"]) for i in index.split(256)]
     )
     return backbone.eval(), info
+
+
+def load_method(run_path: str | Path, *, trained: bool = True) -> nn.Module:
+    """The whole method of a run, heads and all, in eval mode on the CPU.
+
+    Args:
+        run_path: the run's folder.
+        trained: as its last checkpoint has it, else as it was before training.
+
+    Raises:
+        FileNotFoundError: not a run, a run that has not finished, or one without a checkpoint.
+    """
+    _, info = _initial(Path(run_path))
+    config = info["config"]
+    with torch.random.fork_rng(devices=[]):
+        backbone = seeded_backbone(config, info["channels"])
+        method = method_class(config["method"])(backbone, **config["method_args"])
+    if trained:
+        path = last_checkpoint(run_path)
+        if path is None:
+            raise FileNotFoundError(
+                f"load_method: {run_path} has no checkpoint, which the heads are in. Give a run "
+                "with its checkpoints/."
+            )
+        method.load_state_dict(load_checkpoint(path)["model"])
+    return method.eval()
 
 
 def _initial(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -67,7 +67,8 @@ def check_combinations(
             f"warmup_epochs is {config.warmup_epochs:g} of {config.epochs} epochs: the learning "
             "rate rises to the end and never falls. Set warmup_epochs to a tenth of epochs."
         )
-    if config.optimizer.startswith(("lars", "lamb")) and B < 512:
+    tuned = "eta" in (config.optimizer_args or {})  # as recipes for small batches do
+    if config.optimizer.startswith(("lars", "lamb")) and B < 512 and not tuned:
         _warn(
             f"{config.optimizer} is made for batches of thousands, batch_size is {B}. With small "
             "batches adamw or sgd learn faster."

@@ -1,7 +1,8 @@
-"""The training loop. It knows a method only by views, loss, after_step and features; and of the
-scalars beside the loss those that `health` names."""
+"""The training loop. It knows a method only by views, loss, after_step and features, and whether it
+reads captions; and of the scalars beside the loss those that `health` names."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from ..augment import Packed, augment
 from ..config import PretrainConfig
-from ..data import Batch, batches, epoch_order, epoch_size, resident
+from ..data import (
+    Batch,
+    batches,
+    check_captions,
+    draw_captions,
+    epoch_order,
+    epoch_size,
+    resident,
+)
 from ..methods import method_class
 from ..random import step_seed
 from . import folder, held_out, parallel, setup, weights
@@ -99,6 +108,9 @@ class _Training:
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
         self.views = method.views(config.image_size, source)
+        self.caption = getattr(method, "reads_captions", None)
+        if self.caption:
+            check_captions(source, config.method)
         check_views(backbone, config.backbone, self.views, source.channels, config.image_size)
         setup.freeze(method, config.freeze)
         method = parallel.to_ranks(method, config, ranks)
@@ -137,8 +149,8 @@ class _Training:
         self.meter = Meter()
         with StopSignal() as stop, closing(self.progress), self.trackers, self.monitor:
             with closing(self._loader()) as loader:
-                for images, label, index in self.meter.waiting(loader):
-                    self._train_step(images, label, index)
+                for batch in self.meter.waiting(loader):
+                    self._train_step(*batch)
                     self.seconds = time.perf_counter() - started
                     received = self.ranks.largest(stop.received)
                     stopping = received if self.step < self.total_steps else 0
@@ -150,10 +162,19 @@ class _Training:
         return self._finish(trained=self.step > self.first_step)
 
     def _loader(self):
-        """The batches of all steps to come, on the device; what is ahead does not end with an
-        epoch."""
-        feed, workers = self.feed, self.config.workers
-        return batches(feed, self._order(), workers=workers, device=self.ranks.device)
+        """The batches of all steps to come, on the device, with captions where they are read; what
+        is ahead does not end with an epoch."""
+        config = self.config
+        order, numbers = itertools.tee(self._order())
+        loader = batches(self.feed, order, workers=config.workers, device=self.ranks.device)
+        with closing(loader):
+            for batch, index in zip(loader, numbers, strict=False):
+                captions, epoch = None, self.step // self.steps_per_epoch
+                if self.caption:
+                    captions = draw_captions(
+                        self.source, index, self.caption, seed=config.seed, epoch=epoch
+                    )
+                yield *batch, captions
 
     def _order(self):
         """The sample numbers of each step to come."""
@@ -170,7 +191,13 @@ class _Training:
         """Whether something done every so many steps, and at the end, is to be done now."""
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _train_step(self, images: Tensor | Packed, label: Tensor, index: Tensor) -> None:
+    def _train_step(
+        self,
+        images: Tensor | Packed,
+        label: Tensor,
+        index: Tensor,
+        captions: list[str] | None,
+    ) -> None:
         """One update of the weights. images (B, C, H, W) or packed, label and index (B,) int64."""
         config = self.config
         epoch = self.step // self.steps_per_epoch
@@ -181,9 +208,8 @@ class _Training:
         views = augment(
             images, drawn, self.views, seed=config.seed, epoch=epoch, channels_last=True
         )
-        batch = Batch(
-            views, index, label, self.step, self.total_steps, self.step / self.steps_per_epoch
-        )
+        passed = self.step / self.steps_per_epoch
+        batch = Batch(views, index, label, self.step, self.total_steps, passed, captions)
         scalars = self.update(self.objective, batch)
         if self.step == self.first_step:
             parallel.refuse_unused(self.objective)

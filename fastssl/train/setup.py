@@ -147,7 +147,13 @@ def build_optimizer(
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in layered]
         groups = layers + [group for group in groups if group["params"]]
-    return cls(groups, lr=config.lr, **settings)
+    try:
+        return cls(groups, lr=config.lr, **settings | (config.optimizer_args or {}))
+    except TypeError as error:
+        raise ValueError(
+            f"pretrain: optimizer_args must fit {config.optimizer}, got {config.optimizer_args}: "
+            f"{error}."
+        ) from None
 
 
 _OPTIMIZERS = {
