@@ -1,9 +1,9 @@
-"""A short run of every method on small data: better than the same network with random weights by a
-frozen margin, and no sign of collapse.
+"""A short run of every method on small data: better by a frozen margin than what it started from,
+mostly random weights of the same network; and no sign of collapse.
 
-    python benchmarks/smoke.py [METHOD ...] [--seeds 0 1 2]
+    python benchmarks/smoke.py [ROW ...] [--seeds 0 1 2]
 
-Two runs at a time, one thread each. All methods together, which is the default, also write
+Two runs at a time, one thread each. All rows together, which is the default, also write
 results/<machine>/smoke.json. Exit code 1 if a run fails.
 """
 
@@ -23,11 +23,17 @@ from typing import Any
 import harness
 import torch
 
+<<<<<<< ours
+from fastssl.config import PretrainConfig, load_config
+=======
 from fastssl.config import PretrainConfig
+from fastssl.data.shapes import SHAPE_NAMES
+>>>>>>> theirs
 from fastssl.evaluate import evaluate
 from fastssl.evaluate.table import align
 from fastssl.methods import METHODS
 from fastssl.train import pretrain
+from fastssl.train.folder import read_config
 from fastssl.train.metrics import read_metrics
 
 LEAST_STD = 0.3
@@ -44,13 +50,47 @@ def finetuned_5_shot(run: Path) -> tuple[float, float]:
     return _before_and_after(run, "finetune", "5-shot", shots=(5,), seeds=3)
 
 
+def zero_shot(run: Path) -> tuple[float, float]:
+    """Chance, and top-1 by the captions of the classes."""
+    found = evaluate(run, None, ["zero-shot"], device="cpu")["zero-shot"]
+    return 100 / len(SHAPE_NAMES), found["top1_percent"]["ensemble"]
+
+
 def _before_and_after(run: Path, protocol: str, name: str, **settings) -> tuple[float, float]:
+    start, data = _start(run), read_config(run)["data"]
+    before = (start, "pretrained") if start.exists() else (run, "random")
     found = [
-        evaluate(run, None, [protocol], weights=weights, device="cpu", **settings)
-        for weights in ("random", "pretrained")
+        evaluate(path, data, [protocol], weights=weights, device="cpu", **settings)
+        for path, weights in (before, (run, "pretrained"))
     ]
     before, after = (result[protocol]["top1_percent"][name] for result in found)
     return before, after
+
+
+<<<<<<< ours
+def taught(out: Path, seed: int) -> dict[str, Any]:
+    """What `distill` needs, by the steps that come before it: a network pretrained by SimCLRv2, and
+    fine-tuned, from the first layer of its head, on five labels a class."""
+    first, file = Path(f"{out}-first"), f"{out}-teacher.safetensors"
+    settings = {"data": "patches", "epochs": 10, "device": "cpu", "workers": 0}
+    pretrain(PretrainConfig(method="simclr_v2", seed=seed, out=first, **settings))
+    tuned = {"shots": (5,), "from_head": 1, "save": file, "seeds": 1}
+    evaluate(first, None, ["finetune"], device="cpu", **tuned)
+    return {"init_from": str(first), "method_args": {"teacher": file, "temperature": 0.2}}
+
+
+def teacher_and_student(run: Path) -> tuple[float, float]:
+    """Top-1 of both classifiers, in percent."""
+    teacher = load_config(run / "config.yaml").method_args["teacher"]
+    found = [
+        evaluate(network, "patches", ["classifier"], device="cpu") for network in (teacher, run)
+    ]
+    before, after = (result["classifier"]["top1_percent"]["classifier"] for result in found)
+    return before, after
+=======
+def _start(run: Path) -> Path:
+    return run.with_name(f"{run.name}-start")
+>>>>>>> theirs
 
 
 @dataclass(frozen=True)
@@ -58,46 +98,84 @@ class Row:
     """How a method is tried, and what it must reach."""
 
     margin: float
-    """Least gain in points: the mean of three seeds less three deviations, and 8 at least."""
+<<<<<<< ours
+    """Least gain in points: the mean of three seeds less three deviations, and 8 at least. Of a
+    student over its teacher, what it may lose."""
+=======
+    """Least gain in points: the mean of three seeds less three deviations. 8 at least, but for runs
+    with a start."""
+    method: str | None = None
+    """None: that of the row's name."""
+>>>>>>> theirs
     data: str = "patches"
     settings: dict[str, Any] = field(default_factory=lambda: {"epochs": 10})
     """Fields of `PretrainConfig` that differ from the recipe's."""
     score: Callable[[Path], tuple[float, float]] = knn_20
     """Of a run: what its method is compared with and what it reached, in percent."""
+<<<<<<< ours
+    needs: Callable[[Path, int], dict[str, Any]] | None = None
+    """Makes what a run of this seed needs, beside its folder; the settings that name it."""
+=======
+    start: dict[str, Any] | None = None
+    """Fields of `PretrainConfig` of a run before, from whose weights this one starts and with which
+    it is compared; None: random weights."""
+>>>>>>> theirs
 
 
 ROWS = {
     "simclr": Row(margin=8.0),
+<<<<<<< ours
+    "simclr_v2": Row(margin=8.0),
+    "distill": Row(
+        margin=-2.0,
+        settings={"epochs": 12, "batch_size": 128},
+        score=teacher_and_student,
+        needs=taught,
+    ),
+    "seer": Row(margin=8.0, settings={"epochs": 10, "method_args": {"local_views": 2}}),
     "byol": Row(margin=8.0, settings={"epochs": 15}),
+=======
+    "byol": Row(margin=8.0, settings={"epochs": 12, "batch_size": 128}),
+>>>>>>> theirs
     "moco_v2": Row(margin=8.0),
     "moco_v3": Row(margin=8.0),
     "dino": Row(margin=8.0),
     "swav": Row(margin=8.0, settings={"epochs": 15}),
-    "vicreg": Row(margin=8.0, settings={"epochs": 15}),
-    "barlow": Row(margin=8.0, settings={"epochs": 15}),
+    "vicreg": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
+    "barlow": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
     "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
 }
 
 
-def tried(method: str, seed: int, out: str) -> dict[str, Any]:
+def tried(name: str, seed: int, out: str) -> dict[str, Any]:
     """One run in a process of its own: what it was and what it reached."""
     torch.set_num_threads(1)
-    row, path = ROWS[method], Path(out, f"{method}-{seed}")
+    row, path = ROWS[name], Path(out, f"{name}-{seed}")
+    common = {"seed": seed, "device": "cpu", "workers": 0}
+    settings = {"method": row.method or name, "data": row.data, **row.settings}
     started = time.perf_counter()
-    config = PretrainConfig(
-        method=method, data=row.data, seed=seed, out=path, device="cpu", workers=0, **row.settings
-    )
+<<<<<<< ours
+    settings = {"data": row.data, "seed": seed, "out": path, "device": "cpu", "workers": 0}
     with open(f"{path}.log", "w") as log, redirect_stderr(log):  # two runs' progress is a muddle
-        pretrain(config)
+        needed = row.needs(path, seed) if row.needs else {}
+        pretrain(PretrainConfig(method=method, **settings, **row.settings, **needed))
+=======
+    with open(f"{path}.log", "w") as log, redirect_stderr(log):  # two runs' progress is a muddle
+        if row.start:
+            pretrain(PretrainConfig(**row.start, **common, out=_start(path)))
+            settings["init_from"] = str(_start(path))
+        pretrain(PretrainConfig(**settings, **common, out=path))
+>>>>>>> theirs
     trained = time.perf_counter()
     before, after = row.score(path)
     last = read_metrics(path)[-1]
     warnings = path / "warnings.txt"
     result = {
-        "method": method,
+        "row": name,
         "data": row.data,
         "settings": row.settings,
+        "start": row.start,
         "metric": row.score.__name__,
         "seed": seed,
         "before": before,
@@ -131,37 +209,39 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help="Default: all.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="Default: all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     options = parser.parse_args()
-    methods = options.methods or list(METHODS)
-    if missing := [name for name in methods if name not in ROWS]:
-        parser.error(f"no row in ROWS for {', '.join(missing)}; there are {', '.join(ROWS)}.")
+    names = options.rows or list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}.")
 
-    results, failed = [], []
+    tried_methods = {row.method or name for name, row in ROWS.items()}
+    untried = [f"FAIL  {name}: no row in ROWS" for name in METHODS if name not in tried_methods]
+    results, failed = [], [] if options.rows else untried
     with (
         tempfile.TemporaryDirectory() as out,
         ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool,
     ):
         jobs = {
-            pool.submit(tried, method, seed, out): (method, seed)
-            for method in methods
+            pool.submit(tried, name, seed, out): f"{name}, seed {seed}"
+            for name in names
             for seed in options.seeds
         }
         for job in as_completed(jobs):
-            name = "{}, seed {}".format(*jobs[job])
+            name = jobs[job]
             try:
                 result = job.result()
-            except Exception as error:  # of one method; the others go on
+            except Exception as error:  # of one row; the others go on
                 failed.append(f"FAIL  {name}: {type(error).__name__}: {error}")
                 continue
             results.append(result)
             failed += [f"FAIL  {name}: {fault}" for fault in result["faults"]]
             print(f"{name}: {result['gain']:+.1f} points", flush=True)
-    results.sort(key=lambda result: (methods.index(result["method"]), result["seed"]))
+    results.sort(key=lambda result: (names.index(result["row"]), result["seed"]))
     print(f"\n{text(results)}\n")
     print("\n".join(failed or ["all pass"]))
-    if not options.methods:
+    if not options.rows:
         torch.set_num_threads(1)  # as the runs had, for the record
         print(harness.write("smoke", results))
     return 1 if failed else 0
@@ -169,20 +249,20 @@ def main() -> int:
 
 def text(results: list[dict[str, Any]]) -> str:
     """A line for each run, and of several seeds their mean and deviation."""
-    lines = [["method", "data", "metric", "seed", "before", "after", "gain", "margin", "std", "s"]]
+    lines = [["row", "data", "metric", "seed", "before", "after", "gain", "margin", "std", "s"]]
     for result in results:
         numbers = [f"{result[key]:.1f}" for key in ("before", "after", "gain", "margin")]
         std = f"{result['monitors'].get('std', float('nan')):.2f}"
         seconds = f"{result['train_s'] + result['evaluate_s']:.0f}"
-        names = [result["method"], result["data"], result["metric"], str(result["seed"])]
+        names = [result["row"], result["data"], result["metric"], str(result["seed"])]
         lines.append([*names, *numbers, std, seconds])
-    for method in dict.fromkeys(result["method"] for result in results):
-        gains = [result["gain"] for result in results if result["method"] == method]
+    for row in dict.fromkeys(result["row"] for result in results):
+        gains = [result["gain"] for result in results if result["row"] == row]
         if len(gains) > 1:
             mean, deviation = statistics.mean(gains), statistics.stdev(gains)
             gain = f"{mean:.1f} ± {deviation:.1f}"
             floor = f"{mean - 3 * deviation:.1f}"
-            lines.append([method, "", "gain; mean - 3 sd", "", "", "", gain, floor, "", ""])
+            lines.append([row, "", "gain; mean - 3 sd", "", "", "", gain, floor, "", ""])
     return align(lines, left=3)
 
 

@@ -33,15 +33,15 @@ def files() -> dict[Path, str]:
 
 def sections(name: str) -> dict[str, str]:
     """Parts of the docstring of a method's file, by the word they begin with; that of the first
-    paragraph is the method's name in print."""
+    paragraph, to which all without a word belong, is the method's name in print."""
     text = inspect.cleandoc(sys.modules[METHODS[name].__module__].__doc__)
-    found, last = {}, ""
+    found: dict[str, str] = {}
     for paragraph in text.split("\n\n"):
         word, colon, rest = paragraph.partition(": ")
         if not found or (colon and word in TITLES):
-            last, found[word] = word, rest
-        else:  # more of the same
-            found[last] += f"\n\n{paragraph}"
+            found[word] = rest
+        else:
+            found[next(iter(found))] += f"\n\n{paragraph}"
     return found
 
 
@@ -77,7 +77,8 @@ def contents() -> str:
     rows = ["| command line | method | in a sentence |", "|---|---|---|"]
     for name in METHODS:
         title, sentence = next(iter(sections(name).items()))
-        rows.append(f"| [{name}]({name}.md) | {title} | {' '.join(sentence.split())} |")
+        sentence = " ".join(sentence.partition("\n\n")[0].split())
+        rows.append(f"| [{name}]({name}.md) | {title} | {sentence} |")
     return "\n\n".join([*lines, "\n".join(rows)]) + "\n"
 
 
