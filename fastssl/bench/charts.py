@@ -25,8 +25,8 @@ def draw(folder: Path, result: dict[str, Any]) -> list[Path]:
         own = [row for row in rows if row["group"] == group]
         draw_group = _steps if "images_per_s" in own[0] else _against_size
         drawn.append(draw_group(folder, group, own))
-    if points := [row for row in rows if row.get("flop")]:
-        drawn.append(_roofline(folder, points))
+    if any(row.get("flop") for row in rows):
+        drawn.append(_roofline(folder, rows))
     if result.get("scaling"):
         drawn.append(_scaling(folder, result["scaling"]))
     return drawn
@@ -109,16 +109,21 @@ def _panel(axis, rows: list[dict], field: str, label: str) -> None:
 
 
 def _roofline(folder: Path, rows: list[dict]) -> Path:
-    """Achieved rate against operations per byte, under the rates of bare products."""
+    """Achieved rate against operations per byte, under the rates of bare products and of the copy
+    measured for the rows without products."""
     import matplotlib.pyplot as plt
 
+    copies = [row["copy_gb_s"] for row in rows if "copy_gb_s" in row]
+    rows = [row for row in rows if row.get("flop")]
+
     figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    axis.set(xscale="log", yscale="log")
     cases = list(dict.fromkeys(row["case"] for row in rows))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     for row in rows:
         axis.scatter(
             row["flop"] / row["traffic_bytes"], 1e3 * row["tflops"],
-            color=COLOURS[cases.index(row["case"]) % len(COLOURS)],
+            color=plt.get_cmap("tab20")(cases.index(row["case"]) % 20),
             marker="os^D"[dtypes.index(row["dtype"]) % 4],
             label=f"{row['case']}, {row['dtype']}", s=36,
         )  # fmt: skip
@@ -126,15 +131,14 @@ def _roofline(folder: Path, rows: list[dict]) -> Path:
         peak = max(1e3 * row["product_tflops"] for row in rows if row["dtype"] == dtype)
         axis.axhline(peak, color="black", lw=1, ls=("-", "--", ":")[n % 3])
         axis.annotate(
-            f"bare product, {dtype}: {peak:.3g}", (0.01, peak), fontsize=8, va="bottom",
-            xycoords=("axes fraction", "data"),
+            f"bare product, {dtype}: {peak:.3g}", (0.01 + 0.98 * (n % 2), peak), fontsize=8,
+            va="bottom", ha=("left", "right")[n % 2], xycoords=("axes fraction", "data"),
         )  # fmt: skip
-    copies = [row["copy_gb_s"] for row in rows if "copy_gb_s" in row]
-    if copies:
-        ends = axis.get_xlim()
+    if copies:  # up to the ridge
+        ends = axis.get_xlim()[0], 1e3 * max(row["product_tflops"] for row in rows) / max(copies)
         axis.plot(ends, [x * max(copies) for x in ends], color="grey", lw=1,
                   label=f"copy, {max(copies):.0f} GB/s")  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="operations per byte of inputs and outputs",
+    axis.set(xlabel="operations per byte of inputs and outputs",
              ylabel="GFLOP/s of the products that are needed")  # fmt: skip
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside right upper")

@@ -133,8 +133,8 @@ def bare_exponential(device: str, rounds: int = 7) -> float:
 
 def bare_copy(device: str, rounds: int = 5) -> float:
     """Seconds of a byte read or written by a copy too large for caches."""
-    x = torch.rand(2**26, device=device)
-    out = torch.empty_like(x)
+    x = torch.ones(2**26, device=device)
+    out = torch.zeros_like(x)
     timed(lambda: out.copy_(x), device)
     seconds = statistics.median(timed(lambda: out.copy_(x), device) for _ in range(rounds))
     return seconds / (2 * x.nbytes)
@@ -151,11 +151,10 @@ def limits(work: Work, dtype: str, device: str) -> dict[str, float]:
         each = bare_exponential(device)
         found["exponentials_per_ns"] = 1e-9 / each
         needed += work.exponentials * work.rows * work.keys * each
-    if work.traffic:
+    if work.traffic and not needed:  # what computes much finds its few bytes in cache
         each = bare_copy(device)
         found["copy_gb_s"] = 1e-9 / each
-        if not needed:  # what computes much finds its few bytes in cache
-            needed = work.traffic * each
+        needed = work.traffic * each
     return {**found, "limit_ms": 1e3 * needed}
 
 
