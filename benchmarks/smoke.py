@@ -44,6 +44,11 @@ def finetuned_5_shot(run: Path) -> tuple[float, float]:
     return _before_and_after(run, "finetune", "5-shot", shots=(5,), seeds=3)
 
 
+def zero_shot(run: Path) -> tuple[float, float]:
+    """Top-1 by captions of each class, before and after training."""
+    return _before_and_after(run, "zero-shot", "ensemble")
+
+
 def _before_and_after(run: Path, protocol: str, name: str, **settings) -> tuple[float, float]:
     found = [
         evaluate(run, None, [protocol], weights=weights, device="cpu", **settings)
@@ -77,6 +82,15 @@ ROWS = {
     "barlow": Row(margin=8.0, settings={"epochs": 15}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
     "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),
+}
+
+
+# Without colours a caption's image is told by its shape sooner.
+_CAPTIONS = {"batch_size": 64, "epochs": 5}
+ROWS |= {
+    "clip": Row(34.0, "shapes:greyscale", _CAPTIONS, zero_shot),
+    "align": Row(38.0, "shapes:mismatched", _CAPTIONS | {"epochs": 8}, zero_shot),
+    "convirt": Row(42.0, "shapes:greyscale", _CAPTIONS),
 }
 
 
