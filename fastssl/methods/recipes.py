@@ -131,7 +131,7 @@ _CLIP_SMALL = {
     "method_args": {"out_dim": 64},
 }
 
-_ALIGN_SMALL = {**_CLIP_SMALL, "method_args": {"temperature": 0.1}}
+_ALIGN_SMALL = {**_CLIP_SMALL, "method_args": {"temperature": 0.07}}
 
 _CONVIRT_SMALL = {**_CLIP_SMALL, "method_args": {"out_dim": 128}}
 
