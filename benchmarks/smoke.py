@@ -23,12 +23,8 @@ from typing import Any
 import harness
 import torch
 
-<<<<<<< ours
 from fastssl.config import PretrainConfig, load_config
-=======
-from fastssl.config import PretrainConfig
 from fastssl.data.shapes import SHAPE_NAMES
->>>>>>> theirs
 from fastssl.evaluate import evaluate
 from fastssl.evaluate.table import align
 from fastssl.methods import METHODS
@@ -67,7 +63,6 @@ def _before_and_after(run: Path, protocol: str, name: str, **settings) -> tuple[
     return before, after
 
 
-<<<<<<< ours
 def taught(out: Path, seed: int) -> dict[str, Any]:
     """What `distill` needs, by the steps that come before it: a network pretrained by SimCLRv2, and
     fine-tuned, from the first layer of its head, on five labels a class."""
@@ -87,10 +82,10 @@ def teacher_and_student(run: Path) -> tuple[float, float]:
     ]
     before, after = (result["classifier"]["top1_percent"]["classifier"] for result in found)
     return before, after
-=======
+
+
 def _start(run: Path) -> Path:
     return run.with_name(f"{run.name}-start")
->>>>>>> theirs
 
 
 @dataclass(frozen=True)
@@ -98,33 +93,24 @@ class Row:
     """How a method is tried, and what it must reach."""
 
     margin: float
-<<<<<<< ours
-    """Least gain in points: the mean of three seeds less three deviations, and 8 at least. Of a
-    student over its teacher, what it may lose."""
-=======
     """Least gain in points: the mean of three seeds less three deviations. 8 at least, but for runs
-    with a start."""
+    with a start; of a student over its teacher, what it may lose."""
     method: str | None = None
     """None: that of the row's name."""
->>>>>>> theirs
     data: str = "patches"
     settings: dict[str, Any] = field(default_factory=lambda: {"epochs": 10})
     """Fields of `PretrainConfig` that differ from the recipe's."""
     score: Callable[[Path], tuple[float, float]] = knn_20
     """Of a run: what its method is compared with and what it reached, in percent."""
-<<<<<<< ours
     needs: Callable[[Path, int], dict[str, Any]] | None = None
     """Makes what a run of this seed needs, beside its folder; the settings that name it."""
-=======
     start: dict[str, Any] | None = None
     """Fields of `PretrainConfig` of a run before, from whose weights this one starts and with which
     it is compared; None: random weights."""
->>>>>>> theirs
 
 
 ROWS = {
     "simclr": Row(margin=8.0),
-<<<<<<< ours
     "simclr_v2": Row(margin=8.0),
     "distill": Row(
         margin=-2.0,
@@ -133,10 +119,7 @@ ROWS = {
         needs=taught,
     ),
     "seer": Row(margin=8.0, settings={"epochs": 10, "method_args": {"local_views": 2}}),
-    "byol": Row(margin=8.0, settings={"epochs": 15}),
-=======
     "byol": Row(margin=8.0, settings={"epochs": 12, "batch_size": 128}),
->>>>>>> theirs
     "moco_v2": Row(margin=8.0),
     "moco_v3": Row(margin=8.0),
     "dino": Row(margin=8.0),
@@ -155,18 +138,13 @@ def tried(name: str, seed: int, out: str) -> dict[str, Any]:
     common = {"seed": seed, "device": "cpu", "workers": 0}
     settings = {"method": row.method or name, "data": row.data, **row.settings}
     started = time.perf_counter()
-<<<<<<< ours
-    settings = {"data": row.data, "seed": seed, "out": path, "device": "cpu", "workers": 0}
-    with open(f"{path}.log", "w") as log, redirect_stderr(log):  # two runs' progress is a muddle
-        needed = row.needs(path, seed) if row.needs else {}
-        pretrain(PretrainConfig(method=method, **settings, **row.settings, **needed))
-=======
     with open(f"{path}.log", "w") as log, redirect_stderr(log):  # two runs' progress is a muddle
         if row.start:
             pretrain(PretrainConfig(**row.start, **common, out=_start(path)))
             settings["init_from"] = str(_start(path))
+        if row.needs:
+            settings |= row.needs(path, seed)
         pretrain(PretrainConfig(**settings, **common, out=path))
->>>>>>> theirs
     trained = time.perf_counter()
     before, after = row.score(path)
     last = read_metrics(path)[-1]
