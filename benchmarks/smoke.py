@@ -24,7 +24,6 @@ import harness
 import torch
 
 from fastssl.config import PretrainConfig, load_config
-from fastssl.data.shapes import SHAPE_NAMES
 from fastssl.evaluate import evaluate
 from fastssl.evaluate.table import align
 from fastssl.methods import METHODS
@@ -47,9 +46,8 @@ def finetuned_5_shot(run: Path) -> tuple[float, float]:
 
 
 def zero_shot(run: Path) -> tuple[float, float]:
-    """Chance, and top-1 by the captions of the classes."""
-    found = evaluate(run, None, ["zero-shot"], device="cpu")["zero-shot"]
-    return 100 / len(SHAPE_NAMES), found["top1_percent"]["ensemble"]
+    """Top-1 by captions of each class, before and after training."""
+    return _before_and_after(run, "zero-shot", "ensemble")
 
 
 def _before_and_after(run: Path, protocol: str, name: str, **settings) -> tuple[float, float]:
