@@ -94,8 +94,6 @@ class Row:
     margin: float
     """Least gain in points: the mean of three seeds less three deviations. 8 at least, but for runs
     with a start; of a student over its teacher, what it may lose."""
-    method: str | None = None
-    """None: that of the row's name."""
     data: str = "patches"
     settings: dict[str, Any] = field(default_factory=lambda: {"epochs": 10})
     """Fields of `PretrainConfig` that differ from the recipe's."""
@@ -103,6 +101,8 @@ class Row:
     """Of a run: what its method is compared with and what it reached, in percent."""
     needs: Callable[[Path, int], dict[str, Any]] | None = None
     """Makes what a run of this seed needs, beside its folder; the settings that name it."""
+    method: str | None = None
+    """None: that of the row's name."""
     start: dict[str, Any] | None = None
     """Fields of `PretrainConfig` of a run before, from whose weights this one starts and with which
     it is compared; None: random weights."""
@@ -122,7 +122,9 @@ ROWS = {
     "moco_v2": Row(margin=8.0),
     "moco_v3": Row(margin=8.0),
     "dino": Row(margin=8.0),
-    "swav": Row(margin=8.0, settings={"epochs": 15}),
+    "swav": Row(
+        margin=8.0, settings={"epochs": 12, "method_args": {"epsilon": 0.03, "local_views": 2}}
+    ),
     "vicreg": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "barlow": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
