@@ -507,6 +507,8 @@ def test_several_labels_an_image_are_evaluated_as_such():
     assert list(results) == ["multilabel"] and 0 < results["multilabel"]["percent"]["map"] < 100
     assert list(results["multilabel"]["classes"]["roc_auc"])[0] == "disc"
     assert evaluate(nn.Flatten(), tuple(data), ["rankme"])["rankme"]["rankme"] > 1
+    tuned = evaluate(nn.Flatten(), tuple(data), ["finetune"], image_size=8, epochs=1, seeds=1)
+    assert 0 < tuned["finetune"]["percent"]["finetune-auc"] < 100
     with pytest.raises(ValueError, match="knn must have one label an image, got several"):
         evaluate(nn.Flatten(), tuple(data), ["knn"])
 
