@@ -19,7 +19,7 @@ def smoke(monkeypatch):
 def test_rows_are_settings_that_can_run(smoke):
     for name, row in smoke.ROWS.items():
         config = PretrainConfig(method=row.method or name, data=row.data, **row.settings)
-        assert resolve(config).epochs and (row.margin >= 8 or row.start)
+        assert resolve(config).epochs and (row.margin >= 8 or row.start or row.needs)
 
 
 def test_a_low_gain_and_a_collapse_are_faults(smoke):

@@ -4,11 +4,12 @@ Paper: Jia et al., "Scaling up visual and vision-language representation learnin
 supervision", arXiv 2102.05918.
 
 Loss: with x = n(f(image)) and y = n(W g(text)), rows of unit length, and logits Z = x y^T / tau,
-    L = mean_i CE(q_i, row i of Z) + mean_i CE(q_i, column i of Z):
-    the sum of the two directions, not their mean. q_i is 1 - e + e / B at i and e / B elsewhere, B
-    the pairs of the batch and e = 0.1. tau is learned, as log tau, and begins at 1. The text goes
-    through a bidirectional tower, whose first token's state is the caption's; the image has no
-    projection.
+
+    L = mean_i CE(q_i, row i of Z) + mean_i CE(q_i, column i of Z)
+
+the sum of the two directions, not their mean. q_i is 1 - e + e / B at i and e / B elsewhere, B the
+pairs of the batch and e = 0.1. tau is learned, as log tau, and begins at 1. The text goes through a
+bidirectional tower, whose first token's state is the caption's; the image has no projection.
 
 What differs: the image tower is any backbone and the text tower small unless named; the data are
 not filtered here (the paper drops short and frequent texts, and small images).

@@ -4,9 +4,11 @@ Paper: Radford et al., "Learning transferable visual models from natural languag
 arXiv 2103.00020.
 
 Loss: with I_e = n(f(x) W_i) and T_e = n(g(t) W_t), rows of unit length, and logits Z = s I_e T_e^T,
-    L = 1/2 mean_i -log softmax(row i of Z)_i + 1/2 mean_i -log softmax(column i of Z)_i:
-    of all captions of the batch the image's own, and of all images the caption's own. The scale s
-    is learned, begins at 1 / 0.07 and never exceeds 100.
+
+    L = 1/2 mean_i -log softmax(row i of Z)_i + 1/2 mean_i -log softmax(column i of Z)_i
+
+the image's own among all captions of the batch, and the caption's own among all images. The scale s
+is learned, begins at 1 / 0.07 and never exceeds 100.
 
 What differs: crops of 90 to 100 % of the area (the paper's is a square of the image's shorter
 side); the image tower is any backbone, without attention pooling.

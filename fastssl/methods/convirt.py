@@ -4,10 +4,12 @@ Paper: Zhang, Jiang, Miura, Manning, Langlotz, "Contrastive learning of medical 
 representations from paired images and text", arXiv 2010.00747.
 
 Loss: with v = n(g_v(f_v(x))) and u = n(g_u(f_u(t))), rows of unit length, and a fixed tau,
-    L = mean_i lambda l_i(v, u) + (1 - lambda) l_i(u, v),
-    l_i(a, b) = -log (exp(<a_i, b_i> / tau) / sum_j exp(<a_i, b_j> / tau)).
-    t is one sentence of the report, another one in every epoch. f_u ends in the maximum over the
-    states of the sentence's tokens; both heads g have one hidden layer.
+
+    L = mean_i lambda l_i(v, u) + (1 - lambda) l_i(u, v)
+    l_i(a, b) = -log (exp(<a_i, b_i> / tau) / sum_j exp(<a_i, b_j> / tau))
+
+t is one sentence of the report, drawn anew in every epoch. f_u ends in the maximum over the states
+of the sentence's tokens; both heads g have one hidden layer.
 
 What differs: the images' zoom of 5 % is left to the crop; images of up to 64 pixels are not
 blurred; the hidden layers of the heads are as wide as the outputs. The rate does not fall on a
