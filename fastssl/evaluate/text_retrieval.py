@@ -32,9 +32,9 @@ def text_ranks(image_h: Tensor, text_h: Tensor, owned: Tensor) -> tuple[Tensor, 
     Memory: blocks of 4 M similarities, some 40 MB, for any N and M.
 
     Example:
-        >>> pairs = torch.tensor([[0, 0], [1, 1], [1, 2]])
-        >>> text_ranks(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 3.0]]), pairs)
-        (tensor([3, 1]), tensor([2, 2, 1]))
+        >>> texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+        >>> text_ranks(torch.eye(2), texts, torch.tensor([[0, 0], [1, 1], [0, 2]]))
+        (tensor([1, 2]), tensor([1, 1, 2]))
     """
     image_h, text_h = (F.normalize(h.float(), dim=1) for h in (image_h, text_h))
     return _ranks(image_h, text_h, owned), _ranks(text_h, image_h, owned.flip(1))
