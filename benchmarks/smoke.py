@@ -118,14 +118,14 @@ ROWS = {
         needs=taught,
     ),
     "seer": Row(margin=8.0, settings={"epochs": 10, "method_args": {"local_views": 2}}),
-    "byol": Row(margin=8.0, settings={"epochs": 12, "batch_size": 128}),
+    "byol": Row(margin=11.0, settings={"epochs": 12, "batch_size": 128}),
     "moco_v2": Row(margin=9.0),
-    "moco_v3": Row(margin=8.0),
+    "moco_v3": Row(margin=13.0),
     "dino": Row(margin=8.0),
     "swav": Row(
         margin=8.0, settings={"epochs": 12, "method_args": {"epsilon": 0.03, "local_views": 2}}
     ),
-    "vicreg": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
+    "vicreg": Row(margin=8.0, settings={"epochs": 16, "batch_size": 128}),
     "barlow": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
     # Of digits: colours tell so much of a photo patch that fine-tuning needs no pretraining.
