@@ -110,14 +110,14 @@ class Row:
 
 ROWS = {
     "simclr": Row(margin=14.0),
-    "simclr_v2": Row(margin=8.0),
+    "simclr_v2": Row(margin=9.6, settings={"epochs": 15}),
     "distill": Row(
         margin=-2.0,
         settings={"epochs": 12, "batch_size": 128},
         score=teacher_and_student,
         needs=taught,
     ),
-    "seer": Row(margin=8.0, settings={"epochs": 10, "method_args": {"local_views": 2}}),
+    "seer": Row(margin=8.6, settings={"epochs": 12, "method_args": {"local_views": 2}}),
     "byol": Row(margin=11.0, settings={"epochs": 12, "batch_size": 128}),
     "moco_v2": Row(margin=9.0),
     "moco_v3": Row(margin=13.0),

@@ -280,6 +280,9 @@ def test_finetune_with_few_labels_takes_the_recipe_of_one_percent():
     assert found["protocol"]["runs"]["finetune-1%"][0]["labels"] == 3
     assert RECIPES["simclr-1%"].epochs == 60 and recipes["finetune-1%"]["epochs"] == 1
     assert found["protocol"]["runs"]["finetune-1%"][0]["held_out_top1_percent"] == []
+    found = finetune(task(Net(), 300), "simclr_v2", shares=(0.1,), epochs=1, seeds=1)
+    recipe = found["protocol"]["recipe"]["finetune-10%"]
+    assert (recipe["optimizer"], recipe["lr"]) == ("lars", 0.005 * 1024**0.5)
     shots = finetune(task(Net()), shots=(2,), epochs=1, seeds=1)
     assert list(shots["top1_percent"]) == ["finetune-2-shot"]
 
@@ -507,6 +510,8 @@ def test_several_labels_an_image_are_evaluated_as_such():
     assert list(results) == ["multilabel"] and 0 < results["multilabel"]["percent"]["map"] < 100
     assert list(results["multilabel"]["classes"]["roc_auc"])[0] == "disc"
     assert evaluate(nn.Flatten(), tuple(data), ["rankme"])["rankme"]["rankme"] > 1
+    tuned = evaluate(nn.Flatten(), tuple(data), ["finetune"], image_size=8, epochs=1, seeds=1)
+    assert 0 < tuned["finetune"]["percent"]["finetune-auc"] < 100
     with pytest.raises(ValueError, match="knn must have one label an image, got several"):
         evaluate(nn.Flatten(), tuple(data), ["knn"])
 

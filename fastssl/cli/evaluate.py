@@ -115,7 +115,7 @@ _SETTINGS = {
     "recipe": (
         str,
         "NAME",
-        "of finetune: vit, thorax, cnn, simclr, swav. Default: by the network.",
+        "of finetune: vit, thorax, cnn, simclr, simclr_v2, swav. Default: by the network.",
     ),
     "epochs": (int, "N", "of linear-sgd, finetune and segmentation."),
     "train_batch_size": (int, "N", "of linear-sgd, finetune and segmentation."),

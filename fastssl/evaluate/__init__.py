@@ -121,7 +121,6 @@ _ON_IMAGES = {
 PROTOCOLS = (*_ON_FEATURES, *_ON_IMAGES)
 _DEFAULT = ("knn", "linear", "kshot")
 _ANY_LABELS = {"multilabel", "finetune", "segmentation", "copy-detection", "alignment", "rankme"}
-_ANY_LABELS = {"multilabel", "segmentation", "copy-detection", "alignment", "rankme"}
 _ANY_LABELS |= {"text-retrieval"}
 _SCORED = {"test": "test split", "held-out": "a tenth of the training split, held out"}
 _GIVEN = {"train_h", "train_y", "test_h", "test_y", "gallery_h", "gallery_y", "query_h", "query_y"}

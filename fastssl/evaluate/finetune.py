@@ -19,7 +19,7 @@ from ..augment import augment
 from ..data import epoch_order
 from ..extras import nearest, require
 from ..models import classifier
-from ..optim import param_groups, param_groups_layer_decay
+from ..optim import LARS, param_groups, param_groups_layer_decay
 from ..random import step_seed
 from ..train.backbones import load_method
 from ..train.checkpoint import replacing
@@ -74,6 +74,8 @@ RECIPES = {
     "cnn": Recipe("nesterov", 0.01, True, 256, 50, head_times=10, weight_decay=1e-4),
     "simclr": Recipe("nesterov", 0.05, True, 1024, 30),
     "simclr-1%": Recipe("nesterov", 0.05, True, 1024, 60),
+    "simclr_v2": Recipe("lars", 0.16, False, 1024, 30),
+    "simclr_v2-1%": Recipe("lars", 0.16, False, 1024, 60),
     "swav": Recipe("nesterov", 0.01, False, 256, 20, head_times=20, milestones=(0.6, 0.8)),
     "swav-1%": Recipe("nesterov", 0.02, False, 256, 20, head_times=250, milestones=(0.6, 0.8)),
 }  # fmt: skip
@@ -114,6 +116,7 @@ def finetune(
       5 epochs warm-up, cosine to a hundredth | 1024, 75 | drop path 0.2, mean of the patches |
     | cnn (ours) | Nesterov 0.9, decay 1e-4 | 0.01 B/256, head 10 times, cosine | 256, 50 | |
     | simclr | Nesterov 0.9 | 0.05 B/256, cosine | 1024, 30; of 1 % 60 | |
+    | simclr_v2 | LARS, momentum 0.9 | 0.16, cosine | 1024, 30; of 1 % 60 | |
     | swav | Nesterov 0.9 | 0.01, head 0.2; of 1 % 0.02 and 5; a fifth at 60 and 80 % | 256, 20 | |
 
     Args:
@@ -434,6 +437,8 @@ def _optimizer(model: Classifier, r: Recipe, scale: float) -> torch.optim.Optimi
     groups += [g | {"lr": lr * r.head_times} for g in param_groups(model.head, r.weight_decay)]
     if r.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    if r.optimizer == "lars":
+        return LARS(groups, lr=lr, momentum=0.9)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
 
 

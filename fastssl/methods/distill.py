@@ -11,8 +11,8 @@ temperature, in which images without a label count as 0.
 Figures: ImageNet, top-1 of a ResNet-50 distilled from ResNet-152, three times as wide, with
 selective kernels and fine-tuned on 1 % of the labels 73.9, on 10 % 77.5 [secondary].
 
-What differs: nothing is known here of colours or blur, which are left out: views are crops and the
-mirror image. The student begins at random weights, or where `init_from` says.
+What differs: views are crops and, where it means the same, the mirror image, of any size. The
+student begins at random weights, or where `init_from` says.
 """
 
 import torch
