@@ -33,15 +33,17 @@ def files() -> dict[Path, str]:
 
 def sections(name: str) -> dict[str, str]:
     """Parts of the docstring of a method's file, by the word they begin with; that of the first
-    paragraph is the method's name in print."""
+    paragraph is the method's name in print. Paragraphs without a word belong to the loss if they
+    follow it, else to the first."""
     text = inspect.cleandoc(sys.modules[METHODS[name].__module__].__doc__)
-    found, last = {}, ""
+    found: dict[str, str] = {}
+    last = ""
     for paragraph in text.split("\n\n"):
         word, colon, rest = paragraph.partition(": ")
         if not found or (colon and word in TITLES):
-            last, found[word] = word, rest
-        else:  # more of the same
-            found[last] += f"\n\n{paragraph}"
+            found[word], last = rest, word
+        else:
+            found["Loss" if last == "Loss" else next(iter(found))] += f"\n\n{paragraph}"
     return found
 
 
@@ -77,13 +79,15 @@ def contents() -> str:
     rows = ["| command line | method | in a sentence |", "|---|---|---|"]
     for name in METHODS:
         title, sentence = next(iter(sections(name).items()))
-        rows.append(f"| [{name}]({name}.md) | {title} | {' '.join(sentence.split())} |")
+        sentence = " ".join(sentence.partition("\n\n")[0].split())
+        rows.append(f"| [{name}]({name}.md) | {title} | {sentence} |")
     return "\n\n".join([*lines, "\n".join(rows)]) + "\n"
 
 
 def _markdown(text: str) -> str:
     """With a capital; formulas, which are indented, as blocks of their own; papers as links."""
-    text = text[0].upper() + text[1:]
+    if not text[1:].startswith(" = "):  # a formula's name
+        text = text[0].upper() + text[1:]
     blocks = [
         "\n".join(lines)
         for paragraph in text.split("\n\n")

@@ -54,7 +54,7 @@ def test_closed_forms(n_iters):
     sure = 1 / (1 + math.exp(-1))
     want = torch.tensor([[sure, 1 - sure], [1 - sure, sure]])
     torch.testing.assert_close(sinkhorn(torch.eye(2), epsilon=1.0, n_iters=n_iters), want)
-    even = sinkhorn(torch.full((6, 4), 0.7), n_iters=n_iters)  # nothing tells prototypes apart
+    even = sinkhorn(torch.full((6, 4), 0.7), 0.05, n_iters=n_iters)  # no difference to tell
     torch.testing.assert_close(even, torch.full((6, 4), 0.25))
 
 

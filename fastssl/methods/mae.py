@@ -11,13 +11,12 @@ Figures: ImageNet-1k, 1600 epochs, fine-tuned top-1 of ViT-B, L, H: 83.66, 85.95
 probe 68.0, 75.8, 76.6 [authors' release]. Radiographs, recipe thorax, mean AUC on NIH ChestX-ray14
 after fine-tuning: ViT-S 82.3; ViT-B of 0.5 M images 83.0 [authors' release].
 
-Recipe thorax: Xiao et al., "Delving into masked autoencoders for multi-label thorax disease
-classification", 2210.12843: masks of 0.90, crops of 50 to 100 %, targets not standardised, two
-blocks of decoder; its fine-tuning is the recipe thorax of evaluate's finetune.
-
 What differs: a mask is a function of sample and step, the same for any number of ranks; the class
 token of the whole image is the representation; learned positions of timm's transformers go on
-learning; recipes for small images have a small decoder.
+learning; recipes for small images have a small decoder. The recipe thorax is that of Xiao et al.,
+"Delving into masked autoencoders for multi-label thorax disease classification", arXiv 2210.12843:
+masks of 0.90, crops of 50 to 100 %, targets not standardised, two blocks of decoder; to be
+fine-tuned by `fastssl evaluate --protocol finetune --recipe thorax`.
 """
 
 import torch

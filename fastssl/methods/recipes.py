@@ -76,7 +76,7 @@ _LEJEPA_SMALL = {
 
 _MAE_SMALL = {
     "backbone": "vit_small",
-    "batch_size": 256,
+    "batch_size": 64,
     "optimizer": "adamw",
     "lr": 1.5e-3,
     "weight_decay": 5e-2,
@@ -196,7 +196,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "dinov2": {**_by_data(_DINOV2_SMALL, local_views=0), "rad_dino": _RAD_DINO},
     "lejepa": _by_data(_LEJEPA_SMALL),
     "look": _by_data(_LOOK_SMALL),
-    "mae": _by_data(_MAE_SMALL) | {"thorax": _MAE_THORAX},
+    "mae": _by_data(_MAE_SMALL, min_crop=0.6) | {"thorax": _MAE_THORAX},
     "moco_v2": _by_data(_MOCO_V2_SMALL),
     "moco_v3": _by_data(_BYOL_SMALL),
     "seer": _by_data(_SEER_SMALL, local_views=0),
