@@ -27,6 +27,7 @@ from fastssl.config import PretrainConfig, load_config
 from fastssl.evaluate import evaluate
 from fastssl.evaluate.table import align
 from fastssl.methods import METHODS
+from fastssl.methods.recipes import RECIPES
 from fastssl.train import pretrain
 from fastssl.train.folder import read_config
 from fastssl.train.metrics import read_metrics
@@ -108,6 +109,13 @@ class Row:
     it is compared; None: random weights."""
 
 
+_TINY_DINOV2 = {
+    "backbone": "timm:test_vit",
+    "image_size": 64,
+    "warmup_epochs": 0.5,
+    "method_args": {"momentum": 0.95, "freeze_epochs": 0.25},
+}
+
 ROWS = {
     "simclr": Row(margin=14.0),
     "simclr_v2": Row(margin=9.6, settings={"epochs": 15}),
@@ -118,14 +126,30 @@ ROWS = {
         needs=taught,
     ),
     "seer": Row(margin=8.6, settings={"epochs": 12, "method_args": {"local_views": 2}}),
-    "byol": Row(margin=8.0, settings={"epochs": 12, "batch_size": 128}),
+    "byol": Row(margin=11.0, settings={"epochs": 12, "batch_size": 128}),
     "moco_v2": Row(margin=9.0),
-    "moco_v3": Row(margin=8.0),
+    "moco_v3": Row(margin=13.0),
     "dino": Row(margin=8.0),
+    "dinov2": Row(margin=16.0, data="shapes:greyscale", settings={"epochs": 3, **_TINY_DINOV2}),
+    "rad_dino": Row(
+        margin=9.5,
+        method="dinov2",
+        data="shapes:greyscale",
+        settings=_TINY_DINOV2
+        | {
+            "epochs": 2,
+            "warmup_epochs": 0.25,
+            "method_args": {
+                **_TINY_DINOV2["method_args"],
+                **RECIPES["dinov2"]["rad_dino"]["method_args"],
+            },
+        },
+        start={"method": "dinov2", "data": "shapes", "epochs": 2, **_TINY_DINOV2},
+    ),
     "swav": Row(
         margin=8.0, settings={"epochs": 12, "method_args": {"epsilon": 0.03, "local_views": 2}}
     ),
-    "vicreg": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
+    "vicreg": Row(margin=8.0, settings={"epochs": 16, "batch_size": 128}),
     "barlow": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
     "lejepa": Row(margin=8.0, settings={"epochs": 6}),
     # Of digits: colours tell so much of a photo patch that fine-tuning needs no pretraining.

@@ -52,7 +52,8 @@ class DINOv2(nn.Module):
     koleo_weight: of L_KoLeo.
     global_area: least share of the image's area that a large crop has, and the most of a small one.
     local_area: least share that a small crop has.
-    colors: as DINO's, with hue, grey and solarisation; otherwise brightness and contrast only.
+    colors: as DINO's, with hue, grey and solarisation; otherwise brightness and contrast only. No
+        difference for grey images of up to 64 pixels.
     local_views: small crops, which only the student sees.
     local_size: their side; None: about 3/7 of image_size above 64 pixels, else half of it.
     """

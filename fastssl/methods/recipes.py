@@ -54,10 +54,12 @@ _DINOV2_SMALL = {
     },
 }
 
-# To go on from weights that `init_from` names, on radiographs; for small ones a backbone as theirs.
+# On radiographs, from DINOv2's weights or others that `init_from` names.
 _RAD_DINO = {
     **_DINOV2_SMALL,
     "backbone": "timm:vit_base_patch14_dinov2",
+    "init_from": "timm",
+    "image_size": 518,
     "epochs": 100,
     "lr": 5e-4,
     "warmup_epochs": 5.0,
