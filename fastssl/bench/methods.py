@@ -1,4 +1,6 @@
-"""A training step of every method at the small size of its recipe for photo patches."""
+"""A training step of every method that needs images alone, at the small size of its recipe for photo patches."""
+
+import inspect
 
 import torch
 
@@ -10,7 +12,16 @@ from .step import details, step_providers, stored_images
 __all__ = ["DTYPES", "SCALING", "SIZES", "details", "make", "work"]
 
 IMAGE_SIZE = 32
-_NAMES = [name for name, method in METHODS.items() if not getattr(method, "reads_captions", False)]
+
+
+def _runs_alone(method: type) -> bool:
+    """Whether images, and labels, are all that it needs: no captions, no file of a teacher."""
+    own = list(inspect.signature(method).parameters.values())[1:]
+    needs = [p for p in own if p.default is p.empty]
+    return not needs and not getattr(method, "reads_captions", False)
+
+
+_NAMES = [name for name, method in METHODS.items() if _runs_alone(method)]
 SIZES = {
     device: {name: [{"B": RECIPES[name]["patches"]["batch_size"]}] for name in _NAMES}
     for device in ("cpu", "cuda")
