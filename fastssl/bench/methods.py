@@ -1,4 +1,5 @@
-"""A training step of every method that needs images alone, at the small size of its recipe for photo patches."""
+"""A training step of every method that needs images alone, at the small size of its recipe for photo
+patches."""
 
 import inspect
 
@@ -16,9 +17,8 @@ IMAGE_SIZE = 32
 
 def _runs_alone(method: type) -> bool:
     """Whether images, and labels, are all that it needs: no captions, no file of a teacher."""
-    own = list(inspect.signature(method).parameters.values())[1:]
-    needs = [p for p in own if p.default is p.empty]
-    return not needs and not getattr(method, "reads_captions", False)
+    file = inspect.signature(method).parameters.get("teacher")
+    return file is None and not getattr(method, "reads_captions", False)
 
 
 _NAMES = [name for name, method in METHODS.items() if _runs_alone(method)]
