@@ -1,5 +1,4 @@
-"""A training step of every method that needs images alone, at the small size of its recipe for photo
-patches."""
+"""A training step of every method that needs images alone, at the small size of its recipe."""
 
 import inspect
 
