@@ -115,11 +115,23 @@ def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no safetensors file"):
         load_classifier(path)
     with pytest.raises(FileNotFoundError, match="no file .*finetune --save FILE"):
+        load_classifier(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="teacher must be a file .*, got none.*--save FILE"):
         steps.built("distill")
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
         steps.built("distill", alpha=2.0)
     with pytest.raises(ValueError, match="at most the 2 hidden layers .* got 3"):
         first_layers(mlp([4, 4, 4, 4]), 3)
+
+
+def test_a_teacher_of_other_images_is_refused(tmp_path):
+    shapes = load("shapes", "test")
+    with pytest.raises(ValueError, match="like those of shapes, with 3 channels.* 1 channels"):
+        steps.built("distill", **runs.needed("distill", tmp_path, channels=1)).views(8, shapes)
+    other = runs.needed("distill", tmp_path, channels=3)
+    assert steps.built("distill", **other).views(8, shapes)
+    with pytest.raises(ValueError, match="alpha below 1 of its 8 classes, got .* 3 classes"):
+        steps.built("distill", alpha=0.5, **other).views(8, shapes)
 
 
 def test_the_view_has_the_images_colours(own):
