@@ -15,6 +15,8 @@ What differs: views are crops and, where it means the same, the mirror image, of
 student begins at random weights, or where `init_from` says.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,14 +40,14 @@ class Distill(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        teacher: str = "",
+        teacher: Path | None = None,
         temperature: float = 1.0,
         alpha: float = 1.0,
     ):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"distill: alpha must be in [0, 1], got {alpha}.")
-        if not teacher:
+        if teacher is None:
             raise ValueError(
                 "distill: teacher must be a file that fine-tuning saved, got none. Make one with: "
                 "fastssl evaluate RUN --protocol finetune --save FILE."
