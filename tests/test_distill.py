@@ -115,6 +115,8 @@ def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no safetensors file"):
         load_classifier(path)
     with pytest.raises(FileNotFoundError, match="no file .*finetune --save FILE"):
+        steps.built("distill", teacher=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="teacher must be a file .* got none. Make one with"):
         steps.built("distill")
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
         steps.built("distill", alpha=2.0)
