@@ -1,6 +1,7 @@
 """One typed configuration for Python, YAML and the command line."""
 
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -310,7 +311,7 @@ def _as_type(value: Any, kind: Any) -> Any:
 
 
 def _number_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    for read in (json.loads, ast.literal_eval):  # true, and True as Python has it
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text

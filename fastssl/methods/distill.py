@@ -47,7 +47,7 @@ class Distill(nn.Module):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"distill: alpha must be in [0, 1], got {alpha}.")
-        if teacher is None:
+        if not teacher:
             raise ValueError(
                 "distill: teacher must be a file that fine-tuning saved, got none. Make one with: "
                 "fastssl evaluate RUN --protocol finetune --save FILE."
