@@ -129,7 +129,7 @@ ROWS = {
     "byol": Row(margin=11.0, settings={"epochs": 12, "batch_size": 128}),
     "moco_v2": Row(margin=9.0),
     "moco_v3": Row(margin=13.0),
-    "dino": Row(margin=8.0),
+    "dino": Row(margin=9.2),
     "dinov2": Row(margin=16.0, data="shapes:greyscale", settings={"epochs": 3, **_TINY_DINOV2}),
     "rad_dino": Row(
         margin=9.5,
@@ -147,11 +147,11 @@ ROWS = {
         start={"method": "dinov2", "data": "shapes", "epochs": 2, **_TINY_DINOV2},
     ),
     "swav": Row(
-        margin=8.0, settings={"epochs": 12, "method_args": {"epsilon": 0.03, "local_views": 2}}
+        margin=9.2, settings={"epochs": 12, "method_args": {"epsilon": 0.03, "local_views": 2}}
     ),
     "vicreg": Row(margin=8.0, settings={"epochs": 16, "batch_size": 128}),
     "barlow": Row(margin=8.0, settings={"epochs": 10, "batch_size": 128}),
-    "lejepa": Row(margin=8.0, settings={"epochs": 6}),
+    "lejepa": Row(margin=9.7, settings={"epochs": 6}),
     # Of digits: colours tell so much of a photo patch that fine-tuning needs no pretraining.
     "mae": Row(margin=8.0, data="digits", settings={"epochs": 60}, score=finetuned_5_shot),
     "look": Row(margin=21.0, data="shapes", settings={"epochs": 6}),

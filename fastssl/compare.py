@@ -13,8 +13,8 @@ import torch
 
 from . import __version__
 from .config import PretrainConfig
+from .data import load
 from .evaluate import evaluate, read_results
-from .methods import method_class
 from .report.style import STYLE
 from .train import pretrain
 from .train.checkpoint import replacing
@@ -55,43 +55,66 @@ def compare(
         training; or with method, seed and the `error`.
 
     Raises:
-        ValueError: no method, no seed, or an unknown method, before anything is trained.
+        ValueError: no method, no seed, one twice, an unknown one or a wrong setting; or `out` holds
+            a comparison on other data, of other epochs or another backbone. FileNotFoundError: no
+            such data, or no test split. All before anything is trained or written.
     """
     if not methods or not seeds:
         raise ValueError(f"compare: methods and seeds must not be empty, got {methods}, {seeds}.")
-    for method in methods:
-        method_class(method)  # refuses unknown names before an hour of training
     out, rows = Path(out), []
+    jobs = []
+    for method in methods:
+        for seed in seeds:
+            path = out / f"{method.rpartition(':')[2]}-{seed}"
+            config = PretrainConfig(
+                method=method, data=data, epochs=epochs, seed=seed, backbone=backbone,
+                out=path, device=device, resume=(path / "config.yaml").is_file(),
+            )  # fmt: skip
+            if any(config.out == earlier.out for _, earlier in jobs):
+                raise ValueError(
+                    "compare: methods and seeds must differ, as each run has its folder, got "
+                    f"{path.name} twice. Leave one out, or rename its class."
+                )
+            jobs.append((method, config))
+    load(data, "test")  # refuses data that cannot be scored
     found = {
         "data": data,
         "epochs": epochs,
+        "backbone": backbone,
         "versions": {"fastssl": __version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
+    _refuse_other_settings(out / "compare.json", found)
     out.mkdir(parents=True, exist_ok=True)
-    for method in methods:
-        for seed in seeds:
-            path = out / f"{method.rpartition(':')[2]}-{seed}"
-            print(f"{method}, seed {seed}", flush=True)
-            row = {"method": method, "seed": seed}
-            try:
-                config = PretrainConfig(
-                    method=method, data=data, epochs=epochs, seed=seed, backbone=backbone,
-                    out=path, device=device, resume=(path / "config.yaml").is_file(),
-                )  # fmt: skip
-                rows.append(row | _run(config, device))
-            except Exception as error:  # of one method; the others go on
-                rows.append(row | {"error": f"{type(error).__name__}: {error}"})
-                print(f"failed: {rows[-1]['error']}", flush=True)
-            for name, text in (  # after each run, for who looks in between
-                ("compare.json", json.dumps(found, indent=1) + "\n"),
-                ("compare.md", table(found) + "\n"),
-                ("compare.svg", plot(found)),
-            ):
-                with replacing(out / name) as file:
-                    file.write(text.encode())
+    for method, config in jobs:
+        print(f"{method}, seed {config.seed}", flush=True)
+        row = {"method": method, "seed": config.seed}
+        try:
+            rows.append(row | _run(config, device))
+        except Exception as error:  # of one method; the others go on
+            rows.append(row | {"error": f"{type(error).__name__}: {error}"})
+            print(f"failed: {rows[-1]['error']}", flush=True)
+        for name, text in (  # after each run, for who looks in between
+            ("compare.json", json.dumps(found, indent=1) + "\n"),
+            ("compare.md", table(found) + "\n"),
+            ("compare.svg", plot(found)),
+        ):
+            with replacing(out / name) as file:
+                file.write(text.encode())
     return found
+
+
+def _refuse_other_settings(path: Path, found: dict[str, Any]) -> None:
+    if not path.is_file():
+        return
+    earlier = json.loads(path.read_text())
+    for name in ("data", "epochs", "backbone"):
+        if earlier.get(name) != found[name]:
+            raise ValueError(
+                f"compare: {name} must be that of the comparison in {path.parent}, "
+                f"{earlier.get(name)!r}, got {found[name]!r}. Choose another out."
+            )
 
 
 def _run(config: PretrainConfig, device: str) -> dict[str, Any]:

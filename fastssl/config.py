@@ -1,6 +1,7 @@
 """One typed configuration for Python, YAML and the command line."""
 
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -243,7 +244,7 @@ def _type_names(kind: Any) -> list[str]:
     if origin in (Union, types.UnionType):
         return [name for part in parts for name in _type_names(part)]
     names = {str: "text", bool: "true or false", dict: "a mapping", type(None): "none", Any: "any"}
-    names |= {int: "a whole number", float: "a number", list: "a list"}
+    names |= {int: "a whole number", float: "a number", list: "a list", Path: "a file"}
     return [names.get(origin or kind, str(kind))]
 
 
@@ -301,6 +302,8 @@ def _as_type(value: Any, kind: Any) -> Any:
         return {name.strip(): _number_or_text(text.strip()) for name, _, text in pairs}
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
+    if kind is Path and isinstance(value, (str, os.PathLike)):  # from whatever folder it is read
+        return str(Path(value).expanduser().resolve())
     # By exact type: True is an int to isinstance, and `epochs: true` is a mistake.
     if type(value) is (origin or kind):
         return value
@@ -308,7 +311,7 @@ def _as_type(value: Any, kind: Any) -> Any:
 
 
 def _number_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    for read in (json.loads, ast.literal_eval):  # true, and True as Python has it
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text

@@ -36,6 +36,11 @@ def test_the_temperature_begins_at_one_and_does_not_decay():
     assert any(p is method.log_temperature for p in rest["params"])
 
 
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(ValueError, match="ALIGN: temperature must be positive, got 0"):
+        steps.built("align", temperature=0.0)
+
+
 def test_steps(ranks):
     steps.assert_repeats_and_goes_on("align")
     steps.assert_ranks_are_one_process(ranks, "align")

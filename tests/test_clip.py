@@ -137,6 +137,11 @@ def test_the_scale_is_bounded_and_does_not_decay():
     assert all(p.ndim >= 2 for p in decay["params"])
 
 
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(ValueError, match="CLIP: temperature must be positive, got 0"):
+        steps.built("clip", temperature=0.0)
+
+
 def test_steps(ranks):
     steps.assert_repeats_and_goes_on("clip", **SMALL)
     steps.assert_ranks_are_one_process(ranks, "clip", **SMALL)
@@ -208,6 +213,9 @@ def test_zero_shot_of_a_run(tmp_path):
     chance = evaluate(run, pair, ["zero-shot"], weights="random", image_size=8)["zero-shot"]
     assert chance["protocol"]["templates"] == len(test.templates) == 217
     assert chance["protocol"]["weights_digest"] != results["protocol"]["weights_digest"]
+    (run / "checkpoints" / "last.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint"):
+        evaluate(run, pair, ["zero-shot"], image_size=8)
     with pytest.raises(ValueError, match="zero-shot: network must be the folder of a run.*no run"):
         evaluate(method.backbone, pair, ["zero-shot"], image_size=8)
 

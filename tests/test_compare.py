@@ -7,6 +7,7 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.compare import compare, plot, table
+from fastssl.methods import SimCLR
 
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
@@ -48,6 +49,44 @@ def test_wrong_names_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="got 'byl'. Did you mean 'byol'"):
         compare(["simclr", "byl"], "digits", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch, stop, code):
+    def interrupted(*args):
+        raise stop
+
+    argv = ["compare", "simclr", "--data", "digits", "--epochs", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(SimCLR, "after_step", interrupted)
+        assert main(argv) == code
+    assert "the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "compare.json").exists()
+    assert main(argv) == 0
+    assert "| simclr | resnet_small |" in (tmp_path / "compare.md").read_text()
+
+
+def test_what_cannot_be_compared_is_refused_and_nothing_is_lost(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    earlier = json.dumps({"data": "digits", "epochs": 5, "backbone": None, "rows": []})
+    (out / "compare.json").write_text(earlier)
+    for settings, message in (
+        ({"epochs": 4}, "epochs must be that of the comparison in .*, 5, got 4. Choose another"),
+        ({"backbone": "vit_small"}, "backbone must be that of .*, None, got 'vit_small'"),
+        ({"data": "shapes"}, "data must be that of .*, 'digits', got 'shapes'"),
+        ({"seeds": (1, 1)}, "must differ.* got simclr-1 twice"),
+        ({"epochs": 0}, "epochs must be a finite number >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(["simclr"], **{"data": "digits", "epochs": 5, "out": out} | settings)
+    (tmp_path / "list.txt").write_text("a.png\n")
+    (tmp_path / "a.png").touch()
+    with pytest.raises(FileNotFoundError, match="no test split"):
+        compare(["simclr"], str(tmp_path / "list.txt"), out=tmp_path / "other")
+    assert [path.name for path in out.iterdir()] == ["compare.json"]
+    assert (out / "compare.json").read_text() == earlier
+    assert not (tmp_path / "other").exists()
 
 
 def test_table_and_plot_have_every_method_with_mean_and_deviation():

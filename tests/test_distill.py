@@ -8,6 +8,7 @@ import steps
 import torch
 
 from fastssl.augment import ColorJitter, HorizontalFlip
+from fastssl.config import PretrainConfig, from_dict, method_arguments, type_name
 from fastssl.data import load
 from fastssl.models import ResNetSmall, load_classifier, mlp
 from fastssl.models.classifier import Classifier, first_layers, packed
@@ -115,11 +116,31 @@ def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no safetensors file"):
         load_classifier(path)
     with pytest.raises(FileNotFoundError, match="no file .*finetune --save FILE"):
+        load_classifier(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="teacher must be a file .*, got none.*--save FILE"):
         steps.built("distill")
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
         steps.built("distill", alpha=2.0)
     with pytest.raises(ValueError, match="at most the 2 hidden layers .* got 3"):
         first_layers(mlp([4, 4, 4, 4]), 3)
+
+
+def test_a_teacher_of_other_images_is_refused(tmp_path):
+    shapes = load("shapes", "test")
+    with pytest.raises(ValueError, match="like those of shapes, with 3 channels.* 1 channels"):
+        steps.built("distill", **runs.needed("distill", tmp_path, channels=1)).views(8, shapes)
+    other = runs.needed("distill", tmp_path, channels=3)
+    assert steps.built("distill", **other).views(8, shapes)
+    with pytest.raises(ValueError, match="alpha below 1 of its 8 classes, got .* 3 classes"):
+        steps.built("distill", alpha=0.5, **other).views(8, shapes)
+
+
+def test_the_teacher_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = PretrainConfig(method="distill", method_args={"teacher": "teacher.safetensors"})
+    assert config.method_args == {"teacher": str(tmp_path / "teacher.safetensors")}
+    assert from_dict(dataclasses.asdict(config)) == config
+    assert type_name(method_arguments("distill")["teacher"]) == "a file or none"
 
 
 def test_the_view_has_the_images_colours(own):

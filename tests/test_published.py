@@ -76,9 +76,24 @@ def test_wrong_recipes_and_arguments_are_named(tmp_path, capsys):
     assert "--recipe must be one of cifar10, imagenet, got 'cifar'" in capsys.readouterr().err
 
 
+def test_arguments_that_schedules_would_overrule_are_refused():
+    config = resolve(PretrainConfig(optimizer_args={"weight_decay": 0.5}))
+    with pytest.raises(ValueError, match="optimizer_args must leave out .* got weight_decay"):
+        build_optimizer(config, torch.nn.Linear(2, 2), torch.device("cpu"))
+
+
 def test_text_is_read_as_arguments():
-    config = from_dict({"optimizer_args": "eta=0.02, clip=true,name=x"})
-    assert config.optimizer_args == {"eta": 0.02, "clip": True, "name": "x"}
+    config = from_dict({"optimizer_args": "eta=0.02, clip=true,nesterov=False,name=x"})
+    wanted = {"eta": 0.02, "clip": True, "nesterov": False, "name": "x"}
+    assert config.optimizer_args == wanted
+
+
+def test_another_optimizer_does_not_get_the_recipes_arguments():
+    for name, wanted in (("sgd", {}), ("lars8bit", {"eta": 0.02, "clip": True})):
+        config = resolve(PretrainConfig(recipe="cifar10", optimizer=name))
+        assert config.optimizer_args == wanted
+    config = resolve(PretrainConfig(recipe="cifar10", optimizer="sgd", optimizer_args={"a": 1}))
+    assert config.optimizer_args == {"a": 1}
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [("cifar10", CIFAR10), ("imagenet", IMAGENET)])

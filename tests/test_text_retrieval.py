@@ -26,6 +26,12 @@ def test_features_that_are_all_alike_find_nothing():
         assert ranks.tolist() == [6] * 6
 
 
+def test_features_that_are_not_finite_find_nothing():
+    pairs = torch.arange(6)[:, None].expand(-1, 2)
+    for ranks in text_ranks(torch.full((6, 4), torch.nan), torch.randn(6, 4), pairs):
+        assert ranks.tolist() == [6] * 6
+
+
 def test_blocks_change_nothing(monkeypatch):
     images, texts = torch.randn(30, 8), torch.randn(50, 8)
     pairs = torch.stack((torch.randint(0, 30, (60,)), torch.randint(0, 50, (60,))), 1)

@@ -24,6 +24,10 @@ def run(argv: list[str]) -> int:
 
     from ..compare import compare, table
 
-    found = compare(**options)
+    try:
+        found = compare(**options)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print("stopped; the same command goes on, and repeats nothing that is finished")
+        return getattr(stop, "code", 130)
     print(f"\n{table(found)}\n\n{options['out']}/compare.md, compare.json, compare.svg")
     return 1 if any("error" in row for row in found["rows"]) else 0

@@ -167,7 +167,7 @@ def _metavar(kind) -> str:
     from ..config import type_name
 
     names = {"a whole number": "N", "a number": "X", "text": "TEXT", "a list": "LIST"}
-    names |= {"a mapping": "NAME=X"}
+    names |= {"a mapping": "NAME=X", "a file": "FILE"}
     name = type_name(kind).removesuffix(" or none")
     choices = "|".join(name.replace(" or ", ", ").split(", "))
     return names.get(name, choices if len(choices) < 40 else "NAME")

@@ -80,8 +80,6 @@ class Network:
     """The folder that the results belong to."""
     data: str | None = None
     """What it was trained on."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Of a run: its resolved configuration."""
 
 
 def open_network(
@@ -135,7 +133,7 @@ def _run(run: Path, role: str | None, weights: str, image_size: int | None) -> N
     if role == "teacher" and weights == "pretrained":
         about["weights"] = "pretrained, teacher"
     inputs = Inputs(image_size or info["image_size"], channels=info["channels"])
-    return Network(backbone, inputs, about, run, info["source"], info["config"])
+    return Network(backbone, inputs, about, run, info["source"])
 
 
 def _published(name: str, weights: str, image_size: int | None) -> Network:

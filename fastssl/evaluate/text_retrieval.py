@@ -56,7 +56,7 @@ def _ranks(query_h: Tensor, gallery_h: Tensor, pairs: Tensor) -> Tensor:
         right = torch.zeros_like(similarity, dtype=torch.bool)
         right[own[:, 0] - first, own[:, 1]] = True
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ranks.append(1 + ((similarity >= best) & ~right).sum(1))
+        ranks.append(1 + (~(similarity < best) & ~right).sum(1))  # NaN finds nothing
     return torch.cat(ranks)
 
 

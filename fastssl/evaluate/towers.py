@@ -4,9 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import method_class
-from ..train.backbones import seeded_backbone
-from ..train.checkpoint import load_checkpoint
-from ..train.kept import last_checkpoint
+from ..train.backbones import load_method
 from .task import Task
 
 
@@ -32,7 +30,8 @@ def open_towers(caller: str, task: Task) -> Towers:
     the newest checkpoint, or, where the backbone is the random one, before training.
 
     Raises:
-        ValueError: not a run, or of a method without a text tower.
+        ValueError: not a run, or of a method without a text tower. FileNotFoundError: a run without
+            checkpoints.
     """
     network = task.network
     name = network.about.get("method")
@@ -42,11 +41,6 @@ def open_towers(caller: str, task: Task) -> Towers:
             f"{caller}: network must be the folder of a run whose method has a text tower, got "
             f"{got}. Train clip, align or convirt."
         )
-    config = network.config
-    with torch.random.fork_rng(devices=[]):
-        initial = seeded_backbone(config, network.inputs.channels)
-        method = method_class(name)(initial, **config["method_args"])
-    if network.about["weights"] != "random":
-        method.load_state_dict(load_checkpoint(last_checkpoint(network.run))["model"])
+    method = load_method(network.run, trained=network.about["weights"] != "random")
     method.backbone = network.backbone
-    return Towers(method.eval()).to(task.device)
+    return Towers(method).to(task.device)

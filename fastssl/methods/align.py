@@ -53,6 +53,8 @@ class ALIGN(nn.Module):
         flip: bool = True,
     ):
         super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"ALIGN: temperature must be positive, got {temperature}.")
         self.backbone = backbone
         self.text = build_text_tower(text, pool=pool, causal=False, freeze_below=freeze_below)
         self.text_projection = nn.Linear(self.text.feature_dim, backbone.feature_dim)  # W

@@ -52,6 +52,8 @@ class CLIP(nn.Module):
         spare_equal: bool = False,
     ):
         super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"CLIP: temperature must be positive, got {temperature}.")
         self.backbone = backbone
         self.text = build_text_tower(text, pool=pool, freeze_below=freeze_below)
         self.image_projection = nn.Linear(backbone.feature_dim, out_dim, bias=False)  # W_i

@@ -15,6 +15,8 @@ What differs: views are crops and, where it means the same, the mirror image, of
 student begins at random weights, or where `init_from` says.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,15 +40,21 @@ class Distill(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        teacher: str = "",
+        teacher: Path | None = None,
         temperature: float = 1.0,
         alpha: float = 1.0,
     ):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"distill: alpha must be in [0, 1], got {alpha}.")
+        if not teacher:
+            raise ValueError(
+                "distill: teacher must be a file that fine-tuning saved, got none. Make one with: "
+                "fastssl evaluate RUN --protocol finetune --save FILE."
+            )
         self.backbone = backbone
-        self.teacher = load_classifier(teacher)[0].requires_grad_(False)
+        classifier, self.known = load_classifier(teacher)
+        self.teacher = classifier.requires_grad_(False)
         num_classes = self.teacher.head.out_features
         self.classifier = nn.Linear(backbone.feature_dim, num_classes)
         self.temperature, self.alpha = temperature, alpha
@@ -57,6 +65,13 @@ class Distill(nn.Module):
         return self
 
     def views(self, image_size: int, source) -> list[View]:
+        channels, classes = int(self.known["channels"]), self.classifier.out_features
+        if channels != source.channels or (self.alpha < 1 and classes != source.num_classes):
+            raise ValueError(
+                f"distill: teacher must be of images like those of {source.name}, with "
+                f"{source.channels} channels, and with alpha below 1 of its {source.num_classes} "
+                f"classes, got one of {channels} channels and {classes} classes."
+            )
         flip = (HorizontalFlip(),) if source.mirror else ()
         return [View(RandomResizedCrop(image_size), *flip, Normalize())]
 

@@ -231,6 +231,8 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         )
     name = config.recipe or config.data.partition(":")[0]  # shapes:multi
     recipe = EVERY | recipes.get(name, recipes["folder"])
+    if config.optimizer and recipe["optimizer"] != config.optimizer.removesuffix("8bit"):
+        recipe["optimizer_args"] = {}  # another class's
     values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     values["method_args"] = {**recipe["method_args"], **config.method_args}
     config = dataclasses.replace(config, **values)

@@ -132,6 +132,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer by its name; matrices and kernels decay, early layers may learn slower."""
     cls, settings = _OPTIMIZERS[config.optimizer], {}
+    own_fields = {"lr", "weight_decay", "max_grad_norm"} & (config.optimizer_args or {}).keys()
+    if own_fields:  # the schedules would overrule them
+        raise ValueError(
+            "pretrain: optimizer_args must leave out what has a setting of its own, got "
+            f"{', '.join(sorted(own_fields))}. Use that setting."
+        )
     if cls is torch.optim.SGD or cls is SGD8bit:
         settings["momentum"] = 0.9
     if issubclass(cls, Blockwise):
