@@ -55,7 +55,7 @@ def page(name: str) -> str:
         f"<!-- Written by docs/methods.py from fastssl/methods/{Path(module.__file__).name}. -->",
         f"# {title}",
         _markdown(sentence),
-        f"    fastssl pretrain {name} path/to/images",
+        f"    {_command(name)}",
     ]
     for word, heading in TITLES.items():
         if word in parts:
@@ -68,6 +68,14 @@ def page(name: str) -> str:
                 "\n".join(f"- {figure}" for figure in published),
             ]
     return "\n\n".join(lines) + "\n"
+
+
+def _command(name: str) -> str:
+    """A line that works, with what the method cannot do without."""
+    data = "list.csv" if hasattr(METHODS[name], "reads_captions") else "images"
+    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
+    files = [f"--{p.name.replace('_', '-')} FILE" for p in parameters if p.default == ""]
+    return " ".join([f"fastssl pretrain {name} path/to/{data}", *files])
 
 
 def contents() -> str:
