@@ -63,7 +63,6 @@ def page(name: str) -> str:
         f"<!-- Written by docs/methods.py from fastssl/methods/{Path(module.__file__).name}. -->",
         f"# {title}",
         _markdown(sentence),
-        f"    {_command(name)}",
         f"    fastssl pretrain {name} {_needed(name)}",
     ]
     for word, heading in TITLES.items():
@@ -77,14 +76,6 @@ def page(name: str) -> str:
                 "\n".join(f"- {figure}" for figure in published),
             ]
     return "\n\n".join(lines) + "\n"
-
-
-def _command(name: str) -> str:
-    """A line that works, with what the method cannot do without."""
-    data = "list.csv" if hasattr(METHODS[name], "reads_captions") else "images"
-    parameters = inspect.signature(METHODS[name].__init__).parameters.values()
-    files = [f"--{p.name.replace('_', '-')} FILE" for p in parameters if p.default == ""]
-    return " ".join([f"fastssl pretrain {name} path/to/{data}", *files])
 
 
 def contents() -> str:
