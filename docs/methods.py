@@ -9,9 +9,9 @@ import itertools
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from fastssl.config import argument_help
+from fastssl.config import argument_help, method_arguments
 from fastssl.methods import METHODS
 from fastssl.methods.published import FIGURES, figures
 from fastssl.methods.recipes import RECIPES
@@ -47,6 +47,14 @@ def sections(name: str) -> dict[str, str]:
     return found
 
 
+def _needed(name: str) -> str:
+    """The data, and the files without which the method does not begin."""
+    captions = getattr(METHODS[name], "reads_captions", None)
+    kinds = method_arguments(name).items()
+    files = [f"--{key} FILE" for key, kind in kinds if Path in (kind, *get_args(kind))]
+    return " ".join(["path/to/captions.csv" if captions else "path/to/images", *files])
+
+
 def page(name: str) -> str:
     parts = sections(name)
     title, sentence = next(iter(parts.items()))
@@ -55,7 +63,7 @@ def page(name: str) -> str:
         f"<!-- Written by docs/methods.py from fastssl/methods/{Path(module.__file__).name}. -->",
         f"# {title}",
         _markdown(sentence),
-        f"    fastssl pretrain {name} path/to/images",
+        f"    fastssl pretrain {name} {_needed(name)}",
     ]
     for word, heading in TITLES.items():
         if word in parts:

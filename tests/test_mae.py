@@ -21,23 +21,25 @@ SMALL = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 3}
     ("L", "ratio", "kept"), [(196, 0.75, 49), (196, 0.9, 19), (10, 0.9, 1), (64, 0.5, 32)]
 )
 def test_so_many_patches_are_kept(L, ratio, kept):
-    keep, mask = random_mask(torch.arange(50), L, ratio, step=0)
+    keep, mask = random_mask(torch.arange(50), L, ratio, seed=0, step=0)
     assert keep.shape == (50, kept) and (mask.sum(1) == L - kept).all()
     assert not mask.gather(1, keep).any()
     rate = (~mask).float().mean(0) * L / kept  # every patch as often
     assert (rate.mean() - 1).abs() < 1e-5 and rate.std() < 3 * (L / kept / 50) ** 0.5
 
 
-def test_a_mask_belongs_to_sample_step_and_view():
+def test_a_mask_belongs_to_seed_sample_step_and_view():
     index = torch.tensor([7, 3, 7, 2**40])
-    keep, mask = random_mask(index, 64, 0.75, step=5)
+    keep, mask = random_mask(index, 64, 0.75, seed=0, step=5)
     assert torch.equal(keep[0], keep[2]) and not torch.equal(mask[0], mask[1])
-    assert torch.equal(keep[1:2], random_mask(index[1:2], 64, 0.75, step=5)[0])
-    for other in ({"step": 6}, {"step": 5, "view": 1}):
-        assert not torch.equal(mask, random_mask(index, 64, 0.75, **other)[1])
+    assert torch.equal(keep[1:2], random_mask(index[1:2], 64, 0.75, seed=0, step=5)[0])
+    for other in ({"seed": 1}, {"step": 6}, {"view": 1}):
+        assert not torch.equal(
+            mask, random_mask(index, 64, 0.75, **{"seed": 0, "step": 5} | other)[1]
+        )
     for ratio in (0.0, 0.99, 1.0):
         with pytest.raises(ValueError, match=f"keep some of L=64 patches and hide some.*{ratio}"):
-            random_mask(index, 64, ratio, step=0)
+            random_mask(index, 64, ratio, seed=0, step=0)
 
 
 def test_patches_by_hand():
@@ -70,7 +72,7 @@ def test_step_is_the_papers(norm_pix):
     method = steps.built("mae", norm_pix=norm_pix, **SMALL)
     other, batch = copy.deepcopy(method), steps.batch(step=3)
     f, d, losses = other.backbone, other.decoder, []
-    keep, _ = random_mask(batch.index, 16, 0.75, step=3)
+    keep, _ = random_mask(batch.index, 16, 0.75, seed=0, step=3)
     for x, kept in zip(batch.views[0], keep.tolist(), strict=True):
         cut = [x[:, r : r + 2, c : c + 2] for r in range(0, 8, 2) for c in range(0, 8, 2)]
         embedded = [nn.functional.conv2d(p[None], f.patch_embed.weight, f.patch_embed.bias)
@@ -126,7 +128,7 @@ def test_step_is_lightlys():
 
     x, index = torch.randn(4, 3, 64, 64), torch.arange(4)
     batch = steps.Batch([x], index, torch.full_like(index, -1), 2, 10)
-    keep, mask = random_mask(index, 16, 0.75, step=2)
+    keep, mask = random_mask(index, 16, 0.75, seed=0, step=2)
     idx_keep = torch.cat((torch.zeros(4, 1, dtype=torch.int64), keep + 1), dim=1)
     idx_mask = mask.nonzero()[:, 1].view(4, -1) + 1
     encoded = decoder.embed(encoder.encode(images=x, idx_keep=idx_keep))

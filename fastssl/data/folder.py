@@ -151,7 +151,7 @@ class ListSource(ImageSource):
     @property
     def captions(self) -> Callable[[Tensor], list[str]] | None:
         """The captions of samples index (B,), "" where there is none; None without a column."""
-        if None in self._captions:
+        if self._captions[0] is None:  # of one line as of all; they may be millions
             return None
         return lambda index: [self._captions[self._shown(i)] for i in index.tolist()]
 

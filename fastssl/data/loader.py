@@ -31,6 +31,8 @@ class Batch:
     """Passes over the data done before this step, with the part of the current one."""
     captions: list[str] | None = None
     """One a sample, for a method that has `reads_captions`."""
+    seed: int = 0
+    """The run's, for what a method draws by (seed, step, index), as `fastssl.random` does."""
 
 
 def epoch_size(source) -> int:

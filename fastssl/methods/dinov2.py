@@ -120,7 +120,8 @@ class DINOv2(nn.Module):
         tau_t = schedules.linear(progress, *self.temperatures)
         x = torch.cat(batch.views[:2])
         side = grid_side(self.backbone, x.shape[-1])
-        mask = block_masks_of_pairs(batch.index, side, step=batch.step).flatten(0, 1)  # (2B, L)
+        mask = block_masks_of_pairs(batch.index, side, seed=batch.seed, step=batch.step)
+        mask = mask.flatten(0, 1)  # (2B, L)
         hidden = mask.flatten().nonzero().squeeze(1)  # on a GPU the one wait of a step
 
         h, patches = patch_tokens(self.backbone, x, mask=mask, mask_token=self.mask_token)

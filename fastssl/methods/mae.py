@@ -69,7 +69,8 @@ class MAE(nn.Module):
         target = patchify(x, self.patch)  # (B, L, P)
         if self.norm_pix:
             target = standardised(target)
-        keep, mask = random_mask(batch.index, target.shape[1], self.mask_ratio, step=batch.step)
+        draw = {"seed": batch.seed, "step": batch.step}
+        keep, mask = random_mask(batch.index, target.shape[1], self.mask_ratio, **draw)
         cls, seen = patch_tokens(self.backbone, x, keep=keep)  # (B, D), (B, M, D)
         pred = self.decoder(cls, seen, keep)
         return batch_mean(masked_mse(pred, target, mask)), {}

@@ -13,14 +13,14 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def random_mask(
-    index: Tensor, L: int, ratio: float, *, step: int, view: int = 0
+    index: Tensor, L: int, ratio: float, *, seed: int, step: int, view: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Hide a share of each image's patches, all sets of that size being equally likely.
 
     Args:
         index: (B,) int64, the samples' numbers.
         L: patches of an image. ratio: share to hide, in (0, 1); floor(L (1 - ratio)) are kept.
-        step: of the run. view: number of the view.
+        seed, step: of the run. view: number of the view.
 
     Returns:
         keep: (B, M) int64, the patches that stay, in random order.
@@ -29,7 +29,7 @@ def random_mask(
     Raises:
         ValueError: a ratio that keeps none or hides none.
 
-    Notes: a function of index, step and view alone, whatever the batch and the rank.
+    Notes: a function of seed, index, step and view alone, whatever the batch and the rank.
     """
     M = math.floor(L * (1 - ratio) + 1e-6)  # 10 (1 - 0.9) is just below 1
     if not 1 <= M < L:
@@ -37,7 +37,7 @@ def random_mask(
             f"random_mask: ratio must keep some of L={L} patches and hide some, got {ratio}, which "
             f"keeps {M}."
         )
-    order = words(0, MASK, step, index, view, L).argsort(dim=1, stable=True)
+    order = words(seed, MASK, step, index, view, L).argsort(dim=1, stable=True)
     keep = order[:, :M]
     return keep, torch.ones_like(order, dtype=torch.bool).scatter(1, keep, False)
 
@@ -78,7 +78,7 @@ def block_masks(u: Tensor, count: Tensor, side: int) -> Tensor:
 
 
 def block_masks_of_pairs(
-    index: Tensor, side: int, *, step: int, least: float = 0.1, most: float = 0.5
+    index: Tensor, side: int, *, seed: int, step: int, least: float = 0.1, most: float = 0.5
 ) -> Tensor:
     """Block-wise masks for one of two crops of each image; the other one stays whole.
 
@@ -88,7 +88,7 @@ def block_masks_of_pairs(
     Args:
         index: (b,) int64, the samples' numbers, this rank's part of those of a step.
         side: of the grid of patches.
-        step: of the run.
+        seed, step: of the run.
 
     Returns:
         (2, b, side * side) bool, true where a patch is hidden.
@@ -103,7 +103,7 @@ def block_masks_of_pairs(
     # evenly, so that all ranks have about as much to do.
     places = torch.arange(B, dtype=torch.float64, device=index.device)
     slices = (places * _GOLDEN % 1).argsort().argsort()[first : first + b]
-    u = uniform(0, MASK, step, index, 0, 4 + 4 * _TRIES)  # (b, ..)
+    u = uniform(seed, MASK, step, index, 0, 4 + 4 * _TRIES)  # (b, ..)
     share = least + (most - least) * (slices + u[:, 0]) / B
     masks = block_masks(u[:, 4:].unflatten(1, (_TRIES, 4)), (share * side**2).long(), side)
     second = (u[:, 1] < 0.5)[:, None]

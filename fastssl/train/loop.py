@@ -209,7 +209,9 @@ class _Training:
             images, drawn, self.views, seed=config.seed, epoch=epoch, channels_last=True
         )
         passed = self.step / self.steps_per_epoch
-        batch = Batch(views, index, label, self.step, self.total_steps, passed, captions)
+        batch = Batch(
+            views, index, label, self.step, self.total_steps, passed, captions, config.seed
+        )
         scalars = self.update(self.objective, batch)
         if self.step == self.first_step:
             parallel.refuse_unused(self.objective)
