@@ -10,12 +10,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.augment import GaussianBlur, HorizontalFlip
 from fastssl.config import PretrainConfig
-from fastssl.data import Batch, load
+from fastssl.data import Batch, ShapesSource, load
 from fastssl.dist import SyncBatchNorm
 from fastssl.methods import METHODS, LeJEPA, SimCLR, method_class
 from fastssl.methods.recipes import RECIPES, resolve
 from fastssl.models import build_backbone
 from fastssl.optim import LARS, param_groups
+from fastssl.train import load_backbone, pretrain
+from fastssl.train.backbones import seeded_backbone
+from fastssl.train.folder import read_config
+from fastssl.train.metrics import read_metrics
 from fastssl.train.parallel import Objective
 
 
@@ -171,3 +175,22 @@ def test_param_groups_spare_one_dimensional_parameters():
     assert all(p.ndim >= 2 for p in decay["params"]) and all(p.ndim < 2 for p in rest["params"])
     count = len(decay["params"]) + len(rest["params"])
     assert count == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_twenty_steps(name, tmp_path):
+    """By the recipe, from captioned and labelled images to an exported backbone."""
+    pytest.importorskip("safetensors")
+    config = PretrainConfig(
+        method=name, data="shapes", out=str(tmp_path / "run"), epochs=1, batch_size=8, workers=0,
+        log_every=1, device="cpu", warmup_epochs=0.5, lr_schedule="constant",
+        method_args=runs.needed(name, tmp_path),
+    )  # fmt: skip
+    run = pretrain(config, ShapesSource("shapes", size=160, image_size=32))
+    losses = [record["loss"] for record in read_metrics(run.path)]
+    assert run.metrics["steps"] == len(losses) == 20 and torch.tensor(losses).isfinite().all()
+    backbone, _ = load_backbone(run.path)
+    features = backbone(torch.rand(32, 3, 32, 32))
+    assert features.isfinite().all() and features.std(dim=0).mean() > 1e-3
+    trained, start = backbone.state_dict(), seeded_backbone(read_config(run.path), 3).state_dict()
+    assert any(not torch.equal(x, start[key]) for key, x in trained.items() if "running" not in key)
