@@ -35,7 +35,7 @@ test-triton: .venv/installed-dev
 test-cubin: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/*_cubin.py
 
-# A selection that takes under ten minutes on two cores; README's table is made of it.
+# A selection; README's table is made of it.
 RESULTS = benchmarks/results/$(shell $(BIN)/python -c "from fastssl.bench.results import machine; print(machine())")
 bench: .venv/installed-dev
 	$(BIN)/fastssl bench losses sinkhorn sigreg optim augment methods --short --out $(RESULTS)/bench
