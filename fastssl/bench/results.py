@@ -208,7 +208,8 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def _ms(figures: dict[str, float]) -> str:
-    return f"{figures['median_ms']:.3g} ms"
+    ms = figures["median_ms"]
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 def _mib(figures: dict[str, float] | None) -> str:
