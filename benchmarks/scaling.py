@@ -6,7 +6,7 @@ has been measured.
 
 from itertools import count
 
-PRODUCT = 790e12  # operations a second of bf16 products on an H200, as measured for large ones
+PRODUCT = 790e12  # operations a second of bf16 products, assumed of an H200
 NVLINK = 370e9  # bytes a second that a GPU receives in collectives inside a node
 INFINIBAND = 45e9  # the same between nodes: one 400 Gb/s adapter for each GPU
 NODE = 8  # GPUs of a node

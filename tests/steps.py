@@ -1,6 +1,7 @@
 """Steps of a small method: in one process, over ranks, and twice."""
 
 import copy
+import math
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,19 @@ def with_gradients(method, loss):
     loss.backward()
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **gradients}
+
+
+def assert_teacher_follows(method, student, teacher):
+    """A method of momentum 0.5 at the start: a weight of its teacher's follows the student's more
+    slowly with every step, and stands at the end."""
+    with torch.no_grad():
+        student.add_(1.0)
+    for step in (1, 5, 10):
+        m = 1 - 0.5 * (math.cos(math.pi * step / 10) + 1) / 2
+        want = m * teacher + (1 - m) * student
+        method.after_step(step, 10)
+        torch.testing.assert_close(teacher, want)
+    assert torch.equal(want, teacher)  # m = 1
 
 
 def disturb_teacher(method):

@@ -96,15 +96,7 @@ def test_prototypes_stand_in_the_first_epoch():
 
 def test_teacher_follows_more_slowly_and_stands_at_the_end():
     method = dino(momentum=0.5)
-    student, teacher = method.prototypes.weight, method.teacher.prototypes.weight
-    with torch.no_grad():
-        student.add_(1.0)
-    for step in (1, 5, 10):
-        m = 1 - 0.5 * (math.cos(math.pi * step / 10) + 1) / 2
-        want = m * teacher + (1 - m) * student
-        method.after_step(step, 10)
-        torch.testing.assert_close(teacher, want)
-    assert torch.equal(want, teacher)  # m = 1
+    steps.assert_teacher_follows(method, method.prototypes.weight, method.teacher.prototypes.weight)
 
 
 def test_sam_moves_the_centre_once():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import measure
-from .baselines import PLAIN, chosen
+from .baselines import DISTRIBUTIONS, PLAIN, chosen
 from .cases import Case
 
 TOLERANCE = {"float32": 2e-4}
@@ -47,7 +47,7 @@ def row(
         "device": case.device, "threads": threads,
     }  # fmt: skip
     if baselines is None and case.device == "cpu":
-        baselines = [*(name for name in PLAIN if name != "compiled"), *_libraries()]
+        baselines = [name for name in (*PLAIN, *DISTRIBUTIONS) if name != "compiled"]
     job = {"case": case, "threads": threads, "seconds": seconds, "baselines": baselines}
     failed: dict[str, str] = {}
     memory: dict[str, float | None] = {}
@@ -55,7 +55,7 @@ def row(
         memory, failed = _memory_alone(job)
     runs = []
     for _ in range(repeats if apart else 1):
-        job |= {"left_out": list(failed)}
+        job |= {"left_out": list(failed), "limited": not runs}
         found = _alone(_time, job) if apart else _time(**job)
         if isinstance(found, str):
             return described | {"failed": {**failed, "ours": found}}
@@ -116,8 +116,11 @@ def _ratio(runs: list[dict], name: str) -> dict[str, float] | None:
     return {"ratio": math.exp(mean), "noise": max(own, between)}
 
 
-def _time(case: Case, threads: int, seconds: float, baselines, left_out: list[str]) -> dict:
-    """In the process that measures: seconds by provider, and the machine's limits."""
+def _time(
+    case: Case, threads: int, seconds: float, baselines, left_out: list[str], limited: bool
+) -> dict:
+    """In the process that measures: seconds by provider, and if `limited` the machine's limits and
+    what else is said of the case."""
     torch.set_num_threads(threads)
     providers, absent, failed = _providers(case, baselines, left_out)
     tolerance = TOLERANCE.get(case.dtype, 5e-2)
@@ -138,6 +141,8 @@ def _time(case: Case, threads: int, seconds: float, baselines, left_out: list[st
             del providers[name]
     times = measure.in_turn(providers, case.device, seconds) if providers else {}
     found = {"times": times, "memory": memory, "absent": absent, "failed": failed}
+    if not limited:
+        return found
     found["limits"] = measure.limits(case.work(), case.dtype, case.device)
     if details := getattr(case.module, "details", None):
         medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
@@ -204,12 +209,6 @@ def _memory_alone(job: dict) -> tuple[dict[str, float | None], dict[str, str]]:
 
 
 # ------------------------------------------------------------------------------- own processes
-
-
-def _libraries() -> list[str]:
-    from .baselines import DISTRIBUTIONS
-
-    return list(DISTRIBUTIONS)
 
 
 def _reason(error: BaseException) -> str:
