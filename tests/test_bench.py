@@ -258,11 +258,13 @@ def test_scaling_fits_the_exponent(tmp_path, monkeypatch):
     monkeypatch.setattr("fastssl.bench.sharded.os.cpu_count", lambda: 6)
     from fastssl.bench import _curves
 
-    against_n, against_w = _curves(None, "cpu", {})
+    against_n, against_w = _curves(None, None, "cpu", {})
     assert against_n["exponent"] == pytest.approx(1.5) and against_n["values"] == [2, 4, 8]
     assert against_n["others"] == {"D": 4}
     assert against_w["exponent"] == pytest.approx(-1) and against_w["values"] == [1, 2, 4]
-    (against_n,) = _curves(["sigreg"], "cpu", {})
+    text = results.markdown({"environment": ENVIRONMENT, "rows": [], "scaling": [against_n]})
+    assert "| clip D 4 | N | 2 | 8 | 1.50 | 2 |" in text
+    (against_n,) = _curves(["sigreg"], None, "cpu", {})
 
 
 @pytest.mark.parametrize("case, peer", sharded.PEERS.items())

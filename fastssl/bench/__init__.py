@@ -48,7 +48,8 @@ def bench(
         seconds: on the rounds of one run of a case, about.
         repeats: runs of each case, each in another process, every case once before any again.
         minutes: no run is begun after so many; each case's first come before any second.
-        scaling: also curves of the cost against one growing size.
+        scaling: curves of the cost against one growing size in the place of the cases; of `sizes`,
+            `dtypes` and `short` they know nothing.
         apart: each run in a process of its own; False: in this one, which starts faster, and what
             does not fit into memory may end it.
 
@@ -62,7 +63,9 @@ def bench(
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     threads = threads or torch.get_num_threads()
-    chosen = cases(groups, device, names=names, sizes=sizes, dtypes=dtypes, short=short)
+    chosen = []
+    if not scaling:
+        chosen = cases(groups, device, names=names, sizes=sizes, dtypes=dtypes, short=short)
     folder = Path(out or Path("bench") / results.machine(device))
     options = {"threads": threads, "seconds": seconds, "baselines": baselines, "apart": apart}
     result: dict[str, Any] = {
@@ -86,7 +89,7 @@ def bench(
         said = _said(rows[(number - 1) % len(chosen)])
         print(f"{number}/{len(chosen) * repeats} {case}: {said}", file=sys.stderr, flush=True)
     if scaling:
-        result["scaling"] = _curves(groups, device, options)
+        result["scaling"] = _curves(groups, names, device, options)
         result["seconds"] = time.perf_counter() - started
         results.write(folder, result)
     try:
@@ -108,10 +111,10 @@ def _said(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _curves(groups, device: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+def _curves(groups, names, device: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours alone at growing sizes and, on a CPU, over more processes."""
     found = []
-    for letter, expected, grown in scaling_cases(groups, device):
+    for letter, expected, grown in scaling_cases(groups, device, names):
         rows = [running.row(case, **options | {"baselines": []}) for case in grown]
         if failed := [row["failed"]["ours"] for row in rows if "ours" in row["failed"]]:
             print(f"{grown[0].name} against {letter}: {failed[0]}", file=sys.stderr, flush=True)
@@ -120,11 +123,13 @@ def _curves(groups, device: str, options: dict[str, Any]) -> list[dict[str, Any]
         times = [row["providers"]["ours"]["median_ms"] for row in rows]
         others = {k: v for k, v in grown[0].sizes if k != letter}
         found.append(_curve(grown[0].name, letter, others, values, times, expected))
-    if device == "cpu" and (groups is None or "losses" in groups):
+    case, others, expected = sharded.SCALING
+    if device == "cpu" and "losses" in (groups or GROUPS) and case in (names or [case]):
         worlds, times = sharded.curve()
         if len(worlds) > 1:
-            case, others, expected = sharded.SCALING
             found.append(_curve(case, "W", others, worlds, times, expected))
+    if not found:
+        raise ValueError(f"bench: no curve fits groups {groups} and cases {names}.")
     return found
 
 

@@ -1,6 +1,7 @@
 """Pictures of results: time and memory against size, a roofline, and scaling."""
 
 import itertools
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -86,30 +87,31 @@ def _library(provider: str) -> str:
 
 
 def _label(row: dict) -> str:
-    sizes = ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
-    return f"{row['case']} {sizes}, {row['dtype']}"
+    sizes = (v if isinstance(v, str) else f"{k} {v}" for k, v in row["sizes"].items())
+    return f"{row['case']} {', '.join(sizes)}, {row['dtype']}"
 
 
 def _steps(folder: Path, group: str, rows: list[dict]) -> Path:
     """A bar a step: its time an image, in its parts."""
     import matplotlib.pyplot as plt
 
-    bars = [(row, name) for row in rows for name in row["providers"]]
-    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.26 * len(bars)), layout="constrained")
+    bars = [(row, name, ms) for row in rows for name, ms in times_ms(row).items()]
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.24 * len(bars)), layout="constrained")
     left = [0.0] * len(bars)
     for n, part in enumerate(rows[0]["parts_percent"]["ours"]):
         widths = [
-            row["parts_percent"][name][part] / 100 * 1e3 / row["images_per_s"][name]
-            for row, name in bars
+            row["parts_percent"][name][part] / 100 * ms / row["sizes"]["B"]
+            for row, name, ms in bars
         ]
         axis.barh(range(len(bars)), widths, left=left, color=COLOURS[n], label=part)
         left = [x + w for x, w in zip(left, widths, strict=True)]
     labels = []
-    for row, name in bars:
-        size = ", ".join(str(v) for v in row["sizes"].values())
-        labels.append(f"{row['case']} {size}, {'fastssl' if name == 'ours' else name}")
+    for y, (row, name, _) in enumerate(bars):
+        labels.append(f"{_label(row)}: fastssl" if name == "ours" else name)
+        if y and name == "ours":
+            axis.axhline(y - 0.5, lw=0.5, color="0.6")
     axis.set_yticks(range(len(bars)), labels, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.set_xlabel("ms an image")
     axis.grid(axis="x", alpha=0.3)
     figure.legend(fontsize=8, loc="outside upper center", ncols=6)
@@ -182,7 +184,8 @@ def _scaling(folder: Path, curves: list[dict]) -> Path:
     for axis, curve in zip(axes.flat, curves, strict=False):
         values, times = curve["values"], curve["times_ms"]
         axis.plot(values, times, "o-", color=COLOURS[0])
-        expected = [times[-1] * (v / values[-1]) ** curve["expected"] for v in values]
+        centre, slope = statistics.geometric_mean(values), curve["expected"]
+        expected = [statistics.geometric_mean(times) * (v / centre) ** slope for v in values]
         axis.plot(values, expected, ls="--", color="grey", lw=1)
         others = ", ".join(f"{k} {v}" for k, v in curve["others"].items())
         axis.set_title(
@@ -191,11 +194,12 @@ def _scaling(folder: Path, curves: list[dict]) -> Path:
         )  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(values, [str(v) for v in values], fontsize=7)
+        labels = [f"{v // 10**6} million" if v % 10**6 == 0 else str(v) for v in values]
+        axis.set_xticks(values, labels, fontsize=7)
+        axis.set_yticks(times, [f"{t:.3g}" for t in times], fontsize=7)
         axis.minorticks_off()
         axis.set_xlabel(curve["letter"], fontsize=8)
         axis.set_ylabel("time, ms", fontsize=8)
-        axis.tick_params(axis="y", labelsize=7)
         axis.grid(alpha=0.3)
     return _save(figure, folder / "scaling.png")
 

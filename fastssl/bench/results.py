@@ -24,6 +24,8 @@ LEAST_CHANGE, SIGMAS = 0.10, 4.0
 standard errors, to be called a regression."""
 LARGEST_NOISE = 0.15
 """Where these standard errors come to more than this share, nothing can be said."""
+SCALING = """Time of fastssl, forward and backward, against one growing size: N rows, M keys,
+prototypes or slices, D width, and W processes that share the rows, a thread and a core each."""
 PRIOR = 4
 """How many runs of its own the spread of a group's others weighs as much as, for a case."""
 
@@ -76,6 +78,10 @@ def write(folder: Path, result: dict[str, Any]) -> None:
     with replacing(folder / "results.json") as file:
         file.write(f"{json.dumps(result, indent=1)}\n".encode())
     rows = [flat(row) for row in result["rows"]]
+    for curve in result.get("scaling", ()):
+        fixed = {"case": curve["case"]} | curve["others"]
+        for value, ms in zip(curve["values"], curve["times_ms"], strict=True):
+            rows.append(fixed | {curve["letter"]: value, "ours: median_ms": ms})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -152,7 +158,7 @@ def markdown(result: dict[str, Any], groups: Sequence[str] | None = None) -> str
             )
             parts.append(f"### {group}\n\n{table}")
     if result.get("scaling"):
-        parts.append(f"### scaling\n\n{_scaling_table(result['scaling'])}")
+        parts.append(f"### scaling\n\n{SCALING}\n\n{_scaling_table(result['scaling'])}")
     return "\n\n".join(parts) + "\n"
 
 

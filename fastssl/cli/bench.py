@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
         "--short", action="store_true", help="two sizes a case, none of the largest."
     )
     parser.add_argument(
-        "--scaling", action="store_true", help="also the cost against growing sizes."
+        "--scaling", action="store_true", help="the cost against growing sizes instead."
     )
     parser.add_argument(
         "--same-process", action="store_true", help="no process a run: faster start."
