@@ -1,7 +1,7 @@
 """Build, GPU tests and GPU benchmarks with the active Python, in under 9 minutes.
 
 Each part runs in a process of its own with a time limit; what fails is reported and the rest goes
-on. gpu-check.json and bench/ go into $OUT if set, else into benchmarks/results/<gpu>/.
+on. gpu-check.json, bench/ and bench_step/ go into $OUT if set, else into benchmarks/results/<gpu>/.
 """
 
 import json
@@ -25,17 +25,20 @@ def names(pattern: str, word: str = "") -> list[str]:
 
 
 # Without compiled baselines, which take longer than all the rest: `fastssl bench --baselines
-# compiled` measures these.
+# compiled` measures these. Whole steps apart, since they would leave the kernels no time.
 BENCH = ["-m", "fastssl.cli", "bench", "--device", "cuda", "--short", "--same-process"]
 BENCH += ["--seconds", "0.3", "--baselines", "eager,published,torch,open_clip,lightly"]
 BENCH[-1] += ",pytorch-metric-learning,inf_cl,memeff,bitsandbytes,torchao,apex,kornia,torchvision"
+KERNELS = [*BENCH, *"losses sinkhorn sigreg optim augment --minutes 2.5 --out".split()]
+STEPS = [*BENCH, *"step --case simclr,dino --repeats 1 --minutes 1 --out".split()]
 
 # Run from tests/ and benchmarks/, never the root, where the checkout would shadow the installation.
 PARTS = [  # name, folder, command, limit in seconds
     ("build", "tests", BUILD, 120),
     ("kernel tests", "tests", [*TEST, *names("tests/test_*_triton.py")], 130),
     ("op tests", "tests", [*TEST, "-m", "gpu", *names("tests/test_*.py", "mark.gpu")], 130),
-    ("benchmarks", "benchmarks", BENCH, 260),
+    ("benchmarks", "benchmarks", KERNELS, 190),
+    ("steps", "benchmarks", STEPS, 110),
 ]
 TOTAL_S = 530
 
@@ -53,7 +56,8 @@ def main() -> int:
     started, report = time.time(), {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     for name, place, command, limit in PARTS:
-        command = [*command, "--out", str(folder / "bench")] if command is BENCH else command
+        if command[-1] == "--out":
+            command = [*command, str(folder / ("bench" if command is KERNELS else "bench_step"))]
         limit = min(limit, TOTAL_S - (time.time() - started))
         print(f"--- {name} (at most {limit:.0f} s)", flush=True)
         begun, lines = time.time(), []

@@ -36,10 +36,9 @@ def front_page() -> str:
 
 def whole_page() -> str:
     parts = []
-    for machine, result in results("bench/results.json").items():
-        parts.append(f"## {machine}: `{result['command']}`\n\n{markdown(result)}".rstrip())
-    for machine, result in results("bench_step/results.json").items():
-        parts.append(f"## {machine}: `{result['command']}`\n\n{markdown(result)}".rstrip())
+    for folder in ("bench", "bench_step", "bench_scaling"):
+        for machine, result in results(f"{folder}/results.json").items():
+            parts.append(f"## {machine}: `{result['command']}`\n\n{markdown(result)}".rstrip())
     for machine, result in results("sharded.json").items():
         parts.append(f"## {machine}: sharded losses\n\n{SHARDED}\n\n{sharded_table(result)}")
     return "\n\n".join(parts)

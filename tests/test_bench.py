@@ -11,7 +11,7 @@ import torch
 from bench_fakes import Fake
 
 from fastssl import cli
-from fastssl.bench import bench, cases, compare, measure, read, results, running
+from fastssl.bench import bench, cases, compare, measure, read, results, running, sharded
 from fastssl.bench.baselines import Absent, chosen, library
 from fastssl.bench.cases import scaling_cases
 
@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[1]
 SMALL = {"N": [24], "M": [40], "D": [16], "V": [2], "H": [32]}
 LETTERS = {"losses": "NMD", "sinkhorn": "NMD", "sigreg": "VNMD", "optim": "N", "augment": "NMH"}
 KERNELS = list(LETTERS)
-ONCE = {"threads": 1, "seconds": 0.001, "repeats": 1, "baselines": None}
+ONCE = {"threads": 1, "seconds": 0.001, "baselines": None}
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the bare copies and products of the limits, which take a second each."""
+    """Without the limits' bare copies and products and without collections: a second each."""
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
     monkeypatch.setattr(measure, "bare_copy", lambda device: 1e-10)
     monkeypatch.setattr(measure, "bare_product", lambda work, dtype, device: 1e-3)
 
@@ -78,14 +79,60 @@ def fake(**what):
     return Fake("losses", "fake", tuple(what.items()), "float32", "cpu")
 
 
-def test_what_fails_is_a_result():
-    case = fake(ours="fine", one="wrong", two="no memory", three="dies")
-    row = running.row(case, **ONCE | {"baselines": ["one", "two", "three"]})
+def test_what_fails_is_a_result(monkeypatch):
+    monkeypatch.setattr(running, "PRELOADED", running.__name__)  # no libraries
+    case = fake(ours="fine", one="wrong", two="no memory", three="dies", four="fine")
+    row = running.row(case, **ONCE | {"baselines": ["one", "two", "three", "four"]})
     assert row["failed"]["two"] == row["failed"]["three"] == "out of memory"
     assert row["failed"]["one"].startswith("differs from ours by")
-    assert list(row["providers"]) == ["ours"] and row["absent"] == ["absent one"]
+    assert list(row["providers"]) == ["ours", "four"] and row["absent"] == ["absent one"]
     row = running.row(fake(ours="dies", one="fine"), **ONCE | {"baselines": ["one"]})
     assert row["failed"] == {"ours": "out of memory"}
+
+
+def turns(monkeypatch, **ms):
+    """Blocks of calls that take so many milliseconds each, by a clock that does not run."""
+    calls = []
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
+    monkeypatch.setattr(
+        measure, "timed", lambda call, device: calls.append(call()) or ms[calls[-1]] / 1e3
+    )
+    blocks = measure.in_turn({name: lambda name=name: name for name in ms}, "cpu", seconds=1.0)
+    return blocks, calls
+
+
+def test_rounds_take_turns(monkeypatch):
+    blocks, calls = turns(monkeypatch, ours=10, one=40)
+    assert len(blocks) == 20 and all(list(map(len, b.values())) == [1, 1] for b in blocks)
+    assert calls[:4] == ["ours", "one", "one", "ours"]  # none always comes first
+    assert measure.paired(blocks, "one") == pytest.approx([4] * 20)
+
+
+def test_what_is_slow_has_fewer_turns(monkeypatch):
+    blocks, calls = turns(monkeypatch, ours=10, one=20, far=450)
+    assert calls.count("far") == len(blocks) == 2
+    assert calls.count("ours") == calls.count("one") == 33
+    last = len(calls) - 1 - calls[::-1].index("far")
+    assert 40 < last < 60  # amid the rounds of its block
+    assert measure.paired(blocks, "one") == pytest.approx([2] * 33)
+    assert measure.paired(blocks, "far") == pytest.approx([45] * 33)
+    assert turns(monkeypatch, ours=10, far=101)[1].count("far") == 9
+    assert turns(monkeypatch, ours=10, far=1700)[1].count("far") == 1
+    assert turns(monkeypatch, ours=2000, near=10)[1].count("ours") == 1
+
+
+def test_noise_of_few_runs_is_lent_by_the_group():
+    def ratio(*runs, within=0.01):
+        return {"ratio": runs[0], "noise": 0.0, "within": within, "runs": list(runs)}
+
+    pairs = [(1.0, 1.04), (2.0, 2.08), (3.0, 3.12), (1.0, 1.0), (1.0, 1.5)]
+    rows = [{"group": "losses", "device": "cpu", "ratios": {"one": ratio(*runs)}} for runs in pairs]
+    other = {"group": "optim", "device": "cpu", "ratios": {"one": ratio(1.0, 1.0, within=0.07)}}
+    results.pool_noise([*rows, other])
+    usual, _, _, lucky, unlucky = (row["ratios"]["one"]["noise"] for row in rows)
+    assert 0.02 < usual < 0.03 and 0.9 * usual < lucky < usual  # equal runs are no proof
+    assert 0.08 < unlucky < 0.12  # its own spread alone would say 0.20
+    assert other["ratios"]["one"]["noise"] == 0.07
 
 
 def test_a_fifth_slower_is_told_and_the_same_is_not(monkeypatch, quick):
@@ -93,12 +140,14 @@ def test_a_fifth_slower_is_told_and_the_same_is_not(monkeypatch, quick):
 
     def measured(ours_ms, drift):
         def in_turn(providers, device, seconds):
-            noise = drift * (1 + 0.05 * torch.randn(2, 41, generator=generator).abs())
-            return {"ours": (ours_ms * noise[0]).tolist(), "one": (10 * noise[1]).tolist()}
+            noise = drift * (1 + 0.05 * torch.randn(41, 2, generator=generator).abs())
+            return [{"ours": [ours_ms * a], "one": [10 * b]} for a, b in noise.tolist()]
 
         monkeypatch.setattr(measure, "in_turn", in_turn)
-        options = {"threads": 1, "seconds": 1, "repeats": 1, "baselines": ["one"], "apart": False}
-        return {"rows": [running.row(fake(ours="fine", one="fine"), **options)]}
+        options = {"threads": 1, "seconds": 1, "repeats": 2, "baselines": ["one"], "apart": False}
+        rows = [running.row(fake(ours="fine", one="fine"), **options)]
+        results.pool_noise(rows)
+        return {"rows": rows}
 
     before, after, slower = measured(10, 1.0), measured(10, 2.0), measured(12, 0.7)
     assert compare(before, after)[1] == []  # the machine was half as fast
@@ -154,6 +203,9 @@ def test_tables_show_what_is_slower_and_what_is_absent():
     assert "| 2.00 |" in text and "absent: apex" in text and "1 MiB | 9 MiB" in text
     assert "**0.80, slower**" in results.markdown(changed(0.8))
     assert "slower" not in results.markdown(changed(0.97))
+    drifted = changed(1.25)  # medians say 2, the rounds 1.25: one of both is shown
+    assert "| open_clip ClipLoss 2.5 ms | 1.25 |" in results.markdown(drifted)
+    assert "| 2.00 ± 0.20 |" in results.markdown(changed(2.0, noise=0.1))
     two = changed(0.8)
     two["rows"].append(copy.deepcopy(changed(2.0)["rows"][0]) | {"sizes": {"N": 16, "D": 4}})
     assert results.compact(two).count("| clip |") == 2  # the largest, and a slower one
@@ -177,19 +229,54 @@ def test_folder_holds_json_csv_markdown_and_pictures(tmp_path, monkeypatch, quic
     assert str(tmp_path) not in json.dumps(found)
 
 
+def test_no_run_is_begun_after_the_time(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 30))  # half a minute between any two looks
+    monkeypatch.setattr("fastssl.bench.time.perf_counter", lambda: next(clock))
+    ran = []
+    monkeypatch.setattr(
+        running, "run", lambda case, earlier, **_: ran.append(case.name) or OURS_FAILED
+    )
+    with pytest.warns(UserWarning, match="3 of 6 runs are left out"):
+        bench(["losses"], names=["koleo", "topk"], out=tmp_path, threads=1, minutes=2.5)
+    assert ran == ["koleo", "koleo", "topk"]  # each once before any twice
+
+
+OURS_FAILED = {"blocks": [], "memory": {}, "absent": [], "failed": {"ours": "no"}}
+
+
 def test_scaling_fits_the_exponent(tmp_path, monkeypatch):
     sizes = {"N": [2, 4, 8], "D": [4]}
     curves = [("N", 2.0, cases(["losses"], names=["clip"], sizes=sizes, dtypes=["float32"]))]
     monkeypatch.setattr("fastssl.bench.scaling_cases", lambda *_: curves)
     monkeypatch.setattr(
         running, "row",
-        lambda case, **_: {"providers": {"ours": {"median_ms": 3 * dict(case.sizes)["N"] ** 1.5}}},
+        lambda case, **_: {
+            "failed": {}, "providers": {"ours": {"median_ms": 3 * dict(case.sizes)["N"] ** 1.5}}
+        },
     )  # fmt: skip
+    monkeypatch.setattr(sharded, "seconds", lambda *_, world, **__: {"gather": [4.0 / world] * 3})
+    monkeypatch.setattr("fastssl.bench.sharded.os.cpu_count", lambda: 6)
     from fastssl.bench import _curves
 
-    (curve,) = _curves(None, "cpu", {})
-    assert curve["exponent"] == pytest.approx(1.5) and curve["values"] == [2, 4, 8]
-    assert curve["others"] == {"D": 4}
+    against_n, against_w = _curves(None, None, "cpu", {})
+    assert against_n["exponent"] == pytest.approx(1.5) and against_n["values"] == [2, 4, 8]
+    assert against_n["others"] == {"D": 4}
+    assert against_w["exponent"] == pytest.approx(-1) and against_w["values"] == [1, 2, 4]
+    text = results.markdown({"environment": ENVIRONMENT, "rows": [], "scaling": [against_n]})
+    assert "| clip D 4 | N | 2 | 8 | 1.50 | 2 |" in text
+    (against_n,) = _curves(["sigreg"], None, "cpu", {})
+
+
+@pytest.mark.parametrize("case, peer", sharded.PEERS.items())
+def test_sharded_losses_agree(case, peer, tmp_path):
+    pytest.importorskip(peer.partition(" ")[0])
+    params = {"case": case, "N": 16, "D": 8, "dtype": "float32", "world": 1}
+    threads = torch.get_num_threads()
+    try:
+        seconds = sharded._rank(0, str(tmp_path / "store"), params, ["gather", peer], alone=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert {name: len(each) for name, each in seconds.items()} == {"gather": 41, peer: 41}
 
 
 def test_growing_sizes_are_those_of_cases():

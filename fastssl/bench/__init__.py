@@ -1,6 +1,7 @@
 """Paired measurements of the kernels against the libraries people would use instead."""
 
 import math
+import statistics
 import sys
 import time
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import results, running
+from . import results, running, sharded
 from .cases import GROUPS, Case, cases, scaling_cases
 from .charts import draw
 from .results import compare, read
@@ -30,6 +31,7 @@ def bench(
     baselines: Sequence[str] | None = None,
     seconds: float = 1.0,
     repeats: int = 2,
+    minutes: float | None = None,
     short: bool = False,
     scaling: bool = False,
     apart: bool = True,
@@ -43,10 +45,12 @@ def bench(
         threads: of torch; None: as many as it takes by itself.
         baselines: names or their first words; None: all that are installed, but compiled ones on a
             CPU, where the compiler takes longer than the case.
-        seconds: on the rounds of a case in one process, about.
-        repeats: processes that time each case.
-        scaling: also curves of the cost against one growing size.
-        apart: each case in processes of its own; False: in this one, which starts faster, and what
+        seconds: on the rounds of one run of a case, about.
+        repeats: runs of each case, each in another process, every case once before any again.
+        minutes: no run is begun after so many; each case's first come before any second.
+        scaling: curves of the cost against one growing size in the place of the cases; of `sizes`,
+            `dtypes` and `short` they know nothing.
+        apart: each run in a process of its own; False: in this one, which starts faster, and what
             does not fit into memory may end it.
 
     Returns:
@@ -59,22 +63,33 @@ def bench(
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     threads = threads or torch.get_num_threads()
-    chosen = cases(groups, device, names=names, sizes=sizes, dtypes=dtypes, short=short)
-    folder = Path(out or Path("bench") / results.machine())
-    options = {"threads": threads, "seconds": seconds, "repeats": repeats, "apart": apart}
-    options["baselines"] = baselines
+    chosen = []
+    if not scaling:
+        chosen = cases(groups, device, names=names, sizes=sizes, dtypes=dtypes, short=short)
+    folder = Path(out or Path("bench") / results.machine(device))
+    options = {"threads": threads, "seconds": seconds, "baselines": baselines, "apart": apart}
     result: dict[str, Any] = {
-        "command": results.command(), "environment": results.environment(threads), "rows": []
+        "command": results.command(), "environment": results.environment(threads, device),
+        "rows": [],
     }  # fmt: skip
     started = time.perf_counter()
-    for number, case in enumerate(chosen, 1):
-        row = running.row(case, **options)
-        result["rows"].append(row)
-        print(f"{number}/{len(chosen)} {case}: {_said(row)}", file=sys.stderr, flush=True)
-        result["seconds"] = time.perf_counter() - started
+    # The second run of a case comes minutes after its first, so that both tell of the noise between
+    # two measurements.
+    measured: dict[Case, list[dict]] = {case: [] for case in chosen}
+    for number, case in enumerate(chosen * repeats, 1):
+        if minutes is not None and time.perf_counter() - started > 60 * minutes:
+            left = len(chosen) * repeats - number + 1
+            warnings.warn(f"{left} of {len(chosen) * repeats} runs are left out", stacklevel=2)
+            break
+        measured[case].append(running.run(case, measured[case], **options))
+        rows = [running.merged(each, runs, threads) for each, runs in measured.items() if runs]
+        results.pool_noise(rows)
+        result |= {"rows": rows, "seconds": time.perf_counter() - started}
         results.write(folder, result)
+        said = _said(rows[(number - 1) % len(chosen)])
+        print(f"{number}/{len(chosen) * repeats} {case}: {said}", file=sys.stderr, flush=True)
     if scaling:
-        result["scaling"] = _curves(groups, device, options)
+        result["scaling"] = _curves(groups, names, device, options)
         result["seconds"] = time.perf_counter() - started
         results.write(folder, result)
     try:
@@ -96,21 +111,36 @@ def _said(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _curves(groups, device: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours alone at growing sizes; the exponent is of the line through the logarithms."""
+def _curves(groups, names, device: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours alone at growing sizes and, on a CPU, over more processes."""
     found = []
-    for letter, expected, grown in scaling_cases(groups, device):
-        rows = [running.row(case, **options | {"baselines": [], "repeats": 1}) for case in grown]
+    for letter, expected, grown in scaling_cases(groups, device, names):
+        rows = [running.row(case, **options | {"baselines": []}) for case in grown]
+        if failed := [row["failed"]["ours"] for row in rows if "ours" in row["failed"]]:
+            print(f"{grown[0].name} against {letter}: {failed[0]}", file=sys.stderr, flush=True)
+            continue
         values = [dict(case.sizes)[letter] for case in grown]
         times = [row["providers"]["ours"]["median_ms"] for row in rows]
         others = {k: v for k, v in grown[0].sizes if k != letter}
-        x, y = [math.log(v) for v in values], [math.log(t) for t in times]
-        mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-        slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-        slope /= sum((a - mean_x) ** 2 for a in x)
-        found.append({
-            "case": grown[0].name, "letter": letter, "others": others, "values": values,
-            "times_ms": times, "exponent": slope, "expected": expected,
-        })  # fmt: skip
-        print(f"{grown[0].name} against {letter}: {slope:.2f}", file=sys.stderr, flush=True)
+        found.append(_curve(grown[0].name, letter, others, values, times, expected))
+    case, others, expected = sharded.SCALING
+    if device == "cpu" and "losses" in (groups or GROUPS) and case in (names or [case]):
+        worlds, times = sharded.curve()
+        if len(worlds) > 1:
+            found.append(_curve(case, "W", others, worlds, times, expected))
+    if not found:
+        raise ValueError(f"bench: no curve fits groups {groups} and cases {names}.")
     return found
+
+
+def _curve(
+    case: str, letter: str, others: dict, values: list, times: list, expected: float
+) -> dict:
+    """With the exponent of the line through the logarithms."""
+    x, y = [math.log(v) for v in values], [math.log(t) for t in times]
+    slope = statistics.linear_regression(x, y).slope
+    print(f"{case} against {letter}: {slope:.2f}", file=sys.stderr, flush=True)
+    return {
+        "case": case, "letter": letter, "others": others, "values": values, "times_ms": times,
+        "exponent": slope, "expected": expected,
+    }  # fmt: skip

@@ -110,7 +110,9 @@ def cases(
     return found
 
 
-def scaling_cases(groups: Sequence[str] | None, device: str) -> list[tuple[str, float, list[Case]]]:
+def scaling_cases(
+    groups: Sequence[str] | None, device: str, names: Sequence[str] | None = None
+) -> list[tuple[str, float, list[Case]]]:
     """(letter, expected exponent, cases with that size growing) of each curve."""
     curves = []
     for group in GROUPS:
@@ -118,6 +120,8 @@ def scaling_cases(groups: Sequence[str] | None, device: str) -> list[tuple[str, 
             continue
         module = importlib.import_module(f".{group}", __package__)
         for name, letter, values, others, exponent in module.SCALING:
+            if names is not None and name not in names:
+                continue
             dtype = module.DTYPES[name][0]
             grown = [
                 Case(group, name, tuple((others | {letter: v}).items()), dtype, device)

@@ -4,6 +4,7 @@ A case's providers do the same work and take turns, so that a machine whose spee
 all of them. Figures are medians; what is compared is the ratio of two providers in the same round.
 """
 
+import ctypes
 import gc
 import statistics
 import time
@@ -20,7 +21,9 @@ Provider = Callable[[], Iterable[Tensor]]
 # Rows and columns of a block of the bare product: what a blockwise kernel would do, in cache.
 BLOCKS = {"cpu": ((96, None), (512, None), (256, 2048)), "cuda": ((1024, None), (4096, None))}
 EXPONENTIALS = {"cpu": 2**17, "cuda": 2**22}
-LEAST_ROUNDS, MOST_ROUNDS = 5, 41
+LEAST_ROUNDS, MOST_ROUNDS = 3, 41
+SLOW = 10
+"""What takes so many times as long as the fastest has fewer turns than there are rounds."""
 
 
 @dataclass(frozen=True)
@@ -43,48 +46,79 @@ class Work:
 
 
 def timed(call: Provider, device: str) -> float:
-    """Seconds of one call; on a GPU by events, so that launch gaps between calls do not count."""
+    """Seconds of one call; on a GPU from its launch there on to its end there."""
     if device == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
     start.record()
     call()
     end.record()
-    torch.cuda.synchronize()
+    end.synchronize()
     return start.elapsed_time(end) / 1e3
 
 
-def difference(ours: Provider, other: Provider) -> float:
-    """Largest difference of what they return, as a share of the largest value."""
+def difference(ours: Iterable[Tensor], other: Iterable[Tensor]) -> float:
+    """Largest difference of what two providers returned, as a share of the largest value."""
     worst = 0.0
-    for got, expected in zip(ours(), other(), strict=False):  # a peer's scale may be fixed
+    for got, expected in zip(ours, other, strict=False):  # a peer's scale may be fixed
         error = (got.float() - expected.float()).abs().max()
         worst = max(worst, float(error / expected.float().abs().max().clamp(min=1e-30)))
     return worst
 
 
-def in_turn(providers: dict[str, Provider], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call by provider, one call of each a round, for about so long.
+def in_turn(
+    providers: dict[str, Provider], device: str, seconds: float
+) -> list[dict[str, list[float]]]:
+    """Seconds of each call by provider in blocks: of what ran at one time, and may be compared.
 
-    The order moves on by one in every round, so that none always follows the same.
+    A round is one call of each, in an order that moves on by one, so that none always follows the
+    same; as many as fit into `seconds`. Each is a block, unless a provider is `SLOW`: then a block
+    is several rounds of the others with one call of the slow ones amid them, as many blocks as fit
+    into `seconds` once more.
     """
     names = list(providers)
-    once = sum(timed(providers[name], device) for name in names)
-    once = min(once, sum(timed(providers[name], device) for name in names))
-    rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / max(once, 1e-9))))
     gc.collect()
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(timed(providers[name], device))
+    block = {name: [timed(providers[name], device)] for name in names}
+    once = {name: calls[0] for name, calls in block.items()}
+    slow = [name for name in names if once[name] > SLOW * min(once.values())]
+    fast = [name for name in names if name not in slow]
+    rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / sum(once[n] for n in fast))))
+    turns = rounds
+    if slow:
+        turns = int(min(rounds, max(1, seconds / sum(once[n] for n in slow))))
+    blocks, number = [block], 1
+    for turn in range(turns):
+        if turn:
+            blocks.append({name: [] for name in names})
+        own = rounds * (turn + 1) // turns - rounds * turn // turns
+        for place in range(0 if turn else 1, own):
+            due = fast + slow if turn and place == own // 2 else fast
+            first = number % len(due)
+            for name in due[first:] + due[:first]:
+                blocks[-1][name].append(timed(providers[name], device))
+            number += 1
+    return blocks
+
+
+def paired(blocks: list[dict[str, list[float]]], other: str) -> list[float]:
+    """The time of `other` over ours: in each round, or where one of them has fewer turns than the
+    other its median in a block over each of the other's."""
+    found = []
+    for block in blocks:
+        a, b = block[other], block["ours"]
+        if len(a) < len(b):
+            a = [statistics.median(a)] * len(b)
+        elif len(b) < len(a):
+            b = [statistics.median(b)] * len(a)
+        found += [x / y for x, y in zip(a, b, strict=True)]
     return found
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(seconds, n=5)
+    cuts = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else 4 * seconds
     return {
         "median_ms": 1e3 * statistics.median(seconds),
         "p20_ms": 1e3 * cuts[0],
@@ -92,11 +126,12 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def median_and_noise(values: list[float]) -> tuple[float, float]:
-    """The median, and its standard error as a share of it, from the 20 % and 80 % quantiles."""
+def median_and_noise(values: list[float], independent: int) -> tuple[float, float]:
+    """The median, and its standard error as a share of it, from the 20 % and 80 % quantiles and the
+    number of values that are independent."""
     median, cuts = statistics.median(values), statistics.quantiles(values, n=5)
     deviation = (cuts[3] - cuts[0]) / 1.683  # of a normal distribution
-    return median, 1.253 * deviation / len(values) ** 0.5 / median
+    return median, 1.253 * deviation / independent**0.5 / median
 
 
 def bare_product(work: Work, dtype: str, device: str, rounds: int = 3) -> float:
@@ -116,19 +151,25 @@ def bare_product(work: Work, dtype: str, device: str, rounds: int = 3) -> float:
                     a, b = x[i : i + height], y[j : j + width]
                     torch.mm(a, b.T, out=out[: len(a) * len(b)].view(len(a), len(b)))
 
-        timed(product, device)
-        best = min(best, statistics.median(timed(product, device) for _ in range(rounds)))
+        first = timed(product, device)
+        if first < 2 * best:
+            again = rounds if first < 0.1 else 1
+            best = min(best, statistics.median(timed(product, device) for _ in range(again)))
     return best
 
 
-def bare_exponential(device: str, rounds: int = 7) -> float:
-    """Seconds of one exponential of many in float32."""
+def bare_exponential(device: str, rounds: int = 7, calls: int = 8) -> float:
+    """Seconds of one exponential of many in float32, whose reads and writes find them in cache."""
     x = torch.rand(EXPONENTIALS[device], device=device)
     out = torch.empty_like(x)
-    timed(lambda: torch.exp(x, out=out), device)
-    return statistics.median(
-        timed(lambda: torch.exp(x, out=out), device) for _ in range(rounds)
-    ) / len(x)
+
+    def exponentials():
+        for _ in range(calls):  # so that launches count little
+            torch.exp(x, out=out)
+
+    timed(exponentials, device)
+    seconds = statistics.median(timed(exponentials, device) for _ in range(rounds))
+    return seconds / (calls * len(x))
 
 
 def bare_copy(device: str, rounds: int = 5) -> float:
@@ -178,6 +219,8 @@ def peak_mib(call: Provider, device: str) -> float | None:
         reset = Path("/proc/self/clear_refs")
         if not reset.exists():
             return None
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # what earlier calls left for reuse would hide what this one takes
         reset.write_text("5")  # the peak becomes what is resident now
         before = _resident("VmRSS")
         outputs = call()

@@ -1,6 +1,8 @@
 """Imported once by the server that the measuring processes are forked from."""
 
+import atexit
 import contextlib
+import gc
 import importlib
 
 from . import augment, losses, methods, optim, running, sigreg, sinkhorn, step  # noqa: F401
@@ -16,3 +18,7 @@ for _name in (
 ):
     with contextlib.suppress(Exception):  # absent or broken: said where it is used
         importlib.import_module(_name)
+
+gc.collect()
+gc.freeze()  # or every process would walk and copy all of that at each collection
+atexit.register(gc.unfreeze)

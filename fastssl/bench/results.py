@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,11 +24,16 @@ LEAST_CHANGE, SIGMAS = 0.10, 4.0
 standard errors, to be called a regression."""
 LARGEST_NOISE = 0.15
 """Where these standard errors come to more than this share, nothing can be said."""
+SCALING = """Time of fastssl, forward and backward, against one growing size: N rows, M keys,
+prototypes or slices, D width, and W processes that share the rows, a thread and a core each."""
+PRIOR = 4
+"""How many runs of its own the spread of a group's others weighs as much as, for a case."""
 
 
-def machine() -> str:
-    """This machine in a word: the GPU's name (h200), or the CPU and its cores."""
-    if torch.cuda.is_available():
+def machine(device: str | None = None) -> str:
+    """This machine in a word: the GPU's name (h200), or the CPU and its cores; None: the GPU's if
+    there is one."""
+    if device != "cpu" and torch.cuda.is_available():
         words = torch.cuda.get_device_name().lower().split()
         return "-".join(word for word in words if word not in ("nvidia", "amd", "gpu"))
     model = platform.machine()
@@ -40,7 +46,7 @@ def machine() -> str:
     return "-".join([*words[:3], f"{os.cpu_count()}cores"]).lower()
 
 
-def environment(threads: int | None = None) -> dict[str, Any]:
+def environment(threads: int | None = None, device: str | None = None) -> dict[str, Any]:
     """What figures depend on beside the code measured."""
     here = Path(__file__).parent
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -54,8 +60,12 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "commit": commit or "not from a repository",
         "python": platform.python_version(),
         "threads": threads or torch.get_num_threads(),
-        "machine": machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else machine(),
+        "machine": machine(device),
+        "device": (
+            torch.cuda.get_device_name()
+            if device != "cpu" and torch.cuda.is_available()
+            else machine("cpu")
+        ),
         "cpu_features": extension.cpu_features(),
         "cpu_products": extension.cpu_products()[1],
         "versions": versions(),
@@ -68,6 +78,10 @@ def write(folder: Path, result: dict[str, Any]) -> None:
     with replacing(folder / "results.json") as file:
         file.write(f"{json.dumps(result, indent=1)}\n".encode())
     rows = [flat(row) for row in result["rows"]]
+    for curve in result.get("scaling", ()):
+        fixed = {"case": curve["case"]} | curve["others"]
+        for value, ms in zip(curve["values"], curve["times_ms"], strict=True):
+            rows.append(fixed | {curve["letter"]: value, "ours: median_ms": ms})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -106,6 +120,30 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
     return found | {f"{name}: failed": why for name, why in row["failed"].items()}
 
 
+def pool_noise(rows: Iterable[dict[str, Any]]) -> None:
+    """Sets the noise of ratios of several runs.
+
+    Two or three runs say little of the spread between runs, so that the cases of a group and device
+    lend each other theirs: a case's variance is the mean of its own and of the group's typical one,
+    the median over its cases, which counts as `PRIOR` more runs.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        for ratio in row["ratios"].values():
+            if len(ratio["runs"]) > 1:
+                groups.setdefault((row["group"], row["device"]), []).append(ratio)
+    for ratios in groups.values():
+        spread = [statistics.variance(math.log(x) for x in ratio["runs"]) for ratio in ratios]
+        free = [len(ratio["runs"]) - 1 for ratio in ratios]
+        # The median of a variance estimated with so much freedom is below its mean by this factor.
+        typical = statistics.median(
+            v / (1 - 2 / (9 * k)) ** 3 for v, k in zip(spread, free, strict=True)
+        )
+        for ratio, own, k in zip(ratios, spread, free, strict=True):
+            variance = (PRIOR * typical + k * own) / (PRIOR + k)
+            ratio["noise"] = max(ratio["within"], math.sqrt(variance / len(ratio["runs"])))
+
+
 # -------------------------------------------------------------------------------------- table
 
 
@@ -120,7 +158,7 @@ def markdown(result: dict[str, Any], groups: Sequence[str] | None = None) -> str
             )
             parts.append(f"### {group}\n\n{table}")
     if result.get("scaling"):
-        parts.append(f"### scaling\n\n{_scaling_table(result['scaling'])}")
+        parts.append(f"### scaling\n\n{SCALING}\n\n{_scaling_table(result['scaling'])}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -157,10 +195,10 @@ def _table(rows: Iterable[dict[str, Any]]) -> str:
     ]
     for row in rows:
         size = ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
-        providers = row.get("providers", {})
-        others = [f"{name} {_ms(x)}" for name, x in providers.items() if name != "ours"]
+        providers, times = row.get("providers", {}), times_ms(row)
+        others = [f"{name} {_ms(ms)}" for name, ms in times.items() if name != "ours"]
         others += [f"{n} {why}" for n, why in row["failed"].items() if n != "ours"]
-        ours = _ms(providers["ours"]) if "ours" in providers else row["failed"].get("ours", "")
+        ours = _ms(times["ours"]) if times else row["failed"].get("ours", "")
         first = next((name for name in providers if name != "ours"), None)
         cells = [
             row["case"], size, row["dtype"], ours, ", ".join(others), verdict(row),
@@ -196,19 +234,27 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def times_ms(row: dict[str, Any]) -> dict[str, float]:
+    """By provider, to be shown side by side: ours, and the others' by the ratio to ours in the same
+    rounds, since medians of all rounds drift apart with the machine."""
+    if "ours" not in row.get("providers", ()):
+        return {}
+    ours = row["providers"]["ours"]["median_ms"]
+    return {"ours": ours} | {n: ours * x["ratio"] for n, x in row["ratios"].items()}
+
+
 def verdict(row: dict[str, Any]) -> str:
-    """How many times as fast as the fastest baseline, and whether that is slower."""
+    """How many times as fast as the fastest baseline, with its noise if that is more than 5 %, and
+    whether that is slower."""
     if "speedup" not in row:
         return ""
     times = row["speedup"]
     noise = row["ratios"][row["best_baseline"]]["noise"]
-    if times < 1 - max(0.05, 2 * noise):
-        return f"**{times:.2f}, slower**"
-    return f"{times:.2f}"
+    text = f"{times:.2f}" + (f" ± {times * noise:.2f}" if noise > 0.05 else "")
+    return f"**{text}, slower**" if times < 1 - max(0.05, 2 * noise) else text
 
 
-def _ms(figures: dict[str, float]) -> str:
-    ms = figures["median_ms"]
+def _ms(ms: float) -> str:
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
@@ -237,8 +283,8 @@ def _scaling_table(curves: list[dict[str, Any]]) -> str:
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[str]]:
     """What changed beyond the noise of both.
 
-    Machines drift, by a factor of two on shared ones, so what is compared is the time of the first
-    baseline that both have, over ours, in the same rounds of the same run.
+    Machines drift, by a factor of two on shared ones, so what is compared is the time of a baseline
+    that both have, the one with the least noise, over ours, in the same rounds of the same run.
 
     Returns:
         A table, and the cases that regressed: whose ratio fell by more than 10 % and by more than
@@ -258,13 +304,15 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
                 regressed.append(name)
             lines.append([name, "", "", "", f"failed: {row['failed']['ours']}"])
             continue
-        common = next((n for n in row.get("ratios", ()) if n in old.get("ratios", ())), None)
-        if common is None:
+        both = [n for n in row.get("ratios", ()) if n in old.get("ratios", ())]
+        if not both:
             lines.append([name, "", "", "", "no baseline in both"])
             continue
-        was, now = old["ratios"][common], row["ratios"][common]
+        noises = {n: math.hypot(old["ratios"][n]["noise"], row["ratios"][n]["noise"]) for n in both}
+        steadiest = min(both, key=noises.get)
+        was, now = old["ratios"][steadiest], row["ratios"][steadiest]
         change = now["ratio"] / was["ratio"]
-        noise = SIGMAS * math.hypot(was["noise"], now["noise"])
+        noise = SIGMAS * noises[steadiest]
         least = max(LEAST_CHANGE, noise)
         word = "same"
         if noise > LARGEST_NOISE:
@@ -275,7 +323,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
         elif change > 1 / (1 - least):
             word = "faster"
         figures = f"{was['ratio']:.2f}", f"{now['ratio']:.2f}", f"{100 * (change - 1):+.0f} %"
-        lines.append([f"{name}, {common}", *figures, word])
+        lines.append([f"{name}, {steadiest}", *figures, word])
     for row in known.values():
         lines.append([f"{row['case']} {row['sizes']}", "", "", "", "not measured again"])
     head = ["case, baseline", "before", "after", "change", "verdict"]

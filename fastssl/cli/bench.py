@@ -28,16 +28,19 @@ def run(argv: list[str]) -> int:
         help="lightly, open_clip, compiled ...; none for ours alone. Default: all installed ones;\n"
         "on a CPU without compiled.",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=1.0, help="of rounds a case. Default: 1.")
-    parser.add_argument("--repeats", type=int, default=2, help="processes a case. Default: 2.")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of rounds a run. Default: 1.")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each case. Default: 2.")
+    parser.add_argument(
+        "--minutes", type=float, help="no run is begun after so many. Default: all are run."
+    )
     parser.add_argument(
         "--short", action="store_true", help="two sizes a case, none of the largest."
     )
     parser.add_argument(
-        "--scaling", action="store_true", help="also the cost against growing sizes."
+        "--scaling", action="store_true", help="the cost against growing sizes instead."
     )
     parser.add_argument(
-        "--same-process", action="store_true", help="no process a case: faster start."
+        "--same-process", action="store_true", help="no process a run: faster start."
     )
     parser.add_argument("--list", action="store_true", help="print the cases and stop.")
     parser.add_argument(
@@ -71,7 +74,7 @@ def run(argv: list[str]) -> int:
     folder = bench(
         groups, out=options["out"], device=options["device"], threads=options["threads"],
         baselines=[] if baselines == ["none"] else baselines, seconds=options["seconds"],
-        repeats=options["repeats"], scaling=options["scaling"],
+        repeats=options["repeats"], minutes=options["minutes"], scaling=options["scaling"],
         apart=not options["same_process"], **which,
     )  # fmt: skip
     print((folder / "results.md").read_text())
