@@ -40,41 +40,6 @@ def test_providers_agree(group, quick):
         assert row["limit_ms"] > 0 and row["traffic_bytes"] > 0
 
 
-def test_whole_steps_come_in_parts(quick):
-    pytest.importorskip("torchvision")
-    (case,) = cases(["methods"], names=["moco_v2"], sizes={"B": [8]})
-    row = running.row(case, **ONCE, apart=False)
-    assert row["failed"] == {} and set(row["providers"]) == {"ours", "eager", "eager, our views"}
-    for name, parts in row["parts_percent"].items():
-        assert sum(parts.values()) == pytest.approx(100, abs=0.5)
-        assert min(parts[part] for part in ("encoder", "backward")) > 1
-        assert row["images_per_s"][name] > 0
-    assert "| moco_v2 | B 8 |" in results.markdown({"environment": ENVIRONMENT, "rows": [row]})
-
-
-@pytest.mark.parametrize("name", ["simclr", "swav", "dino", "lejepa", "vicreg", "barlow"])
-def test_plain_losses_are_the_methods(name, quick):
-    """Of the same views and weights; SIGReg of other directions is another number."""
-    pytest.importorskip("torchvision")
-    pytest.importorskip("lightly")
-    from fastssl.bench.step import Step, stored_images
-    from fastssl.methods.recipes import RECIPES
-
-    arguments = RECIPES[name]["patches"]["method_args"]
-    losses = []
-    for eager in (False, True):
-        images = stored_images(32, 32, "cpu")
-        step = Step(name, arguments, "resnet_small", images, 32, 8, "float32", "cpu", eager, False)
-        found = []
-        loss = step.method.loss
-        step.method.loss = lambda batch, loss=loss, found=found: (
-            found.append(loss(batch)) or found[-1]
-        )
-        step()
-        losses.append(found[0][0].detach())
-    torch.testing.assert_close(*losses, rtol=0.05 if name == "lejepa" else 1e-4, atol=1e-5)
-
-
 def fake(**what):
     return Fake("losses", "fake", tuple(what.items()), "float32", "cpu")
 

@@ -22,8 +22,8 @@ def _runs_alone(method: type) -> bool:
 
 _NAMES = [name for name, method in METHODS.items() if _runs_alone(method)]
 SIZES = {
-    device: {name: [{"B": RECIPES[name]["patches"]["batch_size"]}] for name in _NAMES}
-    for device in ("cpu", "cuda")
+    device: {name: [{"B": min(most, RECIPES[name]["patches"]["batch_size"])}] for name in _NAMES}
+    for device, most in (("cpu", 32), ("cuda", 256))
 }
 DTYPES = {name: ["bfloat16" if torch.cuda.is_available() else "float32"] for name in _NAMES}
 SCALING: list = []

@@ -97,12 +97,12 @@ def make(case: str, dtype: str, device: str, N: int, M: int, D: int = 0) -> tupl
     }, []
 
 
-def published(scores, epsilon: float = EPSILON):
+def published(scores, epsilon: float = EPSILON, iterations: int = ITERATIONS):
     """SwAV's and DINOv2's iteration: prototypes in rows, in float32 and in place."""
     M = (scores.float() / epsilon).exp().T
     K, B = M.shape
     M /= M.sum()
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         M /= M.sum(1, keepdim=True)
         M /= K
         M /= M.sum(0, keepdim=True)
