@@ -27,6 +27,11 @@ def cpu_features() -> list[str]:
     return ["portable", *(name for name, bit in FEATURES.items() if bits & bit)]
 
 
+def wider_than_mkl() -> bool:
+    """Whether float32 products are our own: MKL runs narrower code on AMD."""
+    return "AVX-512" in cpu_features() and bool(torch.ops.fastssl.cpu_features() & 16)
+
+
 def cpu_products() -> tuple[str, str]:
     """Which matrix products the blockwise CPU kernels run on, and why."""
     if why_missing:
@@ -38,6 +43,5 @@ def cpu_products() -> tuple[str, str]:
         bf16 = "own AVX512-BF16 products"
     else:
         bf16 = "converted to float32"
-    own = bits & 16 and "AVX-512" in features
-    fp32 = "own AVX-512 products, wider than MKL's on AMD" if own else "torch's BLAS"
+    fp32 = "own AVX-512 products, wider than MKL's on AMD" if wider_than_mkl() else "torch's BLAS"
     return "C++", f"fp32: {fp32}; bf16: {bf16}; fp16: converted to float32"

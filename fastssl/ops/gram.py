@@ -15,18 +15,80 @@ from fastssl.autograd import once_differentiable
 from fastssl.dist import Shards, all_sum, gather_rows, resolve_levels
 from fastssl.ops.blocks import steps, wide, world
 from fastssl.ops.checks import check_features
-from fastssl.ops.contrastive import without_autocast
+from fastssl.ops.contrastive import lib, without_autocast
+from fastssl.ops.product import product, product_
 from fastssl.ops.sharded import shards_of
 
 NORMALIZATIONS = ("batch_norm", "local_batch_norm", "local_std")
 BATCH_NORM_EPS = 1e-5
 
 
+# ---------------------------------------------------------------------------- passes over features
+
+
+def column_moments_ref(z: Tensor, mean: Tensor | None) -> Tensor:
+    """(2, D) in fp64: by column the sums of x and of x^2, x = z - mean (D,)."""
+    dtype = wide(z) if mean is None else mean.dtype
+    sums = torch.zeros(2, z.shape[1], dtype=torch.float64, device=z.device)
+    for s in steps(*z.shape, dtype):
+        x = z[s].to(dtype) if mean is None else z[s].to(dtype) - mean
+        sums[0] += x.sum(0)
+        sums[1] += x.square().sum(0)
+    return sums
+
+
+def column_dots_ref(x: Tensor, y: Tensor) -> Tensor:
+    """(1, D) in fp64: by column the sum of x y."""
+    total = torch.zeros(1, x.shape[1], dtype=torch.float64, device=x.device)
+    for s in steps(*x.shape, x.dtype):
+        total += (x[s] * y[s]).sum(0)
+    return total
+
+
+def standardise_ref(z: Tensor, mean: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """(z - mean) scale + shift by column, in the dtype of mean (D,)."""
+    x = z.to(mean.dtype) - mean
+    return x if scale is None else torch.addcmul(shift, x, scale)
+
+
+lib.define("column_moments(Tensor z, Tensor? mean) -> Tensor")
+lib.define("column_dots(Tensor x, Tensor y) -> Tensor")
+lib.define("standardise(Tensor z, Tensor mean, Tensor? scale, Tensor? shift) -> Tensor")
+lib.impl("column_moments", column_moments_ref, "CompositeExplicitAutograd")
+lib.impl("column_dots", column_dots_ref, "CompositeExplicitAutograd")
+lib.impl("standardise", standardise_ref, "CompositeExplicitAutograd")
+
+
+def _sums_fake(rows):
+    return lambda z, _: z.new_empty((rows, z.shape[1]), dtype=torch.float64)
+
+
+torch.library.register_fake("fastssl::column_moments", _sums_fake(2), lib=lib)
+torch.library.register_fake("fastssl::column_dots", _sums_fake(1), lib=lib)
+torch.library.register_fake(
+    "fastssl::standardise", lambda z, mean, *_: z.new_empty(z.shape, dtype=mean.dtype), lib=lib
+)
+
+
+def _column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """(D,)"""
+    by_reference = x.dtype == torch.float64
+    return (column_dots_ref if by_reference else torch.ops.fastssl.column_dots)(x, y).squeeze(0)
+
+
+def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n rows in all the mean (D,) in dtype, and in fp64, around it, sum and sum of squares."""
+    by_reference = dtype == torch.float64
+    moments = column_moments_ref if by_reference else torch.ops.fastssl.column_moments
+    mean = (all_sum(moments(z, None)[0], levels) / n).to(dtype)
+    return mean, *all_sum(moments(z, mean), levels).unbind()
+
+
 # ------------------------------------------------------------------------------- Gram matrices
 
 
 class Rows(NamedTuple):
-    """The rows of one view, centred and perhaps scaled; made in blocks, never as a whole."""
+    """One view's rows, centred and perhaps scaled; made in blocks, and kept if one holds all."""
 
     z: Tensor  # (N, D)
     mean: Tensor  # (D,) in the dtype of the products
@@ -34,6 +96,7 @@ class Rows(NamedTuple):
     shift: Tensor | None  # (D,), what is then added: what rounding the mean left over
     n: int  # rows of all ranks
     shards: Shards | None
+    whole: Tensor | None = None  # (N, D)
 
     @property
     def of_rows(self) -> bool:
@@ -48,24 +111,19 @@ class Rows(NamedTuple):
         return [(s, slice(None)) for s in steps(N, D, dtype)]
 
     def block(self, at: tuple[slice, slice]) -> Tensor:
-        x = self.z[at].to(self.mean.dtype) - self.mean[at[1]]
-        if self.inverse is None:
-            return x
-        return torch.addcmul(self.shift[at[1]], x, self.inverse[at[1]])
+        if self.whole is not None:
+            return self.whole
+        by_reference = self.mean.dtype == torch.float64
+        run = standardise_ref if by_reference else torch.ops.fastssl.standardise
+        inverse, shift = (None if x is None else x[at[1]] for x in (self.inverse, self.shift))
+        return run(self.z[at], self.mean[at[1]], inverse, shift)
+
+    def kept(self) -> "Rows":
+        blocks = self.blocks()
+        return self._replace(whole=self.block(blocks[0])) if len(blocks) == 1 else self
 
     def of_all(self, x: Tensor) -> Tensor:
         return x if self.shards is None else gather_rows(x, self.shards)
-
-
-def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of n rows in all the mean (D,) in dtype, and in fp64, around it, sum and sum of squares."""
-    mean = (all_sum(z.sum(0, dtype=dtype).double(), levels) / n).to(dtype)
-    sums = torch.zeros(2, len(mean), dtype=torch.float64, device=z.device)
-    for s in steps(*z.shape, dtype):
-        x = z[s].to(dtype) - mean
-        sums[0] += x.sum(0)
-        sums[1] += x.square_().sum(0)
-    return mean, *all_sum(sums, levels).unbind()
 
 
 def _strips(m: int) -> list[slice]:
@@ -83,23 +141,16 @@ def _gram(x: Rows) -> Tensor:
     if x.of_rows and x.shards is not None:
         for at in x.blocks():
             block = x.block(at)
-            gram.addmm_(block, x.of_all(block).T)
+            product_(gram, block, x.of_all(block).T, add=True)
         return gram
+    strips = _strips(len(gram))
     for at in x.blocks():
         y = x.block(at) if x.of_rows else x.block(at).T
-        for s in _strips(len(gram)):
-            gram[s, : s.stop].addmm_(y[s], y[: s.stop].T)
-    for s in _strips(len(gram)):
+        for s in strips:
+            product_(gram[s, : s.stop], y[s], y[: s.stop].T, add=True)
+    for s in strips[1:]:
         gram[: s.start, s] = gram[s, : s.start].T
     return gram if x.shards is None else all_sum(gram, x.shards.levels)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """sum_ij x_ij y_ij in fp64."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for s in steps(*x.shape, x.dtype):
-        total += (x[s] * y[s]).sum(dtype=torch.float64)
-    return total
 
 
 def _views(name: str, z_a: Tensor, z_b: Tensor, group, **options) -> tuple[int, Shards | None]:
@@ -125,44 +176,45 @@ def _views(name: str, z_a: Tensor, z_b: Tensor, group, **options) -> tuple[int, 
 
 @without_autocast
 def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
-    """The loss, and of each view: mean (D,), Gram matrix, factor of X in the gradient (D,)."""
+    """The loss, and of each view: mean (D,), X if kept, and in the gradient the factors of X: the
+    Gram matrix (N, n) or (D, D), and (D,)."""
     levels, D, dtype = () if shards is None else shards.levels, z_a.shape[1], wide(z_a, z_b)
     loss = torch.zeros((), dtype=torch.float64, device=z_a.device)
     for s in steps(*z_a.shape, dtype):
-        loss += (z_a[s].to(dtype) - z_b[s].to(dtype)).square_().sum(dtype=torch.float64)
+        difference = z_a[s].to(dtype) - z_b[s].to(dtype)
+        loss += _column_dots(difference, difference).sum()
     loss = all_sum(loss, levels) * (sim / (n * D))
     share = cov / (D * (n - 1) ** 2)
     kept = []
     for z in (z_a, z_b):
         mean, _, squares = _moments(z, n, levels, dtype)
-        x = Rows(z, mean, None, None, n, shards)
+        x = Rows(z, mean, None, None, n, shards).kept()
         gram = _gram(x)
         root = (squares / (n - 1) + eps).sqrt()
         loss = loss + std / 2 * (1 - root).relu().mean()
         factor = torch.where(root < 1, -std / (2 * D * (n - 1)) / root, 0)
         if x.of_rows:
-            off_diagonal = all_sum(_dot(gram, gram), levels) - squares.square().sum()
+            off_diagonal = all_sum(_column_dots(gram, gram).sum(), levels) - squares.square().sum()
             factor = factor - 4 * share * squares
         else:
             gram.diagonal().zero_()
-            off_diagonal = _dot(gram, gram)
+            off_diagonal = _column_dots(gram, gram).sum()
         loss = loss + share * off_diagonal
-        kept += [mean, gram, factor.to(dtype)]
+        kept += [mean, x.whole, gram.mul_(4 * share), factor.to(dtype)]
     return loss.to(dtype), kept
 
 
 @without_autocast
-def _vicreg_bwd(z, other, mean, gram, factor, slope, sim, cov, n, shards):
+def _vicreg_bwd(z, other, mean, whole, gram, factor, slope, sim, n, shards):
     """dz: slope times the gradient of the loss in z."""
-    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, mean, None, None, n, shards)
-    share = 4 * cov / (D * (n - 1) ** 2)
+    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, mean, None, None, n, shards, whole)
     for at in x.blocks():
         block = x.block(at)
         d = block * factor[at[1]]
         if x.of_rows:
-            d.addmm_(gram, x.of_all(block), alpha=share)
+            product_(d, gram, x.of_all(block), add=True)
         else:
-            d.addmm_(block, gram, alpha=share)
+            product_(d, block, gram, add=True)
         d.add_(z[at].to(d.dtype) - other[at].to(d.dtype), alpha=2 * sim / (n * D))
         dz[at] = d.mul_(slope)
     return dz
@@ -173,7 +225,7 @@ class VICReg(torch.autograd.Function):
     def forward(ctx, z_a, z_b, sim, std, cov, eps, n, shards):
         loss, kept = _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards)
         ctx.save_for_backward(z_a, z_b, *kept)
-        ctx.options = sim, cov, n, shards
+        ctx.options = sim, n, shards
         return loss
 
     @staticmethod
@@ -183,9 +235,9 @@ class VICReg(torch.autograd.Function):
         slope = dloss * world(ctx.options[-1])
         dz_a = dz_b = None
         if ctx.needs_input_grad[0]:
-            dz_a = _vicreg_bwd(z_a, z_b, *kept[:3], slope, *ctx.options)
+            dz_a = _vicreg_bwd(z_a, z_b, *kept[:4], slope, *ctx.options)
         if ctx.needs_input_grad[1]:
-            dz_b = _vicreg_bwd(z_b, z_a, *kept[3:], slope, *ctx.options)
+            dz_b = _vicreg_bwd(z_b, z_a, *kept[4:], slope, *ctx.options)
         return dz_a, dz_b, *[None] * 6
 
 
@@ -219,8 +271,8 @@ def vicreg(
             all ranks, eps not positive; on all ranks, what differs between them and must not.
 
     Memory: min(N, D)^2 numbers for each view and blocks of 8 MiB, N the rows of all ranks; over
-        W ranks those of the N x N matrix that belong to a rank's rows. Centred features are never
-        stored.
+        W ranks those of the N x N matrix that belong to a rank's rows. Centred features are stored
+        only where one block holds a view's.
 
     Notes: where N <= D by X X^T, whose rows are gathered in blocks of columns over several ranks,
         in the backward again; else by X^T X, which is all-reduced. Every statistic is that of the
@@ -261,9 +313,9 @@ def _standardised(z, n, shards, normalization, dtype):
     else:
         scale = (squares / rows + BATCH_NORM_EPS).sqrt()
         turn = 1 / (scale * rows)
-    shift = -rest / rows / scale
+    shift = rest / (scale * -rows)
     inverse, shift, turn = (x.to(dtype) for x in (1 / scale, shift, turn))
-    return Rows(z, mean, inverse, shift, n, shards), turn
+    return Rows(z, mean, inverse, shift, n, shards).kept(), turn
 
 
 @without_autocast
@@ -276,54 +328,60 @@ def _barlow_fwd(z_a, z_b, off_diagonal, normalization, n, shards):
     (a, turn_a), (b, turn_b) = (
         _standardised(z, n, shards, normalization, dtype) for z in (z_a, z_b)
     )
-    # By itself and in fp64: of C_ii near 1 the gradient has the difference to 1.
-    own = torch.zeros_like(a.mean, dtype=torch.float64)
+    # The diagonal by itself and in fp64: of C_ii near 1 the gradient has the difference to 1.
+    own = torch.zeros_like(a.mean, dtype=torch.float64)  # (D,)
+    c = None if a.of_rows else a.mean.new_zeros(len(own), len(own))  # (D, D)
     for at in a.blocks():
-        own[at[1]] += (a.block(at) * b.block(at)).sum(0)
+        x, y = a.block(at), b.block(at)
+        own[at[1]].add_(_column_dots(x, y))
+        if c is not None:
+            product_(c, x.T, y, add=True)
     diagonal = all_sum(own, levels) / n  # (D,)
-    if a.of_rows:
+    if c is None:
         matrices = [_gram(a), _gram(b)]
-        squares = all_sum(_dot(*matrices), levels) / n**2
+        squares = all_sum(_column_dots(*matrices).sum(), levels) / n**2
+        matrices = [x.mul_(2 * off_diagonal / n**2) for x in matrices]
         matrices += [((2 * (diagonal - 1) - 2 * off_diagonal * diagonal) / n).to(dtype)]
     else:
-        c = a.mean.new_zeros(len(own), len(own))  # (D, D)
-        for at in a.blocks():
-            c.addmm_(a.block(at).T, b.block(at), alpha=1 / n)
-        c.diagonal().copy_(own / n)
+        c.mul_(1 / n).diagonal().copy_(own / n)
         own, c = c, all_sum(c, levels)
-        squares = _dot(c, c)
+        squares = _column_dots(c, c).sum()
         slope = c * (2 * off_diagonal / n)
         slope.diagonal().copy_((diagonal - 1) * (2 / n))
-        along = slope * (c if normalization == "batch_norm" else own) * n
-        matrices = [slope, torch.stack([along.sum(1), along.sum(0)])]
+        along = slope * (c if normalization == "batch_norm" else own)
+        matrices = [slope, torch.stack([along.sum(1), along.sum(0)]).mul_(n)]
     squares = squares - diagonal.square().sum()
     loss = (diagonal - 1).square().sum() + off_diagonal * squares
-    return loss.to(dtype), [*a[1:4], turn_a, *b[1:4], turn_b], matrices
+    kept = [y for x, turn in ((a, turn_a), (b, turn_b)) for y in (*x[1:4], x.whole, turn)]
+    return loss.to(dtype), kept, matrices
 
 
 @without_autocast
-def _barlow_bwd(z_a, z_b, kept, matrices, slope, needs, off_diagonal, normalization, n, shards):
-    a, b = Rows(z_a, *kept[:3], n, shards), Rows(z_b, *kept[4:7], n, shards)
+def _barlow_bwd(z_a, z_b, kept, matrices, slope, needs, normalization, n, shards):
+    views = [Rows(z, *kept[i : i + 3], n, shards, kept[i + 3]) for i, z in ((0, z_a), (5, z_b))]
     levels = () if shards is None or normalization != "batch_norm" else shards.levels
-    found = []
-    for i, (x, y, turn) in enumerate(((a, b, kept[3]), (b, a, kept[7]))):
-        if not needs[i]:
-            found.append(None)
-            continue
-        dz = torch.empty_like(x.z)
-        for at in x.blocks():
-            block, columns = x.block(at), at[1]
-            if x.of_rows:
-                gram, of_diagonal = matrices[1 - i], matrices[2]
-                d = y.block(at).mul_(of_diagonal[columns])
-                d.addmm_(gram, x.of_all(block), alpha=2 * off_diagonal / n**2)
-                along = all_sum((d * block).sum(0), levels)
+    found = [torch.empty_like(x.z) if need else None for x, need in zip(views, needs, strict=True)]
+    # Of the gradient the factors by column, with that of the whole loss.
+    outer = [x.inverse * slope for x in views]
+    turns = [kept[i] * slope for i in (4, 9)]
+    of_rows = views[0].of_rows
+    if not of_rows:
+        factors = [matrices[0].T * outer[0], matrices[0] * outer[1]]  # (D, D)
+    for at in views[0].blocks():
+        blocks, columns = [x.block(at) for x in views], at[1]
+        for i, dz in enumerate(found):
+            if dz is None:
+                continue
+            x, y = blocks[i], blocks[1 - i]
+            if of_rows:
+                d = y * matrices[2][columns]
+                product_(d, matrices[1 - i], views[i].of_all(x), add=True)
+                along = all_sum(_column_dots(d, x), levels).to(d.dtype)
+                d.mul_(outer[i][columns])
             else:
-                d = y.block(at) @ (matrices[0] if i else matrices[0].T)
+                d = product(y, factors[i])
                 along = matrices[1][i]
-            d.mul_(x.inverse[columns]).sub_(block.mul_(along * turn[columns]))
-            dz[at] = d.mul_(slope)
-        found.append(dz)
+            dz[at] = d.addcmul_(x, along * turns[i][columns], value=-1)
     return found
 
 
@@ -332,7 +390,7 @@ class BarlowTwins(torch.autograd.Function):
     def forward(ctx, z_a, z_b, off_diagonal, normalization, n, shards):
         loss, kept, matrices = _barlow_fwd(z_a, z_b, off_diagonal, normalization, n, shards)
         ctx.save_for_backward(z_a, z_b, *kept, *matrices)
-        ctx.options = off_diagonal, normalization, n, shards
+        ctx.options = normalization, n, shards
         return loss
 
     @staticmethod
@@ -341,7 +399,7 @@ class BarlowTwins(torch.autograd.Function):
         z_a, z_b, *kept = ctx.saved_tensors
         slope = dloss * world(ctx.options[-1])
         needs = ctx.needs_input_grad[:2]
-        grads = _barlow_bwd(z_a, z_b, kept[:8], kept[8:], slope, needs, *ctx.options)
+        grads = _barlow_bwd(z_a, z_b, kept[:10], kept[10:], slope, needs, *ctx.options)
         return *grads, *[None] * 4
 
 
@@ -375,7 +433,7 @@ def barlow_twins(
 
     Memory: 2 N^2 numbers where N <= D, else 2 D^2, and blocks of 8 MiB, N the rows of all ranks;
         over W ranks those of the N x N matrices that belong to a rank's rows. Normalised features
-        are never stored.
+        are stored only where one block holds a view's.
 
     Notes: where N <= D by X X^T of both views, whose rows are gathered in blocks of columns over
         several ranks, in the backward again; else by C, which is all-reduced. With local statistics

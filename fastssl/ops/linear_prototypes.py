@@ -17,6 +17,7 @@ from fastssl.ops.checks import (
     slope_of_row,
 )
 from fastssl.ops.contrastive import without_autocast
+from fastssl.ops.product import is_wider, product, product_
 from fastssl.ops.prototype_loss import (
     PrototypeLoss,
     crops_of,
@@ -27,8 +28,9 @@ from fastssl.ops.prototype_loss import (
 
 # What the scores of a block may take, if that is enough rows for the products' full speed. With
 # K = 65536 on AMD cores 64 rows cost up to 24 % more, and 512 gain at most 6 %. Scores that fit a
-# block are made whole; and for 16-bit prototypes those of less than twice their gradient in
-# float32, which only blocks need: with S + T = 12, D = 256 it costs 14 % at B = 64.
+# block are made whole, unless our products are faster than the library's; and for 16-bit prototypes
+# those of less than twice their gradient in float32, which only blocks need: with S + T = 12,
+# D = 256 it costs 14 % at B = 64.
 BLOCK_BYTES = 32 << 20
 LEAST_ROWS = 256
 # Prototypes whose gradient is added at a time: their part of it, in 16 bit, stays in cache.
@@ -44,7 +46,8 @@ def _step(B: int, crops: int, K: int, dtype: torch.dtype) -> int:
 
 def _scores(z: Tensor, W: Tensor, out: Tensor) -> Tensor:
     """z W^T in the first rows of `out`: fresh memory costs as much as a product."""
-    return torch.mm(z, W.T, out=out[: len(z)])
+    out = out[: len(z)]
+    return product_(out, z, W.T) if out.dtype == torch.float32 else torch.mm(z, W.T, out=out)
 
 
 @without_autocast
@@ -84,11 +87,12 @@ def _pass(
         bwd(y, x, bias, *options, *stats, dloss[:, rows].contiguous())
         dy = y.view(-1, K)
         if dstudent is not None:
-            dstudent[:, rows] = (dy @ W).view(S, -1, D)
+            dz = product(dy, W) if W.dtype == torch.float32 else dy @ W
+            dstudent[:, rows] = dz.view(S, -1, D)
         if dW is not None:
             for part, g in zip(dW.split(PROTOTYPES), dy.split(PROTOTYPES, 1), strict=True):
                 if part.dtype == W.dtype:
-                    part.addmm_(g.T, z)
+                    product_(part, g.T, z, add=True)
                 else:
                     part += g.T @ z
     return loss, dstudent, dW
@@ -195,7 +199,7 @@ def linear_prototype_cross_entropy(
 
     Memory: scores of a block of samples (32 MiB, or 256 rows), and what a reduced loss
         keeps for its backward: both gradients in float32, O(S B D + K D). Scores that fit a block,
-        or little beside 16-bit prototypes, are made whole.
+        or little beside 16-bit prototypes, may be made whole.
 
     Notes: a reduced loss makes its gradient in the forward, with the products of the unfused form
         and none twice; the backward is one multiplication, in float32, and rounds once. With
@@ -251,7 +255,8 @@ def linear_prototype_cross_entropy(
     teacher = teacher.detach()
     scores_bytes = B * K * (S * dtypes[0].itemsize + len(teacher) * dtypes[1].itemsize)
     sums_bytes = 4 * student_prototypes.numel() if student_prototypes.itemsize == 2 else 0
-    if scores_bytes <= max(BLOCK_BYTES, 2 * sums_bytes):
+    own_products = dtypes[0] == dtypes[-1] == torch.float32 and is_wider(student)
+    if scores_bytes <= max(BLOCK_BYTES, 2 * sums_bytes) and not own_products:
         scores = linear(student.to(dtypes[0]), student_prototypes.to(dtypes[0]))
         if teacher_prototypes is not None:
             teacher = linear(teacher.to(dtypes[1]), teacher_prototypes.to(dtypes[1]))

@@ -10,33 +10,73 @@ from fastssl.dist import all_sum, gather_rows, host_may_wait, resolve_levels, sc
 from fastssl.extension import cpu_features
 from fastssl.ops.blocks import steps, wide, world
 from fastssl.ops.checks import check_features, unit_rows
-from fastssl.ops.contrastive import without_autocast
+from fastssl.ops.contrastive import lib, without_autocast
+from fastssl.ops.product import product
 from fastssl.ops.sharded import shards_of
+
+LAST = 2**32 - 1  # column
+NOT_YET = -(2**63)
+
+
+def _keys(x: Tensor, first: int) -> Tensor:
+    """int64, no two of a row alike: a float32's bits, ascending as integers, over its column from
+    behind, so that of equal ones the first is the largest. NaN is larger than all."""
+    bits = (x + 0.0).view(torch.int32)  # -0 becomes 0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = bits.masked_fill_(x.isnan(), 0x7FFFFFFF)
+    places = LAST - first - torch.arange(x.shape[1], device=x.device)
+    return torch.add(places, bits.long(), alpha=LAST + 1)
+
+
+def topk_ref_(best: Tensor, scores: Tensor, scale: Tensor | None, first: int) -> None:
+    """best (R, k), the largest keys so far, takes in those of scores (R, C) float32, times scale
+    (C,)."""
+    scores = scores if scale is None else scores * scale
+    best.copy_(torch.cat([best, _keys(scores, first)], 1).topk(best.shape[1]).values)
+
+
+def topk_result_ref(best: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores (R, k), largest first, and their columns."""
+    best = best.sort(dim=1, descending=True).values
+    bits = (best >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), LAST - (best & LAST)
+
+
+def inverse_lengths_ref(x: Tensor) -> Tensor:
+    """(R,) in float32: 1 / |x| by rows, of at least 1e-12."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
+
+
+lib.define("topk_(Tensor(a!) best, Tensor scores, Tensor? scale, int first) -> ()")
+lib.define("topk_result(Tensor best) -> (Tensor, Tensor)")
+lib.define("inverse_lengths(Tensor x) -> Tensor")
+lib.impl("topk_", topk_ref_, "CompositeExplicitAutograd")
+lib.impl("topk_result", topk_result_ref, "CompositeExplicitAutograd")
+lib.impl("inverse_lengths", inverse_lengths_ref, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastssl::topk_result",
+    lambda best: (best.new_empty(best.shape, dtype=torch.float32), torch.empty_like(best)),
+    lib=lib,
+)
+torch.library.register_fake(
+    "fastssl::inverse_lengths", lambda x: x.new_empty(len(x), dtype=torch.float32), lib=lib
+)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
     """(R, k): the places of each row's k largest, in ascending order; of equal ones the first."""
-    index = None
-    if x.device.type == "cpu" and host_may_wait(x):
-        values, index = x.topk(k, dim=1)  # of equal ones any: right where none is left out
-        if (x >= values[:, -1:]).sum() > k * len(x) or values.isnan().any():
-            index = None
-    if index is None and x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         index = x.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    elif index is None:
-        # No two have the same key: the bits, in order as integers, over the place from behind.
-        bits = (x + 0.0).view(torch.int32)  # -0 becomes 0
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        last = 2**32 - 1
-        places = last - torch.arange(x.shape[1], device=x.device)
-        keys = torch.add(places, bits.long(), alpha=last + 1)
-        index = last - (keys.topk(k, dim=1).values & last)
+    else:
+        index = torch.full((len(x), k), NOT_YET, device=x.device)
+        torch.ops.fastssl.topk_(index, x, None, 0)
+        index = LAST - (index & LAST)
     return index.sort(dim=1).values
 
 
 def _products(y: Tensor, every: Tensor, at: int) -> Tensor:
     """(rows, n); -inf for a row with itself, where the first stands at `at`."""
-    products = y @ every.T
+    products = product(y, every.T)
     products.diagonal(at).fill_(-math.inf)
     return products
 
@@ -260,13 +300,34 @@ def topk_cosine(
 @without_autocast
 def _topk_cosine(queries, bank, k, chunk):
     dtype = wide(queries, bank)
-    queries = unit_rows(queries.to(dtype))
+    if dtype == torch.float64:
+        return _topk_cosine_ref(unit_rows(queries.to(dtype)), bank, k, chunk)
+    # The bank's lengths are left out of the products, and those of queries that must stay bf16.
+    ops, narrow = torch.ops.fastssl, dtype
+    if queries.dtype == bank.dtype == torch.bfloat16:
+        narrow = torch.bfloat16
+    queries, bank = (x if x.stride(1) == 1 else x.contiguous() for x in (queries, bank))
+    queries = queries.to(narrow)
+    inverse = ops.inverse_lengths(queries).unsqueeze(1)
+    if narrow == dtype:
+        queries = queries * inverse
+    best = torch.full((len(queries), k), NOT_YET, device=queries.device)
+    for first in range(0, len(bank), chunk):
+        keys = bank[first : first + chunk].to(queries.dtype)  # (C, D)
+        of_keys = ops.inverse_lengths(keys)
+        for s in steps(len(queries), len(keys), dtype):
+            ops.topk_(best[s], product(queries[s], keys.T), of_keys, first)
+    cosines, rows = ops.topk_result(best)
+    return cosines if narrow == dtype else cosines.mul_(inverse), rows
+
+
+def _topk_cosine_ref(queries, bank, k, chunk):
     best = queries.new_full((len(queries), k), -math.inf)
     rows = torch.zeros_like(best, dtype=torch.int64)
     for first in range(0, len(bank), chunk):
-        keys = unit_rows(bank[first : first + chunk].to(dtype))  # (C, D)
+        keys = unit_rows(bank[first : first + chunk].to(queries.dtype))  # (C, D)
         known = min(first, k)  # so many columns of best are filled, in the order of the bank
-        for s in steps(len(queries), len(keys), dtype):
+        for s in steps(len(queries), len(keys), queries.dtype):
             products = queries[s] @ keys.T  # (R, C)
             near = _largest(products, min(k, len(keys)))
             both = torch.cat([best[s, :known], products.gather(1, near)], 1)

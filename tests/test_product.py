@@ -1,0 +1,101 @@
+"""The passes that the losses on whole products share, against plain torch, on every path."""
+
+import pytest
+import torch
+from oracle import assert_no_worse
+
+from fastssl.ops import gram, neighbours
+from fastssl.ops.product import product, product_
+
+ops = torch.ops.fastssl
+SIZES = [(1, 5, 7), (24, 16, 32), (25, 17, 33), (100, 1000, 70), (300, 64, 600), (900, 40, 20)]
+
+
+@pytest.fixture(params=["own", "library"])
+def path(request):
+    if request.param == "library":
+        ops.override_cpu_features(0)
+    yield request.param
+    ops.override_cpu_features(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m,k,n", SIZES)
+def test_products(m, k, n, dtype, path):
+    x, y = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    for a in (x, x.T.contiguous().T):
+        for b in (y, y.T.contiguous().T):
+            whole = torch.randn(m, n + 3)
+            before = whole.clone()
+            true, plain = before[:, :n] + a.double() @ b.double(), a.float() @ b.float()
+            product_(whole[:, :n], a, b, add=True)
+            assert_no_worse(whole[:, :n], true, before[:, :n] + plain)
+            assert torch.equal(whole[:, n:], before[:, n:])
+            assert_no_worse(product(a, b), a.double() @ b.double(), plain)
+
+
+def at_threads(count, call):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_change_no_bit():
+    x, y = torch.randn(1500, 800), torch.randn(800, 700)
+
+    def run():
+        found = [product(x, y), product(x.bfloat16(), y.bfloat16().T.contiguous().T)]
+        found += [ops.column_moments(x, x[0]), ops.column_dots(x, x), ops.inverse_lengths(x)]
+        return found + [ops.standardise(x, x[0], x[1], x[2])]
+
+    one = at_threads(1, run)
+    for count in (2, 3):
+        assert all(map(torch.equal, one, at_threads(count, run)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N,D", [(1, 1), (7, 5), (65, 33), (600, 300)])
+def test_passes_over_features(N, D, dtype):
+    z, mean = torch.randn(N, D).add(3).to(dtype), torch.full((D,), 3.0)
+    scale, shift = torch.randn(2, D).unbind()
+    for x in (z, z.T.contiguous().T, torch.stack([z, z], 2)[..., 0]):
+        for given in (None, mean):
+            true = gram.column_moments_ref(z.double(), None if given is None else mean.double())
+            torch.testing.assert_close(ops.column_moments(x, given), true, rtol=1e-6, atol=1e-3)
+        y = gram.standardise_ref(z, mean, scale, shift)
+        torch.testing.assert_close(ops.standardise(x, mean, scale, shift), y)
+        assert torch.equal(ops.standardise(x, mean, None, None), z.float() - mean)
+        if dtype == torch.float32:
+            true = gram.column_dots_ref(z.double(), y.double())
+            torch.testing.assert_close(ops.column_dots(x, y), true, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 4, 60])
+def test_topk_keeps_what_sorting_keeps(k):
+    x = torch.randint(-9, 9, (20, 300)).float() / 4  # many equal ones
+    x[0, 5:200:7], x[1] = torch.nan, torch.nan
+    x[2], x[3], x[4, 10:20] = -torch.inf, x[3].sort().values, torch.inf
+    scale = torch.randint(1, 4, (300,)).float()
+    for factors in (None, scale):
+        best = torch.full((20, k), neighbours.NOT_YET)
+        expected = best.clone()
+        for first, last in ((0, 70), (70, 71), (71, 300)):
+            own = None if factors is None else factors[first:last]
+            ops.topk_(best, x[:, first:last], own, first)
+            neighbours.topk_ref_(expected, x[:, first:last], own, first)
+        found = ops.topk_result(best)
+        for got, true in zip(found, neighbours.topk_result_ref(expected), strict=True):
+            torch.testing.assert_close(got, true, rtol=0, atol=0, equal_nan=True)
+        y = x if factors is None else x * factors
+        order = y.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(found[1], order)
+
+
+def test_lengths():
+    x = torch.randn(9, 70)
+    x[3] = 0
+    for y in (x, x.bfloat16()):
+        torch.testing.assert_close(ops.inverse_lengths(y), neighbours.inverse_lengths_ref(y))
