@@ -33,12 +33,12 @@ from .task import Task, check_one_label, spread
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune. `lr` is of the last layers of the backbone, for a batch of 256 where
-    `linear_rule` holds."""
+    """How to fine-tune. `lr` is of the last layers of the backbone for a batch of 256; of B it is
+    lr (B / 256)^batch_power."""
 
     optimizer: str
     lr: float
-    linear_rule: bool
+    batch_power: float
     batch_size: int
     epochs: int
     head_times: float = 1.0
@@ -64,20 +64,20 @@ class Recipe:
 # Of few-label recipes that differ, the one for 1 % has that in its name.
 RECIPES = {
     "vit": Recipe(
-        "adamw", 5e-4, True, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
+        "adamw", 5e-4, 1.0, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
         drop_path=0.1, mixup=0.8, cutmix=1.0, label_smoothing=0.1,
     ),
     "thorax": Recipe(
-        "adamw", 2.5e-4, True, 1024, 75, warmup_epochs=5, last_share=0.01, weight_decay=0.05,
+        "adamw", 2.5e-4, 1.0, 1024, 75, warmup_epochs=5, last_share=0.01, weight_decay=0.05,
         layer_decay=0.55, drop_path=0.2, pool="patches",
     ),
-    "cnn": Recipe("nesterov", 0.01, True, 256, 50, head_times=10, weight_decay=1e-4),
-    "simclr": Recipe("nesterov", 0.05, True, 1024, 30),
-    "simclr-1%": Recipe("nesterov", 0.05, True, 1024, 60),
-    "simclr_v2": Recipe("lars", 0.16, False, 1024, 30),
-    "simclr_v2-1%": Recipe("lars", 0.16, False, 1024, 60),
-    "swav": Recipe("nesterov", 0.01, False, 256, 20, head_times=20, milestones=(0.6, 0.8)),
-    "swav-1%": Recipe("nesterov", 0.02, False, 256, 20, head_times=250, milestones=(0.6, 0.8)),
+    "cnn": Recipe("nesterov", 0.01, 1.0, 256, 50, head_times=10, weight_decay=1e-4),
+    "simclr": Recipe("nesterov", 0.05, 1.0, 1024, 30),
+    "simclr-1%": Recipe("nesterov", 0.05, 1.0, 1024, 60),
+    "simclr_v2": Recipe("lars", 0.08, 0.5, 1024, 30),
+    "simclr_v2-1%": Recipe("lars", 0.08, 0.5, 1024, 60),
+    "swav": Recipe("nesterov", 0.01, 0.0, 256, 20, head_times=20, milestones=(0.6, 0.8)),
+    "swav-1%": Recipe("nesterov", 0.02, 0.0, 256, 20, head_times=250, milestones=(0.6, 0.8)),
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def finetune(
       5 epochs warm-up, cosine to a hundredth | 1024, 75 | drop path 0.2, mean of the patches |
     | cnn (ours) | Nesterov 0.9, decay 1e-4 | 0.01 B/256, head 10 times, cosine | 256, 50 | |
     | simclr | Nesterov 0.9 | 0.05 B/256, cosine | 1024, 30; of 1 % 60 | |
-    | simclr_v2 | LARS, momentum 0.9 | 0.16, cosine | 1024, 30; of 1 % 60 | |
+    | simclr_v2 | LARS, momentum 0.9 | 0.005 sqrt(B), cosine | 1024, 30; of 1 % 60 | |
     | swav | Nesterov 0.9 | 0.01, head 0.2; of 1 % 0.02 and 5; a fifth at 60 and 80 % | 256, 20 | |
 
     Args:
@@ -330,7 +330,7 @@ def _once(
         held = held_out(classes, seed)
         fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
         batch_size = min(r.batch_size, len(fitted))
-        scale = batch_size / 256 if r.linear_rule else 1.0
+        scale = (batch_size / 256) ** r.batch_power
         optimizer = _optimizer(model, r, scale)
         base = [group["lr"] for group in optimizer.param_groups]
         mix = _mixing(r, task.num_classes)
