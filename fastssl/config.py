@@ -69,6 +69,8 @@ class PretrainConfig:
     """Learning rate at the end; none: 0."""
     layer_decay: float | None = None
     """Factor in (0, 1] on the rate of each layer of the backbone below the last; none: 1."""
+    bias_lr_factor: float | None = None
+    """Factor on the rate of what does not decay: biases and normalisation; none: 1."""
     weight_decay: float | None = None
     """Of matrices and filters; biases and normalisation are left alone."""
     final_weight_decay: float | None = None
@@ -144,7 +146,7 @@ class PretrainConfig:
 _TRACKERS = ("tensorboard", "wandb", "mlflow")
 _LEAST = {"epochs": 1, "batch_size": 2, "image_size": 1, "max_side": 1, "log_every": 1}
 _LEAST |= {"save_every": 1, "keep": 1, "hold_out": 0, "workers": 0, "seed": 0}
-_LEAST |= {"lr": 0, "weight_decay": 0, "warmup_epochs": 0}
+_LEAST |= {"lr": 0, "bias_lr_factor": 0, "weight_decay": 0, "warmup_epochs": 0}
 _LEAST |= {"min_lr": 0, "final_weight_decay": 0, "max_grad_norm": 0, "sam_rho": 0, "chunk": 0}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastssl.augment import augment
 from fastssl.data import ShapesSource, TensorSource
 from fastssl.evaluate import (
     Inputs,
@@ -30,6 +31,7 @@ from fastssl.evaluate.finetune import (
     _drop_path,
     _loss,
     _rate_factor,
+    _views,
     finetune,
 )
 from fastssl.evaluate.kshot import draw_share
@@ -281,10 +283,31 @@ def test_finetune_with_few_labels_takes_the_recipe_of_one_percent():
     assert RECIPES["simclr-1%"].epochs == 60 and recipes["finetune-1%"]["epochs"] == 1
     assert found["protocol"]["runs"]["finetune-1%"][0]["held_out_top1_percent"] == []
     found = finetune(task(Net(), 300), "simclr_v2", shares=(0.1,), epochs=1, seeds=1)
-    recipe = found["protocol"]["recipe"]["finetune-10%"]
-    assert (recipe["optimizer"], recipe["lr"]) == ("lars", 0.005 * 1024**0.5)
+    assert found["protocol"]["recipe"]["finetune-10%"]["optimizer"] == "lars"
+    run = found["protocol"]["runs"]["finetune-10%"][0]
+    assert run["batch_size"] == 27 and run["lr"] == pytest.approx(0.005 * 27**0.5)
     shots = finetune(task(Net()), shots=(2,), epochs=1, seeds=1)
     assert list(shots["top1_percent"]) == ["finetune-2-shot"]
+
+
+def test_half_of_the_time_twice_an_image_is_changed():
+    pytest.importorskip("torchvision")
+    a, images = task(Net()), torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
+
+    def seen(recipe, epoch=0):
+        x = images
+        for view in _views(a, RECIPES[recipe]):
+            (x,) = augment(x, torch.arange(300), [view], seed=3, epoch=epoch)
+        return x
+
+    plain, changed = seen("cnn"), seen("thorax")
+    assert changed.shape == (300, 3, 8, 8) and torch.equal(changed, seen("thorax"))
+    assert changed.amin() >= plain.amin() - 0.1 and changed.amax() <= plain.amax() + 0.1
+    same = torch.isclose(changed, plain, atol=1e-4).flatten(1).all(1)
+    assert 0.2 < same.float().mean() < 0.45  # a quarter, and where an operation did nothing
+    different = (seen("vit") - plain).abs().mean(), (changed - plain).abs().mean()
+    assert different[0] > different[1] > 0.1
+    assert not torch.equal(changed, seen("thorax", epoch=1))
 
 
 def test_finetune_of_a_transformer_decays_rates_by_layer_mixes_and_drops():
@@ -292,7 +315,8 @@ def test_finetune_of_a_transformer_decays_rates_by_layer_mixes_and_drops():
     net = build_backbone("vit_small", 3, 8)
     found = finetune(task(net), epochs=1, seeds=1, precision="bf16", mixup=0.8, cutmix=1.0)
     assert found["protocol"]["recipe_name"] == "vit"
-    assert found["protocol"]["recipe"]["finetune"]["layer_decay"] == 0.65
+    recipe = found["protocol"]["recipe"]["finetune"]
+    assert (recipe["layer_decay"], recipe["rand_augment"]) == (0.65, 9)
     again = finetune(task(net), epochs=1, seeds=1, precision="bf16", mixup=0.8, cutmix=1.0)
     assert found == again
 
@@ -335,6 +359,7 @@ def test_loss_of_several_labels_is_a_binary_cross_entropy_each():
 
 
 def test_the_thorax_recipe_is_that_of_transformers_with_several_labels():
+    pytest.importorskip("torchvision")
     net = build_backbone("vit_small", 3, 8)
     found = finetune(several(net), epochs=1, seeds=1)
     assert found["protocol"]["recipe_name"] == "thorax"
@@ -395,6 +420,7 @@ def test_finetune_errors():
         ({"precision": "fp8"}, 'precision must be "fp32", "bf16" or "auto", got \'fp8\''),
         ({"seeds": 0}, "seeds must be >= 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"rand_augment": 11}, "rand_augment must be at most 10, got 11"),
         ({"shares": (2.0,)}, "shares must be in"),
     ]:
         with pytest.raises(ValueError, match=message):

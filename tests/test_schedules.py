@@ -68,6 +68,21 @@ def test_layers_keep_their_share_of_the_rate(optimizer):
         )
 
 
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.0}, {"layer_decay": 0.5}])
+def test_biases_learn_at_a_factor_of_the_rate_of_weights(settings):
+    schedule, method = made(bias_lr_factor=0.1, **settings)
+    schedule.apply(25)
+    groups = schedule.optimizer.param_groups
+    lr = {id(p): group["lr"] for group in groups for p in group["params"]}
+    lr = {name: lr[id(p)] for name, p in method.named_parameters()}
+    stage = "backbone.stages.1"
+    for weight, others in (
+        (f"{stage}.conv1.weight", (f"{stage}.bn1.weight", f"{stage}.bn1.bias")),
+        ("head.3.weight", ("head.1.weight", "head.3.bias")),
+    ):
+        assert [lr[name] / lr[weight] for name in others] == pytest.approx([0.1, 0.1])
+
+
 def test_weight_decay_moves_where_there_is_any():
     schedule, method = made(final_weight_decay=0.4)
     for step, want in ((0, 0.1), (25, 0.25), (50, 0.4)):

@@ -125,6 +125,7 @@ _SETTINGS = {
     "drop_path": (float, "X", "of finetune."),
     "mixup": (float, "X", "of finetune; needs torchvision."),
     "cutmix": (float, "X", "of finetune; needs torchvision."),
+    "rand_augment": (int, "N", "of finetune: magnitude of RandAugment, of 10; needs torchvision."),
     "from_head": (int, "N", "layers of the pretraining head that finetune keeps. Default: 0."),
     "save": (str, "FILE", "for the classifier that finetune made, for `pretrain distill`."),
     "pool": (str, "NAME", "of finetune: own features, or patches, the mean of the last map."),

@@ -70,8 +70,8 @@ GROUPS = {
     "images": "image_size max_side workers hold_out",
     "network": "backbone init_from freeze",
     "optimisation": "epochs batch_size chunk optimizer optimizer_args lr lr_schedule"
-    " warmup_epochs min_lr layer_decay weight_decay final_weight_decay max_grad_norm sam_rho"
-    " sam_adaptive",
+    " warmup_epochs min_lr layer_decay bias_lr_factor weight_decay final_weight_decay max_grad_norm"
+    " sam_rho sam_adaptive",
     "machine": "device precision compile parallel",
 }
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..augment import augment
+from ..augment import Custom, Resize, View, augment
 from ..data import epoch_order
 from ..extras import nearest, require
 from ..models import classifier
@@ -33,12 +33,12 @@ from .task import Task, check_one_label, spread
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune. `lr` is of the last layers of the backbone, for a batch of 256 where
-    `linear_rule` holds."""
+    """How to fine-tune. `lr` is of the last layers of the backbone for a batch of 256; of B it is
+    lr (B / 256)^batch_power."""
 
     optimizer: str
     lr: float
-    linear_rule: bool
+    batch_power: float
     batch_size: int
     epochs: int
     head_times: float = 1.0
@@ -56,6 +56,8 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     """Beta distributions' parameter; 0 is none. With both, one of them in each batch."""
+    rand_augment: int = 0
+    """Of 10, magnitude of RandAugment; 0 is none."""
     label_smoothing: float = 0.0
     pool: str = "own"
     """Features under the head: the network's own, or "patches", the mean of its last map."""
@@ -64,20 +66,20 @@ class Recipe:
 # Of few-label recipes that differ, the one for 1 % has that in its name.
 RECIPES = {
     "vit": Recipe(
-        "adamw", 5e-4, True, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
-        drop_path=0.1, mixup=0.8, cutmix=1.0, label_smoothing=0.1,
+        "adamw", 5e-4, 1.0, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
+        drop_path=0.1, mixup=0.8, cutmix=1.0, rand_augment=9, label_smoothing=0.1,
     ),
     "thorax": Recipe(
-        "adamw", 2.5e-4, True, 1024, 75, warmup_epochs=5, last_share=0.01, weight_decay=0.05,
-        layer_decay=0.55, drop_path=0.2, pool="patches",
+        "adamw", 2.5e-4, 1.0, 1024, 75, warmup_epochs=5, last_share=0.01, weight_decay=0.05,
+        layer_decay=0.55, drop_path=0.2, rand_augment=6, pool="patches",
     ),
-    "cnn": Recipe("nesterov", 0.01, True, 256, 50, head_times=10, weight_decay=1e-4),
-    "simclr": Recipe("nesterov", 0.05, True, 1024, 30),
-    "simclr-1%": Recipe("nesterov", 0.05, True, 1024, 60),
-    "simclr_v2": Recipe("lars", 0.16, False, 1024, 30),
-    "simclr_v2-1%": Recipe("lars", 0.16, False, 1024, 60),
-    "swav": Recipe("nesterov", 0.01, False, 256, 20, head_times=20, milestones=(0.6, 0.8)),
-    "swav-1%": Recipe("nesterov", 0.02, False, 256, 20, head_times=250, milestones=(0.6, 0.8)),
+    "cnn": Recipe("nesterov", 0.01, 1.0, 256, 50, head_times=10, weight_decay=1e-4),
+    "simclr": Recipe("nesterov", 0.05, 1.0, 1024, 30),
+    "simclr-1%": Recipe("nesterov", 0.05, 1.0, 1024, 60),
+    "simclr_v2": Recipe("lars", 0.08, 0.5, 1024, 30),
+    "simclr_v2-1%": Recipe("lars", 0.08, 0.5, 1024, 60),
+    "swav": Recipe("nesterov", 0.01, 0.0, 256, 20, head_times=20, milestones=(0.6, 0.8)),
+    "swav-1%": Recipe("nesterov", 0.02, 0.0, 256, 20, head_times=250, milestones=(0.6, 0.8)),
 }  # fmt: skip
 
 
@@ -94,6 +96,7 @@ def finetune(
     drop_path: float | None = None,
     mixup: float | None = None,
     cutmix: float | None = None,
+    rand_augment: int | None = None,
     pool: str | None = None,
     precision: str = "auto",
     from_head: int = 0,
@@ -111,12 +114,14 @@ def finetune(
     | recipe | optimizer | rate | batch, epochs | else |
     |---|---|---|---|---|
     | vit (MAE's ViT-B) | AdamW, decay 0.05 | 5e-4 B/256, times 0.65 a block downwards, 5 epochs
-      warm-up, cosine | 1024, 100 | drop path 0.1, mixup 0.8, cutmix 1.0, smoothing 0.1 |
+      warm-up, cosine | 1024, 100 | drop path 0.1, mixup 0.8, cutmix 1.0, smoothing 0.1,
+      RandAugment 9 |
     | thorax (MAE on radiographs) | AdamW, decay 0.05 | 2.5e-4 B/256, times 0.55 a block downwards,
-      5 epochs warm-up, cosine to a hundredth | 1024, 75 | drop path 0.2, mean of the patches |
+      5 epochs warm-up, cosine to a hundredth | 1024, 75 | drop path 0.2, RandAugment 6, mean of the
+      patches |
     | cnn (ours) | Nesterov 0.9, decay 1e-4 | 0.01 B/256, head 10 times, cosine | 256, 50 | |
     | simclr | Nesterov 0.9 | 0.05 B/256, cosine | 1024, 30; of 1 % 60 | |
-    | simclr_v2 | LARS, momentum 0.9 | 0.16, cosine | 1024, 30; of 1 % 60 | |
+    | simclr_v2 | LARS, momentum 0.9 | 0.005 sqrt(B), cosine | 1024, 30; of 1 % 60 | |
     | swav | Nesterov 0.9 | 0.01, head 0.2; of 1 % 0.02 and 5; a fifth at 60 and 80 % | 256, 20 | |
 
     Args:
@@ -125,8 +130,8 @@ def finetune(
             "thorax", else "cnn".
         shares: of the labels, in (0, 1], the same number of each class; 1 is all.
         shots: numbers of labels a class, instead of shares.
-        epochs, train_batch_size, lr, weight_decay, layer_decay, drop_path, mixup, cutmix: instead
-            of the recipe's; batches are at most the labelled images.
+        epochs, train_batch_size, lr, weight_decay, layer_decay, drop_path, mixup, cutmix,
+            rand_augment: instead of the recipe's; batches are at most the labelled images.
         pool: "own", the network's features, or "patches", the mean of its last map.
         precision: "fp32", "bf16" by autocast, or "auto": bf16 on a GPU.
         from_head: hidden layers of the head that the run was pretrained with that are kept, below a
@@ -145,12 +150,14 @@ def finetune(
         ValueError: an unknown recipe, a value out of range, images without labels, several labels
             an image with shots, save or a recipe that mixes them, or a network that from_head or
             save cannot work with.
-        ImportError: mixup or cutmix without torchvision. FloatingPointError: the loss diverged.
+        ImportError: mixup, cutmix or RandAugment without torchvision. FloatingPointError: the loss
+            diverged.
 
-    Notes: augmentation is crops of 8 to 100 % and, where it means the same, the mirror image;
-        RandAugment and random erasing of the MAE recipes are left out. Drop path skips a block as a
-        whole, attention and MLP together, by a hook: any backbone's. Under torchrun the runs are
-        dealt out to ranks.
+    Notes: augmentation is crops of 8 to 100 % and, where it means the same, the mirror image; then
+        RandAugment, twice half the time one of torchvision's operations (timm's list and its noise
+        on the magnitude differ a little), an image at a time on the CPU. MAE's random erasing is
+        left out. Drop path skips a block as a whole, attention and MLP together, by a hook: any
+        backbone's. Under torchrun the runs are dealt out to ranks.
 
     Example:
         >>> from fastssl.evaluate import evaluate
@@ -189,11 +196,14 @@ def finetune(
     given = {
         "epochs": epochs, "batch_size": train_batch_size, "lr": lr, "weight_decay": weight_decay,
         "layer_decay": layer_decay, "drop_path": drop_path, "mixup": mixup, "cutmix": cutmix,
+        "rand_augment": rand_augment,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     for name, value in given.items():
         if value < (1 if name in ("epochs", "batch_size") else 0):
             raise ValueError(f"finetune: {name} must be at least 1, a rate at least 0, got {value}")
+    if rand_augment is not None and rand_augment > 10:
+        raise ValueError(f"finetune: rand_augment must be at most 10, got {rand_augment}.")
     if pool is not None:
         given["pool"] = pool
     if precision == "auto":
@@ -330,11 +340,11 @@ def _once(
         held = held_out(classes, seed)
         fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
         batch_size = min(r.batch_size, len(fitted))
-        scale = batch_size / 256 if r.linear_rule else 1.0
+        scale = (batch_size / 256) ** r.batch_power
         optimizer = _optimizer(model, r, scale)
         base = [group["lr"] for group in optimizer.param_groups]
         mix = _mixing(r, task.num_classes)
-        view = task.inputs.training_view(task.train.source.mirror)
+        views = _views(task, r)
         curve, best, weights, step = [], -1.0, None, 0
         for epoch in range(r.epochs):
             order = epoch_order(len(fitted), batch_size, seed=seed, epoch=epoch)
@@ -348,8 +358,10 @@ def _once(
                     at = epoch if r.milestones else epoch + number / len(order)
                     for group, lr in zip(optimizer.param_groups, base, strict=True):
                         group["lr"] = lr * _rate_factor(r, at)
-                    x = augment(task.inputs.colour(images), index, [view], seed=seed, epoch=epoch)
-                    x, y = mix(x[0], y)
+                    x = task.inputs.colour(images)
+                    for view in views:
+                        (x,) = augment(x, index, [view], seed=seed, epoch=epoch)
+                    x, y = mix(x, y)
                     loss = _loss(model, x, y, r, precision)
                     optimizer.zero_grad()
                     loss.backward()
@@ -463,6 +475,21 @@ def _mixing(r: Recipe, num_classes: int):
         if alpha
     ]
     return v2.RandomChoice(kinds)
+
+
+def _views(task: Task, r: Recipe) -> list[View | Custom]:
+    """One after the other, each of what the one before has made."""
+    inputs = task.inputs
+    view = inputs.training_view(task.train.source.mirror)
+    if not r.rand_augment:
+        return [view]
+    v2 = require("torchvision.transforms.v2", "vision")
+    bilinear = v2.InterpolationMode.BILINEAR
+    # From 0 to 10, not torchvision's 30; empty corners grey.
+    change = v2.RandAugment(1, r.rand_augment, 11, interpolation=bilinear, fill=0.5)
+    half = v2.RandomApply([change], p=0.5)
+    whole = View(Resize(inputs.size), inputs.normalize)
+    return [View(*view.specs[:-1]), Custom(v2.Compose([half, half]), inputs.size), whole]
 
 
 @contextmanager

@@ -66,8 +66,7 @@ CIFAR10: dict[str, dict[str, Any]] = {
     "barlow": _CIFAR10 | {"lr": 0.3, "method_args": {"hidden_dim": 2048, "out_dim": 2048}},
 }
 
-# Rates are those of the whole batch: 0.3 B / 256 and so on. Barlow Twins' biases and norms learn
-# there at 0.024 of the rate, here at all of it.
+# Rates are those of the whole batch: 0.3 B / 256 and so on.
 IMAGENET: dict[str, dict[str, Any]] = {
     "simclr": _IMAGENET | {"epochs": 100, "lr": 4.8, "method_args": {"temperature": 0.1}},
     "moco_v2": _IMAGENET
@@ -93,7 +92,8 @@ IMAGENET: dict[str, dict[str, Any]] = {
         "method_args": {"teacher_temperature": 0.04},
     },
     "vicreg": _IMAGENET | {"epochs": 1000, "batch_size": 2048, "lr": 1.6, "method_args": {}},
-    "barlow": _IMAGENET | {"epochs": 300, "batch_size": 2048, "lr": 1.6, "method_args": {}},
+    "barlow": _IMAGENET
+    | {"epochs": 300, "batch_size": 2048, "lr": 1.6, "bias_lr_factor": 0.024, "method_args": {}},
     "lejepa": _IMAGENET_VIT
     | {"lr": 5e-4, "weight_decay": 5e-2, "method_args": {"lam": 0.02, "local_size": 96}},
 }

@@ -153,6 +153,7 @@ EVERY: dict[str, Any] = {
     "lr_schedule": "cosine",
     "min_lr": 0.0,
     "layer_decay": 1.0,
+    "bias_lr_factor": 1.0,
     "max_grad_norm": 0.0,
     "sam_rho": 0.0,
     "sam_adaptive": False,

@@ -130,7 +130,8 @@ def train_mode(method: nn.Module, patterns: list[str]) -> nn.Module:
 def build_optimizer(
     config: PretrainConfig, method: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer by its name; matrices and kernels decay, early layers may learn slower."""
+    """The optimizer by its name; matrices and kernels decay, early layers and biases may learn
+    slower."""
     cls, settings = _OPTIMIZERS[config.optimizer], {}
     own_fields = {"lr", "weight_decay", "max_grad_norm"} & (config.optimizer_args or {}).keys()
     if own_fields:  # the schedules would overrule them
@@ -153,6 +154,9 @@ def build_optimizer(
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in layered]
         groups = layers + [group for group in groups if group["params"]]
+    for group in groups:
+        if any(p.ndim < 2 for p in group["params"]):  # with or without a weight_decay to tell
+            group["lr"] = group.get("lr", config.lr) * config.bias_lr_factor
     try:
         return cls(groups, lr=config.lr, **settings | (config.optimizer_args or {}))
     except TypeError as error:
