@@ -90,6 +90,17 @@ def test_what_fails_is_a_result(monkeypatch):
     assert row["failed"] == {"ours": "out of memory"}
 
 
+def test_on_gpus_memory_is_measured_beside_the_times(monkeypatch, quick):
+    monkeypatch.setattr(measure, "timed", lambda call, device: len(call()) * 1e-3)
+    monkeypatch.setattr(measure, "peak_mib", lambda call, device: {"cuda": 7.0}[device])
+    case = dataclasses.replace(fake(ours="fine", one="no memory", two="fine"), device="cuda")
+    row = running.row(case, **ONCE | {"baselines": ["one", "two"]}, apart=False)
+    assert row["failed"] == {"one": "out of memory"} and list(row["ratios"]) == ["two"]
+    assert row["providers"]["two"]["extra_mib"] == 7
+    # Whoever has asked for a GPU must not fork, and what is preloaded asks.
+    assert running._context("cuda").get_start_method() == "spawn"
+
+
 def turns(monkeypatch, **ms):
     """Blocks of calls that take so many milliseconds each, by a clock that does not run."""
     calls = []
@@ -312,6 +323,8 @@ def test_apex_of_pypi_is_not_nvidias(monkeypatch):
         ),
         (["losses", "--dtype", "float16"], "nothing fits"),
         (["--seconds", "0"], "seconds must be above 0"),
+        (["--device", "tpu"], "device must be cpu, cuda or auto, got 'tpu'"),
+        (["augment", "--case", "clip", "--scaling"], "no curve fits groups ['augment']"),
         (["--compare", "nothing", "here"], "no results in nothing"),
     ],
 )

@@ -57,11 +57,13 @@ def bench(
         The folder. An unfinished run's has the rows so far.
 
     Raises:
-        ValueError: an unknown name or size.
+        ValueError: an unknown name or size, or no GPU.
 
     Notes: warns where there are no pictures because matplotlib is missing; `draw` makes them later.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: device must be cpu here, got 'cuda': torch finds no GPU.")
     threads = threads or torch.get_num_threads()
     chosen = []
     if not scaling:
