@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -259,12 +260,12 @@ def test_scaling_fits_the_exponent(tmp_path, monkeypatch):
     sizes = {"N": [2, 4, 8], "D": [4]}
     curves = [("N", 2.0, cases(["losses"], names=["clip"], sizes=sizes, dtypes=["float32"]))]
     monkeypatch.setattr("fastssl.bench.scaling_cases", lambda *_: curves)
-    monkeypatch.setattr(
-        running, "row",
-        lambda case, **_: {
-            "failed": {}, "providers": {"ours": {"median_ms": 3 * dict(case.sizes)["N"] ** 1.5}}
-        },
-    )  # fmt: skip
+    disturbed = iter([1, 9, 1, 2, 1, 3])  # on the way up, and down
+
+    def median_ms(case):
+        return 3 * dict(case.sizes)["N"] ** 1.5 * next(disturbed)
+
+    monkeypatch.setattr(running, "median_ms", median_ms)
     monkeypatch.setattr(sharded, "seconds", lambda *_, world, **__: {"gather": [4.0 / world] * 3})
     monkeypatch.setattr("fastssl.bench.sharded.os.cpu_count", lambda: 6)
     from fastssl.bench import _curves
@@ -275,7 +276,8 @@ def test_scaling_fits_the_exponent(tmp_path, monkeypatch):
     assert against_w["exponent"] == pytest.approx(-1) and against_w["values"] == [1, 2, 4]
     text = results.markdown({"environment": ENVIRONMENT, "rows": [], "scaling": [against_n]})
     assert "| clip D 4 | N | 2 | 8 | 1.50 | 2 |" in text
-    (against_n,) = _curves(["sigreg"], None, "cpu", {})
+    monkeypatch.setattr(running, "median_ms", lambda case: math.nan)
+    assert _curves(["sigreg"], None, "cpu", {}) == []  # did not fit into memory
 
 
 @pytest.mark.parametrize("case, peer", sharded.PEERS.items())
