@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_what_fails_is_a_result(monkeypatch):
     assert list(row["providers"]) == ["ours", "four"] and row["absent"] == ["absent one"]
     row = running.row(fake(ours="dies", one="fine"), **ONCE | {"baselines": ["one"]})
     assert row["failed"] == {"ours": "out of memory"}
+
+
+def test_on_gpus_memory_is_measured_beside_the_times(monkeypatch, quick):
+    monkeypatch.setattr(measure, "timed", lambda call, device: len(call()) * 1e-3)
+    monkeypatch.setattr(measure, "peak_mib", lambda call, device: {"cuda": 7.0}[device])
+    case = dataclasses.replace(fake(ours="fine", one="no memory", two="fine"), device="cuda")
+    row = running.row(case, **ONCE | {"baselines": ["one", "two"]}, apart=False)
+    assert row["failed"] == {"one": "out of memory"} and list(row["ratios"]) == ["two"]
+    assert row["providers"]["two"]["extra_mib"] == 7
+    # Whoever has asked for a GPU must not fork, and what is preloaded asks.
+    assert running._context("cuda").get_start_method() == "spawn"
 
 
 def turns(monkeypatch, **ms):
@@ -213,12 +225,12 @@ def test_scaling_fits_the_exponent(tmp_path, monkeypatch):
     sizes = {"N": [2, 4, 8], "D": [4]}
     curves = [("N", 2.0, cases(["losses"], names=["clip"], sizes=sizes, dtypes=["float32"]))]
     monkeypatch.setattr("fastssl.bench.scaling_cases", lambda *_: curves)
-    monkeypatch.setattr(
-        running, "row",
-        lambda case, **_: {
-            "failed": {}, "providers": {"ours": {"median_ms": 3 * dict(case.sizes)["N"] ** 1.5}}
-        },
-    )  # fmt: skip
+    disturbed = iter([1, 9, 1, 2, 1, 3])  # on the way up, and down
+
+    def median_ms(case):
+        return 3 * dict(case.sizes)["N"] ** 1.5 * next(disturbed)
+
+    monkeypatch.setattr(running, "median_ms", median_ms)
     monkeypatch.setattr(sharded, "seconds", lambda *_, world, **__: {"gather": [4.0 / world] * 3})
     monkeypatch.setattr("fastssl.bench.sharded.os.cpu_count", lambda: 6)
     from fastssl.bench import _curves
@@ -229,7 +241,8 @@ def test_scaling_fits_the_exponent(tmp_path, monkeypatch):
     assert against_w["exponent"] == pytest.approx(-1) and against_w["values"] == [1, 2, 4]
     text = results.markdown({"environment": ENVIRONMENT, "rows": [], "scaling": [against_n]})
     assert "| clip D 4 | N | 2 | 8 | 1.50 | 2 |" in text
-    (against_n,) = _curves(["sigreg"], None, "cpu", {})
+    monkeypatch.setattr(running, "median_ms", lambda case: math.nan)
+    assert _curves(["sigreg"], None, "cpu", {}) == []  # did not fit into memory
 
 
 @pytest.mark.parametrize("case, peer", sharded.PEERS.items())
@@ -277,6 +290,8 @@ def test_apex_of_pypi_is_not_nvidias(monkeypatch):
         ),
         (["losses", "--dtype", "float16"], "nothing fits"),
         (["--seconds", "0"], "seconds must be above 0"),
+        (["--device", "tpu"], "device must be cpu, cuda or auto, got 'tpu'"),
+        (["augment", "--case", "clip", "--scaling"], "no curve fits groups ['augment']"),
         (["--compare", "nothing", "here"], "no results in nothing"),
     ],
 )

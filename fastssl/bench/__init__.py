@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ def bench(
         The folder. An unfinished run's has the rows so far.
 
     Raises:
-        ValueError: an unknown name or size.
+        ValueError: an unknown name or size, or no GPU.
 
     Notes: warns where there are no pictures because matplotlib is missing; `draw` makes them later.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: device must be cpu here, got 'cuda': torch finds no GPU.")
     threads = threads or torch.get_num_threads()
     chosen = []
     if not scaling:
@@ -104,7 +106,7 @@ def _said(row: dict[str, Any]) -> str:
         return row["failed"].get("ours", "nothing measured")
     parts = [f"{row['providers']['ours']['median_ms']:.3g} ms"]
     parts += [
-        f"{ratio['ratio']:.2f} ± {ratio['noise']:.2f} of {name}"
+        f"{ratio['ratio']:.2f} ± {ratio['ratio'] * ratio['noise']:.2f} of {name}"
         for name, ratio in row["ratios"].items()
     ]
     parts += [f"{name}: {why}" for name, why in row["failed"].items()]
@@ -112,30 +114,36 @@ def _said(row: dict[str, Any]) -> str:
 
 
 def _curves(groups, names, device: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours alone at growing sizes and, on a CPU, over more processes."""
+    """Ours alone at growing sizes and, on a CPU, over more processes. A curve with a size that does
+    not fit into memory is left out."""
     found = []
+    options = {key: value for key, value in options.items() if key != "baselines"}
     for letter, expected, grown in scaling_cases(groups, device, names):
-        rows = [running.row(case, **options | {"baselines": []}) for case in grown]
-        if failed := [row["failed"]["ours"] for row in rows if "ours" in row["failed"]]:
-            print(f"{grown[0].name} against {letter}: {failed[0]}", file=sys.stderr, flush=True)
-            continue
         values = [dict(case.sizes)[letter] for case in grown]
-        times = [row["providers"]["ours"]["median_ms"] for row in rows]
         others = {k: v for k, v in grown[0].sizes if k != letter}
+        times = _lesser(lambda case: running.median_ms(case, **options), grown)
         found.append(_curve(grown[0].name, letter, others, values, times, expected))
     case, others, expected = sharded.SCALING
     if device == "cpu" and "losses" in (groups or GROUPS) and case in (names or [case]):
-        worlds, times = sharded.curve()
+        worlds = sharded.worlds()
         if len(worlds) > 1:
+            times = _lesser(sharded.median_ms, worlds)
             found.append(_curve(case, "W", others, worlds, times, expected))
     if not found:
         raise ValueError(f"bench: no curve fits groups {groups} and cases {names}.")
-    return found
+    return [curve for curve in found if not math.isnan(curve["exponent"])]
+
+
+def _lesser(measured: Callable[[Any], float], points: list) -> list[float]:
+    """Each measured on the way up and on the way down: what else the machine does only adds."""
+    up = [measured(point) for point in points]
+    down = [measured(point) for point in reversed(points)]
+    return [min(pair) for pair in zip(up, reversed(down), strict=True)]
 
 
 def _curve(
     case: str, letter: str, others: dict, values: list, times: list, expected: float
-) -> dict:
+) -> dict[str, Any]:
     """With the exponent of the line through the logarithms."""
     x, y = [math.log(v) for v in values], [math.log(t) for t in times]
     slope = statistics.linear_regression(x, y).slope

@@ -67,8 +67,10 @@ def cases(
             the smallest where all are larger.
 
     Raises:
-        ValueError: an unknown group, case, letter or dtype, or nothing left.
+        ValueError: an unknown group, device, case, letter or dtype, or nothing left.
     """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench: device must be cpu, cuda or auto, got {device!r}.")
     known = [g for g in GROUPS if groups is None or g in groups]
     for group in groups or ():
         if group not in GROUPS:

@@ -21,7 +21,7 @@ Provider = Callable[[], Iterable[Tensor]]
 # Rows and columns of a block of the bare product: what a blockwise kernel would do, in cache.
 BLOCKS = {"cpu": ((96, None), (512, None), (256, 2048)), "cuda": ((1024, None), (4096, None))}
 EXPONENTIALS = {"cpu": 2**17, "cuda": 2**22}
-LEAST_ROUNDS, MOST_ROUNDS = 3, 41
+LEAST_ROUNDS, MOST_ROUNDS = 3, 101
 SLOW = 10
 """What takes so many times as long as the fastest has fewer turns than there are rounds."""
 

@@ -4,9 +4,11 @@ import atexit
 import contextlib
 import gc
 import importlib
+import logging
 
 from . import augment, losses, methods, optim, running, sigreg, sinkhorn, step  # noqa: F401
 
+logging.disable(logging.ERROR)  # what others' optional parts lack is not this command's to say
 for _name in (
     "open_clip.loss",
     "lightly.loss",
@@ -18,6 +20,7 @@ for _name in (
 ):
     with contextlib.suppress(Exception):  # absent or broken: said where it is used
         importlib.import_module(_name)
+logging.disable(logging.NOTSET)
 
 gc.collect()
 gc.freeze()  # or every process would walk and copy all of that at each collection

@@ -23,7 +23,7 @@ LEAST_CHANGE, SIGMAS = 0.10, 4.0
 """A ratio to the baseline must fall by more than this share, and by more than so many of its
 standard errors, to be called a regression."""
 LARGEST_NOISE = 0.15
-"""Where these standard errors come to more than this share, nothing can be said."""
+"""Where these standard errors come to more than this share, a small change cannot be seen."""
 SCALING = """Time of fastssl, forward and backward, against one growing size: N rows, M keys,
 prototypes or slices, D width, and W processes that share the rows, a thread and a core each."""
 PRIOR = 4
@@ -321,13 +321,11 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
         change = now["ratio"] / was["ratio"]
         noise = SIGMAS * noises[steadiest]
         least = max(LEAST_CHANGE, noise)
-        word = "same"
-        if noise > LARGEST_NOISE:
-            word = "too noisy to tell"
-        elif change < 1 - least:
+        word = "same" if noise <= LARGEST_NOISE else "too noisy to tell"
+        if change < 1 - least:
             word = "**slower**"
             regressed.append(name)
-        elif change > 1 / (1 - least):
+        elif change * (1 - least) > 1:
             word = "faster"
         figures = f"{was['ratio']:.2f}", f"{now['ratio']:.2f}", f"{100 * (change - 1):+.0f} %"
         lines.append([f"{name}, {steadiest}", *figures, word])

@@ -107,6 +107,12 @@ def merged(case: Case, runs: Sequence[dict], threads: int) -> dict[str, Any]:
     return found
 
 
+def median_ms(case: Case, **options) -> float:
+    """Of ours alone, without limits or memory; nan where it failed."""
+    one = run(case, [{"failed": {}}], baselines=[], **options)
+    return 1e3 * statistics.median(_times(one, "ours") or [math.nan])
+
+
 def _times(one: dict, name: str) -> list[float]:
     return [t for block in one["blocks"] for t in block[name]]
 

@@ -5,6 +5,7 @@ A step takes the slowest rank's time, from a barrier on. N counts the rows (of e
 
 import gc
 import os
+import statistics
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -74,14 +75,16 @@ def seconds(
     }
 
 
-def curve() -> tuple[list[int], list[float]]:
-    """Numbers of ranks, up to one a core, and the median milliseconds of ours on each."""
+def worlds() -> list[int]:
+    """Numbers of ranks on the curve: up to one a core."""
+    return [W for W in (1, 2, 4, 8, 16) if W <= (os.cpu_count() or 1)]
+
+
+def median_ms(world: int) -> float:
+    """Of the curve's case on so many ranks."""
     case, sizes, _ = SCALING
-    worlds = [W for W in (1, 2, 4, 8, 16) if W <= (os.cpu_count() or 1)]
-    times = [
-        seconds(case, **sizes, dtype="float32", world=W, ours=["gather"])["gather"] for W in worlds
-    ]
-    return worlds, [1e3 * sorted(each)[len(each) // 2] for each in times]
+    found = seconds(case, **sizes, dtype="float32", world=world, ours=["gather"])
+    return 1e3 * statistics.median(found["gather"])
 
 
 def on_ranks(params: dict, names: list[str], alone: bool = False) -> list:
