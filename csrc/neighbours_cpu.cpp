@@ -104,13 +104,14 @@ std::tuple<Tensor, Tensor> topk_result(Tensor best) {
 // 1 / |x| by rows, of at least 1e-12.
 template <class T, class Load>
 FASTSSL_INLINE inline float inverse_length(const T* x, int64_t D, const Load& load) {
-  float lanes[64] = {}, total = 0.f;
+  float lanes[64] = {};
   int64_t d = 0;
   for (; d + 64 <= D; d += 64)
     for (int64_t c = 0; c < 64; ++c) lanes[c] += load(x[d + c]) * load(x[d + c]);
   for (; d < D; ++d) lanes[d % 64] += load(x[d]) * load(x[d]);
-  for (float lane : lanes) total += lane;
-  const float length = std::sqrt(total);
+  for (int64_t half = 32; half; half /= 2)
+    for (int64_t c = 0; c < half; ++c) lanes[c] += lanes[c + half];
+  const float length = std::sqrt(lanes[0]);
   return 1.f / (length < 1e-12f ? 1e-12f : length);
 }
 FASTSSL_CLONES float inverse_length_of(const float* x, int64_t D) {

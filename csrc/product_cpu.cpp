@@ -30,6 +30,12 @@ struct Matrix {
     STD_TORCH_CHECK(!by_columns || t.stride(0) == 1 || rows == 1, "product: ", name,
                     " must be contiguous by rows or by columns");
   }
+  Matrix transposed() const {
+    Matrix x = *this;
+    std::swap(x.rows, x.cols);
+    x.by_columns = !by_columns;
+    return x;
+  }
   template <class T>
   const T* at(int64_t i, int64_t j) const {
     return static_cast<const T*>(t.const_data_ptr()) + (by_columns ? j * ld + i : i * ld + j);
@@ -86,13 +92,14 @@ FASTSSL_CLONES void dots(const float* a, int64_t rows, int64_t k, const uint16_t
                          float* out, int64_t ld, bool add) {
   for (int64_t p = 0; p < k; ++p) wide[p] = bf16_float(b[p]);
   for (int64_t i = 0; i < rows; ++i, a += k) {
-    float lanes[64] = {}, total = 0.f;
+    float lanes[64] = {};
     int64_t p = 0;
     for (; p + 64 <= k; p += 64)
       for (int64_t c = 0; c < 64; ++c) lanes[c] += a[p + c] * wide[p + c];
     for (; p < k; ++p) lanes[p % 64] += a[p] * wide[p];
-    for (float lane : lanes) total += lane;
-    out[i * ld] = total + (add ? out[i * ld] : 0.f);
+    for (int64_t half = 32; half; half /= 2)
+      for (int64_t c = 0; c < half; ++c) lanes[c] += lanes[c + half];
+    out[i * ld] = lanes[0] + (add ? out[i * ld] : 0.f);
   }
 }
 
@@ -185,10 +192,19 @@ void product(Tensor out, Tensor a, Tensor b, bool add) {
 #if FASTSSL_X86
   const bool large = x.rows >= 2 * kGroup && y.cols >= kStrip && x.cols >= 16 &&
                      x.rows * y.cols * x.cols >= 1 << 18;
-  if (half && !x.by_columns && y.by_columns && x.rows < 2 * kGroup)
-    return few_rows(x, y, c, z.ld, add);
-  if (half && cpu().avx512_bf16 && !x.by_columns && y.by_columns)
-    return own_product<uint16_t>(x, y, c, z.ld, add);
+  if (half && !x.by_columns && y.by_columns) {
+    if (x.rows < 4) return few_rows(x, y, c, z.ld, add);
+    if (cpu().avx512_bf16 && x.rows >= 2 * kGroup)
+      return own_product<uint16_t>(x, y, c, z.ld, add);
+    if (cpu().avx512_bf16) {  // as B^T A^T, so that B, the larger, need not be transposed
+      std::vector<float> turned(x.rows * y.cols);
+      own_product<uint16_t>(y.transposed(), x.transposed(), turned.data(), x.rows, false);
+      for (int64_t i = 0; i < x.rows; ++i)
+        for (int64_t j = 0; j < y.cols; ++j)
+          c[i * z.ld + j] = turned[j * x.rows + i] + (add ? c[i * z.ld + j] : 0.f);
+      return;
+    }
+  }
   if (!half && cpu().avx512 && cpu().amd && large) return own_product<float>(x, y, c, z.ld, add);
 #endif
   const auto library = [&](const float* left, int64_t lda, const float* right, int64_t ldb) {

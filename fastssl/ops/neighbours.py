@@ -1,9 +1,12 @@
 """Nearest rows by inner product, in blocks: KoLeo, which spreads features, and top-k search."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize as unit
+from torch.nn.functional import pairwise_distance
 
 from fastssl.autograd import once_differentiable
 from fastssl.dist import all_sum, gather_rows, host_may_wait, resolve_levels, scatter_sums
@@ -14,6 +17,8 @@ from fastssl.ops.contrastive import lib, without_autocast
 from fastssl.ops.product import product
 from fastssl.ops.sharded import shards_of
 
+# KoLeo of fewer multiplications is plain torch, which is faster there on the CPU.
+SMALL = 1 << 21
 LAST = 2**32 - 1  # column
 NOT_YET = -(2**63)
 
@@ -87,11 +92,20 @@ def _neighbours(y: Tensor, every: Tensor, first: int, k: int) -> Tensor:
     if k == 1 and y.dtype == torch.float32 and len(every) >= 1024 and host_may_wait(y):
         if y.device.type == "cpu" and "AVX512-BF16" in cpu_features():
             return _nearest_by_bf16(y, every, first).unsqueeze(1)
-    index = torch.zeros(len(y), k, dtype=torch.int64, device=y.device)
-    for s in steps(len(y), len(every), y.dtype) if k else ():
+    if not k:
+        return torch.empty(len(y), 0, dtype=torch.int64, device=y.device)
+
+    def nearest(s):
         products = _products(y[s], every, first + s.start)
-        index[s] = products.argmax(1, keepdim=True) if k == 1 else _largest(products, k)
-    return index
+        return products.argmax(1, keepdim=True) if k == 1 else _largest(products, k)
+
+    return _joined(map(nearest, steps(len(y), len(every), y.dtype)), y.new_empty(0, k).long())
+
+
+def _joined(parts: Iterable[Tensor], empty: Tensor) -> Tensor:
+    """One under the other; most often there is only one."""
+    first, *others = [*parts] or [empty]
+    return torch.cat([first, *others]) if others else first
 
 
 def _nearest_by_bf16(y: Tensor, every: Tensor, first: int) -> Tensor:
@@ -145,13 +159,16 @@ def _koleo_fwd(x, eps, p, topk, normalize, shards):
     every = y if shards is None else gather_rows(y, shards)
     k = min(topk, n - 1)
     index = _neighbours(y, every, first, k)
-    distance = y.new_zeros(len(y), k)
-    for c in range(k):
-        for s in steps(*y.shape, y.dtype):
-            difference = (y[s] - every[index[s, c]]).add_(eps)
-            distance[s, c] = torch.linalg.vector_norm(difference, ord=p, dim=1)
-    total = all_sum(-(distance + eps).log().sum(dtype=torch.float64), levels)
-    return (total / max(n * k, 1)).to(y.dtype), index, distance
+
+    def distances(s, c):
+        difference = (y[s] - every[index[s, c]]).add_(eps)
+        return torch.linalg.vector_norm(difference, ord=p, dim=1, keepdim=True)
+
+    blocks, none = steps(*y.shape, y.dtype), y.new_empty(0, 1)
+    columns = [_joined((distances(s, c) for s in blocks), none) for c in range(k)]
+    distance = columns[0] if k == 1 else torch.cat([y.new_empty(len(y), 0), *columns], 1)  # (N, k)
+    total = all_sum((distance + eps).log_().sum(dtype=torch.float64), levels)
+    return (total / -max(n * k, 1)).to(y.dtype), index, distance
 
 
 @without_autocast
@@ -161,18 +178,24 @@ def _koleo_bwd(x, index, distance, slope, eps, p, normalize, shards):
     if shards is not None:
         every, n = gather_rows(y, shards), shards.total
     k = index.shape[1]
-    dy, devery = torch.zeros_like(y), torch.zeros_like(every)
-    weight = -slope / max(n * k, 1) / (distance + eps)  # (N, k)
+    weight = slope / -max(n * k, 1) / (distance + eps)  # (N, k)
+    blocks = steps(*y.shape, y.dtype)
+    alone = shards is None and len(blocks) == k == 1
+    dy, devery = (None, None) if alone else (torch.zeros_like(y), torch.zeros_like(every))
     for c in range(k):
-        for s in steps(*y.shape, y.dtype):
+        for s in blocks:
             j, d = index[s, c], distance[s, c].unsqueeze(1)
             g = (y[s] - every[j]).add_(eps).div_(d.masked_fill(d == 0, 1))
             if p != 2:
                 g = g.sign() * g.abs().pow_(p - 1)
             g.mul_(weight[s, c].unsqueeze(1))
+            if alone:
+                dy = torch.index_add(g, 0, j, g, alpha=-1)
+                continue
             dy[s] += g
             devery.index_add_(0, j, g, alpha=-1)
-    dy += devery if shards is None else scatter_sums(devery, shards)
+    if not alone:
+        dy += devery if shards is None else scatter_sums(devery, shards)
     if normalize:
         along = (dy * y).sum(1, keepdim=True).masked_fill_(length < eps, 0)
         dy.addcmul_(y, along, value=-1).div_(length.clamp(min=eps))
@@ -195,6 +218,14 @@ class KoLeo(torch.autograd.Function):
     def backward(ctx, dloss):
         slope = dloss * world(ctx.options[-1])
         return _koleo_bwd(*ctx.saved_tensors, slope, *ctx.options), *[None] * 5
+
+
+@without_autocast
+def _koleo_plain(x: Tensor, eps: float, normalize: bool) -> Tensor:
+    y = unit(x, dim=1, eps=eps) if normalize else x
+    z = y.detach()
+    index = (z @ z.T).fill_diagonal_(-math.inf).argmax(1)
+    return -(pairwise_distance(y, y[index], eps=eps) + eps).log().mean()
 
 
 def koleo(
@@ -252,6 +283,9 @@ def koleo(
         raise ValueError(f"{name}: topk must be an integer >= 1, got {topk!r}.")
     options = {"eps": eps, "p": p, "topk": topk, "normalize": normalize}
     shards, _ = shards_of(name, group, "gather", x, None, **{"the options": options})
+    if shards is None and p == 2 and topk == 1 and x.dtype == torch.float32:
+        if x.device.type == "cpu" and len(x) > 1 and len(x) * x.numel() < SMALL:
+            return _koleo_plain(x, eps, normalize)
     return KoLeo.apply(x, eps, p, topk, normalize, shards)
 
 
