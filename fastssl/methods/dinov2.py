@@ -13,7 +13,8 @@ patches counts as 0). L_KoLeo = sum over the two large crops of -mean_i log |h_i
 h the student's class tokens of length 1 and n(i) the nearest to i.
 
 What differs: of each image one large crop is masked (in the paper half of all those of a batch, so
-of some images both or none), which is the same work for every rank; nearest neighbours for KoLeo
+of some images both or none), which is the same work for every rank; where no more rectangles fit,
+single patches are hidden up to the share that was drawn; nearest neighbours for KoLeo
 are those of all ranks; the temperature of the teacher rises by the step, not the epoch; images of
 up to 64 pixels have no blur and no solarisation.
 """
@@ -120,9 +121,10 @@ class DINOv2(nn.Module):
         tau_t = schedules.linear(progress, *self.temperatures)
         x = torch.cat(batch.views[:2])
         side = grid_side(self.backbone, x.shape[-1])
-        mask = block_masks_of_pairs(batch.index, side, seed=batch.seed, step=batch.step)
+        mask, count = block_masks_of_pairs(batch.index, side, seed=batch.seed, step=batch.step)
         mask = mask.flatten(0, 1)  # (2B, L)
-        hidden = mask.flatten().nonzero().squeeze(1)  # on a GPU the one wait of a step
+        # Where it is true, in order: a GPU would have to be waited for by nonzero().
+        hidden = mask.flatten().argsort(descending=True, stable=True)[:count]
 
         h, patches = patch_tokens(self.backbone, x, mask=mask, mask_token=self.mask_token)
         local = encode(lambda x: patch_tokens(self.backbone, x)[0], batch.views[2:])

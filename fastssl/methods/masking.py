@@ -79,11 +79,12 @@ def block_masks(u: Tensor, count: Tensor, side: int) -> Tensor:
 
 def block_masks_of_pairs(
     index: Tensor, side: int, *, seed: int, step: int, least: float = 0.1, most: float = 0.5
-) -> Tensor:
+) -> tuple[Tensor, int]:
     """Block-wise masks for one of two crops of each image; the other one stays whole.
 
     The shares to hide are stratified: of the B images of all ranks one has a share in each of B
-    equal slices of [least, most].
+    equal slices of [least, most]. What the rectangles of `block_masks` leave of a share are patches
+    anywhere, so that the number of hidden ones is known before the masks are.
 
     Args:
         index: (b,) int64, the samples' numbers, this rank's part of those of a step.
@@ -91,7 +92,7 @@ def block_masks_of_pairs(
         seed, step: of the run.
 
     Returns:
-        (2, b, side * side) bool, true where a patch is hidden.
+        (2, b, side * side) bool, true where a patch is hidden; and how many of them are.
 
     Notes: a function of the samples' numbers, their places in the batch of all ranks, and the step,
     for any number of ranks. Nothing waits for the device.
@@ -101,13 +102,18 @@ def block_masks_of_pairs(
     B = b * world_size(levels)
     # By the order of multiples of the golden ratio: each slice once, and those of a rank spread
     # evenly, so that all ranks have about as much to do.
-    places = torch.arange(B, dtype=torch.float64, device=index.device)
+    places = torch.arange(B)
     slices = (places * _GOLDEN % 1).argsort().argsort()[first : first + b]
+    within = uniform(seed, MASK, step, places[first : first + b], 1, 1)[:, 0]
+    share = least + (most - least) * (slices + within) / B
+    on_host = (share * side**2).long()  # (b,)
+    count = on_host.to(index.device, non_blocking=True)
     u = uniform(seed, MASK, step, index, 0, 4 + 4 * _TRIES)  # (b, ..)
-    share = least + (most - least) * (slices + u[:, 0]) / B
-    masks = block_masks(u[:, 4:].unflatten(1, (_TRIES, 4)), (share * side**2).long(), side)
+    masks = block_masks(u[:, 4:].unflatten(1, (_TRIES, 4)), count, side)
+    anywhere = words(seed, MASK, step, index, 2, side**2) + (~masks * 2**32)  # hidden ones first
+    masks = anywhere.argsort(dim=1).argsort(dim=1) < count[:, None]
     second = (u[:, 1] < 0.5)[:, None]
-    return torch.stack((masks & ~second, masks & second))
+    return torch.stack((masks & ~second, masks & second)), int(on_host.sum())
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

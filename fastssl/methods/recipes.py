@@ -121,7 +121,8 @@ _SWAV_SMALL = {
         "freeze_steps": 30,
         "queue_size": 512,
         "wait_epochs": 5.0,
-        "local_views": 4,
+        "epsilon": 0.03,
+        "local_views": 2,
     },
 }
 
@@ -145,7 +146,7 @@ _SEER_SMALL = {
         "out_dim": 128,
         "num_prototypes": 96,
         "freeze_steps": 30,
-        "local_views": 4,
+        "local_views": 2,
     },
 }
 
@@ -205,7 +206,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "seer": _by_data(_SEER_SMALL, local_views=0),
     "simclr": _by_data(_SIMCLR_SMALL),
     "simclr_v2": _by_data(_SIMCLR_SMALL),
-    "swav": _by_data(_SWAV_SMALL, local_views=0, epsilon=0.03),
+    "swav": _by_data(_SWAV_SMALL, local_views=0),
     "vicreg": _by_data(_VICREG_SMALL),
 }
 """Method; `digits`, `patches`, `shapes` or `folder` (anything else), or the name of a `recipe`;
