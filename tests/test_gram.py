@@ -12,13 +12,6 @@ from fastssl import LOCAL, losses
 from fastssl.losses import BarlowTwinsLoss, VICRegLoss
 from fastssl.ops import barlow_twins, blocks, gram, vicreg
 
-
-@pytest.fixture(autouse=True)
-def never_small(monkeypatch):
-    monkeypatch.setattr(gram, "SMALL", 0)
-    monkeypatch.setattr(gram, "SMALL_OF_ROWS", 0)
-
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -86,16 +79,6 @@ def check(ours, naive, *inputs, device="cpu"):
 def test_covariance_losses(N, D, loss, dtype, device, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * D * 20)  # several blocks
     check(*LOSSES[loss], *views(N, D, dtype), device=device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N,D", [(2, 3), (257, 96), (65, 300)])
-def test_small_problems_take_the_plain_form(N, D, dtype, monkeypatch):
-    a, b = views(N, D, dtype)
-    monkeypatch.setattr(gram, "SMALL", 1 << 30)
-    monkeypatch.setattr(gram, "SMALL_OF_ROWS", 1 << 30)
-    monkeypatch.setattr(gram, "BarlowTwins", None)  # is not asked
-    check(barlow_twins, barlow_naive, a, b)
 
 
 @pytest.mark.parametrize("N,D", [(5, 3), (3, 5)])

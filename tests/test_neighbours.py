@@ -12,12 +12,6 @@ from fastssl import losses
 from fastssl.ops import blocks, koleo, neighbours, topk_cosine
 
 
-@pytest.fixture(params=[0, neighbours.SMALL], autouse=True, ids=["kernel", "dispatched"])
-def small(request, monkeypatch):
-    monkeypatch.setattr(neighbours, "SMALL", request.param)
-    return request.param
-
-
 def koleo_naive(x, p=2, topk=1, eps=1e-8, normalize=True):
     y = F.normalize(x, eps=eps) if normalize else x
     index = (y @ y.T).detach().fill_diagonal_(-torch.inf).topk(topk, dim=1).indices
@@ -49,15 +43,6 @@ def test_nearest_by_bf16(spread, monkeypatch):
             assert (short <= 1e-6 * every.norm(dim=1)[own] * every.norm(dim=1).max()).all()
     index = neighbours._nearest_by_bf16(*[F.normalize(x[1:9]).repeat(3, 1)] * 2, 0)
     assert index.tolist() == [*range(8, 16), *range(8), *range(8)]
-
-
-def test_small_problems_take_the_plain_form(small, monkeypatch):
-    monkeypatch.setattr(neighbours, "KoLeo", None)  # is not asked
-    if small:
-        koleo(torch.randn(8, 16))
-    for options in ({"p": 3}, {"topk": 2}):
-        with pytest.raises(AttributeError):
-            koleo(torch.randn(8, 16), **options)
 
 
 def test_gradcheck():

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm
 
 from fastssl.autograd import once_differentiable
 from fastssl.dist import Shards, all_sum, gather_rows, resolve_levels
@@ -22,9 +21,6 @@ from fastssl.ops.sharded import shards_of
 
 NORMALIZATIONS = ("batch_norm", "local_batch_norm", "local_std")
 BATCH_NORM_EPS = 1e-5
-# Barlow Twins of fewer multiplications a product is plain torch, which is faster there on the CPU:
-# for N <= D, and for N > D.
-SMALL_OF_ROWS, SMALL = 1 << 20, 1 << 23
 
 
 # ---------------------------------------------------------------------------- passes over features
@@ -407,26 +403,6 @@ class BarlowTwins(torch.autograd.Function):
         return *grads, *[None] * 4
 
 
-def _is_small(z_a: Tensor, z_b: Tensor) -> bool:
-    """Whether the calls of our passes cost more than what they save."""
-    N, D = z_a.shape
-    if z_a.device.type != "cpu" or wide(z_a, z_b) != torch.float32:
-        return False
-    return N * D * min(N, D) < (SMALL_OF_ROWS if N <= D else SMALL)
-
-
-@without_autocast
-def _barlow_plain(z_a: Tensor, z_b: Tensor, off_diagonal: float) -> Tensor:
-    a, b = (
-        batch_norm(z.float(), None, None, training=True, eps=BATCH_NORM_EPS) for z in (z_a, z_b)
-    )
-    n = len(a)
-    squares = (a.T @ b).square().sum()  # of n C
-    diagonal = (a * b).sum(0, dtype=torch.float64) / n
-    own = (diagonal - 1).square() - off_diagonal * diagonal.square()
-    return (own.sum() + (off_diagonal / n**2) * squares).float()
-
-
 def barlow_twins(
     z_a: Tensor,
     z_b: Tensor,
@@ -481,6 +457,4 @@ def barlow_twins(
     n, shards = _views(name, z_a, z_b, group, **options)
     if z_b is z_a:
         z_b = z_a.view_as(z_a)
-    if shards is None and normalization != "local_std" and _is_small(z_a, z_b):
-        return _barlow_plain(z_a, z_b, off_diagonal)
     return BarlowTwins.apply(z_a, z_b, off_diagonal, normalization, n, shards)

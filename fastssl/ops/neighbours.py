@@ -5,8 +5,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit
-from torch.nn.functional import pairwise_distance
 
 from fastssl.autograd import once_differentiable
 from fastssl.dist import all_sum, gather_rows, host_may_wait, resolve_levels, scatter_sums
@@ -17,8 +15,6 @@ from fastssl.ops.contrastive import lib, without_autocast
 from fastssl.ops.product import product
 from fastssl.ops.sharded import shards_of
 
-# KoLeo of fewer multiplications is plain torch, which is faster there on the CPU.
-SMALL = 1 << 21
 LAST = 2**32 - 1  # column
 NOT_YET = -(2**63)
 
@@ -220,14 +216,6 @@ class KoLeo(torch.autograd.Function):
         return _koleo_bwd(*ctx.saved_tensors, slope, *ctx.options), *[None] * 5
 
 
-@without_autocast
-def _koleo_plain(x: Tensor, eps: float, normalize: bool) -> Tensor:
-    y = unit(x, dim=1, eps=eps) if normalize else x
-    z = y.detach()
-    index = (z @ z.T).fill_diagonal_(-math.inf).argmax(1)
-    return -(pairwise_distance(y, y[index], eps=eps) + eps).log().mean()
-
-
 def koleo(
     x: Tensor,
     *,
@@ -283,9 +271,6 @@ def koleo(
         raise ValueError(f"{name}: topk must be an integer >= 1, got {topk!r}.")
     options = {"eps": eps, "p": p, "topk": topk, "normalize": normalize}
     shards, _ = shards_of(name, group, "gather", x, None, **{"the options": options})
-    if shards is None and p == 2 and topk == 1 and x.dtype == torch.float32:
-        if x.device.type == "cpu" and len(x) > 1 and len(x) * x.numel() < SMALL:
-            return _koleo_plain(x, eps, normalize)
     return KoLeo.apply(x, eps, p, topk, normalize, shards)
 
 
