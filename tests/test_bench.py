@@ -163,6 +163,7 @@ def changed(ratio, noise=0.01, **more):
         (changed(1.7), "**slower**", True),
         (changed(2.5), "faster", False),
         (changed(1.7, noise=0.1), "too noisy to tell", False),
+        (changed(1.2, noise=0.1), "**slower**", True),
         (changed(1.75, noise=0.035), "same", False),
         (changed(2.0, failed={"ours": "out of memory"}), "failed: out of memory", True),
         (changed(2.0, ratios={}), "no baseline in both", False),
@@ -180,6 +181,8 @@ def test_tables_show_what_is_slower_and_what_is_absent():
     assert "| 2.00 |" in text and "absent: apex" in text and "1 MiB | 9 MiB" in text
     assert "**0.80, slower**" in results.markdown(changed(0.8))
     assert "slower" not in results.markdown(changed(0.97))
+    assert "slower" not in results.markdown(changed(0.9, noise=0.1))
+    assert "**0.10 ± 0.06, slower**" in results.markdown(changed(0.1, noise=0.6))
     drifted = changed(1.25)  # medians say 2, the rounds 1.25: one of both is shown
     assert "| open_clip ClipLoss 2.5 ms | 1.25 |" in results.markdown(drifted)
     assert "| 2.00 ± 0.20 |" in results.markdown(changed(2.0, noise=0.1))

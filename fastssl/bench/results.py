@@ -258,7 +258,7 @@ def verdict(row: dict[str, Any]) -> str:
     times = row["speedup"]
     noise = row["ratios"][row["best_baseline"]]["noise"]
     text = f"{times:.2f}" + (f" ± {times * noise:.2f}" if noise > 0.05 else "")
-    return f"**{text}, slower**" if times < 1 - max(0.05, 2 * noise) else text
+    return f"**{text}, slower**" if times < min(0.95, math.exp(-2 * noise)) else text
 
 
 def _ms(ms: float) -> str:
@@ -320,12 +320,12 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
         was, now = old["ratios"][steadiest], row["ratios"][steadiest]
         change = now["ratio"] / was["ratio"]
         noise = SIGMAS * noises[steadiest]
-        least = max(LEAST_CHANGE, noise)
+        least = min(1 - LEAST_CHANGE, math.exp(-noise))
         word = "same" if noise <= LARGEST_NOISE else "too noisy to tell"
-        if change < 1 - least:
+        if change < least:
             word = "**slower**"
             regressed.append(name)
-        elif change * (1 - least) > 1:
+        elif change * least > 1:
             word = "faster"
         figures = f"{was['ratio']:.2f}", f"{now['ratio']:.2f}", f"{100 * (change - 1):+.0f} %"
         lines.append([f"{name}, {steadiest}", *figures, word])
