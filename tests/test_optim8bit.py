@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from fastssl import optim
 from fastssl.ops import blockwise as op
+from fastssl.optim import states
 
 CLASSES = {
     name: getattr(optim, name)
@@ -69,6 +70,20 @@ def test_code_book_round_trips_keeps_zero_and_breaks_ties_to_even(signed, cpu_pa
     codes, absmax = quantize(torch.zeros(300), 256, signed)
     assert absmax.tolist() == [0, 0]
     assert not torch.ops.fastssl.dequantize_blockwise(codes, absmax, 256, signed).any()
+
+
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_first_states_are_those_of_constant_moments(bits, root):
+    like = torch.empty(30, 3, 5, 5).to(memory_format=torch.channels_last)
+    for k, value in ((0, 0.0), (1, 0.0), (1, 0.3)):
+        found = states.constant(k, like, value, bits, 256, root and k == 1)
+        expected = torch.full_like(like, value, dtype=torch.float32)
+        expected = states.pack(k, expected, bits, 256, root and k == 1)
+        assert found.keys() == expected.keys()
+        for name, x in found.items():
+            assert torch.equal(x, expected[name]) and x.dtype == expected[name].dtype
+            assert x.stride() == expected[name].stride()
 
 
 @pytest.mark.parametrize("name", CLASSES)

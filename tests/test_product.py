@@ -8,7 +8,16 @@ from fastssl.ops import gram, neighbours
 from fastssl.ops.product import product, product_
 
 ops = torch.ops.fastssl
-SIZES = [(1, 5, 7), (3, 70, 50), (10, 33, 400), (24, 16, 32), (25, 17, 33), (100, 1000, 70), (300, 64, 600), (900, 40, 20)]
+SIZES = [
+    (1, 5, 7),
+    (3, 70, 50),
+    (10, 33, 400),
+    (24, 16, 32),
+    (25, 17, 33),
+    (100, 1000, 70),
+    (300, 64, 600),
+    (900, 40, 20),
+]
 
 
 @pytest.fixture(params=["own", "library"])

@@ -337,9 +337,9 @@ class Blockwise(Optimizer):
         start = group.get("initial_accumulator_value", 0.0)
         for k, present in enumerate(self.has_states(group)):
             if present:
-                x = torch.full_like(like, start if k else 0.0, dtype=torch.float32)
                 bits, each = self.bits_of(group, p), self.moments_of(k)
-                moment = states.pack(k, x, bits, group["block_size"], root and k == 1)
+                form = bits, group["block_size"], root and k == 1
+                moment = states.constant(k, like, start if k else 0.0, *form)
                 state |= states.stack([moment] * len(each))
         return state | shards.names(self, p, state)
 

@@ -5,6 +5,8 @@ block of elements as they lie in memory, or fp32 without. AdEMAMix's first state
 after the other, along a new first dimension.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,23 @@ def pack(k: int, x: Tensor, bits: int, block_size: int, root: bool) -> dict[str,
         return {f"state{k + 1}": x}
     codes, absmax = encode(x, block_size, k == 0, root)
     return {f"state{k + 1}": codes, f"absmax{k + 1}": absmax}
+
+
+def constant(
+    k: int, like: Tensor, value: float, bits: int, block_size: int, root: bool
+) -> dict[str, Tensor]:
+    """What `pack` makes of a moment of which all elements have this value (0 if it is signed),
+    without that moment in fp32: each is the largest of its block."""
+    if bits == 32:
+        return {f"state{k + 1}": torch.full_like(like, value, dtype=torch.float32)}
+    code = 127 if k == 0 else 255 if value else 0
+    codes = torch.full_like(like, code, dtype=torch.uint8)
+    most = math.sqrt(value) if root else value
+    size = (blocks(like.numel(), block_size),)
+    return {
+        f"state{k + 1}": codes,
+        f"absmax{k + 1}": like.new_full(size, most, dtype=torch.float32),
+    }
 
 
 def stack(moments: list[dict[str, Tensor]]) -> dict[str, Tensor]:
