@@ -232,7 +232,7 @@ struct Item {
   float trust = 1.f;
 };
 
-struct Buffers {
+struct alignas(64) Buffers {
   float p[kMost], g[kMost], m[2 * kMost], v[kMost];
 };
 
