@@ -45,6 +45,8 @@ class PretrainConfig:
     init_from: str | None = None
     """Weights to start from: a run's folder, a .safetensors or .pt file (with `:teacher` its
     teacher), or `timm`, `torchvision` for what they publish; none: random."""
+    init_heads: bool | None = None
+    """Start the heads too, with those of the run that init_from names where they fit; none: no."""
     image_size: int | None = None
     """Side of the training crops in pixels; none: the size of the data."""
     epochs: int | None = None

@@ -5,16 +5,25 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
+import steps
 import torch
 from torch import nn
 
 from fastssl.config import PretrainConfig
 from fastssl.models import build_backbone
 from fastssl.models.keys import names_in
-from fastssl.train import load_backbone, pretrain
-from fastssl.train.checkpoint import save_sharded
+from fastssl.train import load_backbone, load_method, pretrain
+from fastssl.train.checkpoint import save_checkpoint, save_sharded
 from fastssl.train.ranks import Ranks
-from fastssl.train.weights import _channels, fit, published, read_weights, split_role, summary
+from fastssl.train.weights import (
+    _channels,
+    fit,
+    published,
+    read_weights,
+    split_role,
+    start_heads,
+    summary,
+)
 
 pytest.importorskip("yaml")
 pytest.importorskip("sklearn")
@@ -212,6 +221,50 @@ def test_folders_of_weights(trained, tmp_path):
         backbone = build_backbone("resnet_small", 1, 8)
         fit(backbone, read_weights(tmp_path / folder), folder)
         assert_loaded(backbone, trained)
+
+
+@pytest.fixture
+def byol(tmp_path):
+    """The last checkpoint of a run, its student and its teacher unlike any other's."""
+    method = steps.built("byol", hidden_dim=12, out_dim=6)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(torch.rand_like(p))
+    save_checkpoint(tmp_path / "checkpoints" / "last.pt", {"model": method.state_dict()})
+    return method
+
+
+def test_heads_start_where_they_fit(byol, tmp_path):
+    with_heads = PretrainConfig(init_from=f"{tmp_path}:teacher", init_heads=True)
+    for out_dim, left in ((6, ()), (5, ("projector.3", "predictor.0", "predictor.3"))):
+        method, record = steps.built("byol", hidden_dim=12, out_dim=out_dim), {}
+        start_heads(with_heads, method, record)
+        for name, p in method.named_parameters():
+            loaded = "backbone" not in name and not any(part in name for part in left)
+            assert (name in record["heads"]) == loaded
+            assert not loaded or torch.equal(p, byol.get_parameter(name))
+        assert "ema.module.projector.0.weight" in record["heads"]
+
+
+def test_heads_that_are_not_there(byol, tmp_path):
+    for name, init_from, message in (
+        ("byol", None, "init_from must be the folder of a run .* got None"),
+        ("byol", "timm", "init_from must be the folder of a run .* got 'timm'"),
+        ("simclr", str(tmp_path), "must have heads of this method's, which are head.0.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"init_heads: .*{message}"):
+            start_heads(PretrainConfig(init_from=init_from, init_heads=True), steps.built(name), {})
+
+
+def test_a_run_starts_from_the_heads_of_another(run, tmp_path):
+    settings = {"init_from": str(run), "lr": 1e-12, "weight_decay": 0.0}
+    for init_heads in (True, None):
+        path = pretrain(config(tmp_path / f"{init_heads}", init_heads=init_heads, **settings)).path
+        first, second = load_method(run).head[0].weight, load_method(path).head[0].weight
+        assert torch.allclose(first, second, atol=1e-6) == bool(init_heads)
+    record = json.loads((tmp_path / "True" / "init.json").read_text())
+    assert "head.0.weight" in record["heads"] and "heads: head.0.weight" in summary(record)
+    pretrain(config(tmp_path / "True", resume=True))
 
 
 def test_resume_ignores_the_file_it_started_from(run, tmp_path):

@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
 GROUPS = {
     "the run": "recipe out resume seed save_every keep log_every monitor trackers",
     "images": "image_size max_side workers hold_out",
-    "network": "backbone init_from freeze",
+    "network": "backbone init_from init_heads freeze",
     "optimisation": "epochs batch_size chunk optimizer optimizer_args lr lr_schedule"
     " warmup_epochs min_lr layer_decay bias_lr_factor weight_decay final_weight_decay max_grad_norm"
     " sam_rho sam_adaptive",

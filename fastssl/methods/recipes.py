@@ -159,6 +159,7 @@ EVERY: dict[str, Any] = {
     "sam_rho": 0.0,
     "sam_adaptive": False,
     "freeze": [],
+    "init_heads": False,
     "optimizer_args": {},
     "chunk": 0,
     "save_every": 5,

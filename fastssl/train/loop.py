@@ -107,6 +107,7 @@ class _Training:
         backbone = seeded_backbone(dataclasses.asdict(config), source.channels)
         self.initial = weights.start(config, backbone)
         method = method_class(config.method)(backbone, **config.method_args)
+        weights.start_heads(config, method, self.initial)
         self.views = method.views(config.image_size, source)
         self.caption = getattr(method, "reads_captions", None)
         if self.caption:

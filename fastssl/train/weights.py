@@ -49,6 +49,43 @@ def start(config: PretrainConfig, backbone: nn.Module) -> dict[str, Any] | None:
     return fit(backbone, read_weights(path, role), init_from, role)
 
 
+def start_heads(config: PretrainConfig, method: nn.Module, record: dict[str, Any] | None) -> None:
+    """Load in place what the run that `init_from` names has learned beside its backbone.
+
+    That is the parameters of equal names and shapes: heads and prototypes, also the teacher's.
+
+    Args:
+        config: resolved. method: whose backbone has been started.
+        record: what `start` returned, which is told their names.
+
+    Raises:
+        ValueError: `init_from` is no run with a checkpoint, or has no such parameters.
+    """
+    if not config.init_heads or (config.resume and last_checkpoint(config.out)):
+        return
+    path = config.init_from and last_checkpoint(split_role(config.init_from)[0])
+    if path is None:
+        raise ValueError(
+            "init_heads: init_from must be the folder of a run with its checkpoints/, which the "
+            f"heads are in, got {config.init_from!r}. Give it, or leave init_heads out."
+        )
+    weights = load_checkpoint(path)["model"]
+    heads = {
+        name: p
+        for name, p in method.named_parameters()
+        if "backbone." not in name and (p.requires_grad or name.startswith("ema."))
+    }
+    record["heads"] = [n for n, p in heads.items() if n in weights and weights[n].shape == p.shape]
+    if not record["heads"]:
+        raise ValueError(
+            f"init_heads: {config.init_from} must have heads of this method's, which are "
+            f"{_few(heads)}, got {_few(weights)}. Leave init_heads out."
+        )
+    with torch.no_grad():
+        for name in record["heads"]:
+            heads[name].copy_(weights[name])
+
+
 def absolute(init_from: str | None) -> str | None:
     """The same weights from whatever folder a run is resumed."""
     if init_from is None or init_from in PUBLISHERS:
@@ -284,8 +321,8 @@ def summary(record: Mapping[str, Any]) -> str:
         text += f", below {record['before_names']!r}"
     if record["names"] != "own":
         text += f", by {record['names']}'s names"
-    for kind in ("resized", "missing", "unused"):
-        if record[kind]:
+    for kind in ("resized", "missing", "unused", "heads"):
+        if record.get(kind):
             text += f"\n  {kind}: {_few(record[kind])}"
     return text
 
