@@ -60,7 +60,7 @@ void update(int64_t* best, int64_t k, const float* x, const float* scale, int64_
 // best (R, k), int64, takes in scores (R, C), times scale (C,), of columns `first` and after.
 void topk(Tensor best, Tensor scores, std::optional<Tensor> scale, int64_t first) {
   const int64_t R = scores.size(0), C = scores.size(1), k = best.size(1);
-  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && scores.stride(1) == 1 &&
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && (C < 2 || scores.stride(1) == 1) &&
                       best.scalar_type() == ScalarType::Long && best.is_contiguous() &&
                       best.size(0) == R && k > 0 && first + C <= kLast,
                   "topk: best must be (R, k) int64 and scores (R, C) float32, of contiguous rows");
@@ -72,7 +72,7 @@ void topk(Tensor best, Tensor scores, std::optional<Tensor> scale, int64_t first
   const float* x = static_cast<const float*>(scores.const_data_ptr());
   const int64_t share = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(C, 1));
   torch::stable::parallel_for(0, R, share, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) 
+    for (int64_t i = begin; i < end; ++i)
       update(heaps + i * k, k, x + i * scores.stride(0), factors, C, first);
   });
 }
@@ -128,7 +128,8 @@ Tensor inverse_lengths(Tensor x) {
                   "inverse_lengths: x must be float32 or bfloat16 of contiguous rows");
   Tensor out = torch::stable::new_empty(x, {R}, ScalarType::Float);
   float* data = static_cast<float*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, R, std::max<int64_t>(1, (1 << 15) / D), [&](int64_t i, int64_t end) {
+  torch::stable::parallel_for(0, R, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(D, 1)),
+                              [&](int64_t i, int64_t end) {
     for (; i < end; ++i) {
       const int64_t at = i * x.stride(0);
       data[i] = half ? inverse_length_of(static_cast<const uint16_t*>(x.const_data_ptr()) + at, D)

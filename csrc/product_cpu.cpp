@@ -1,7 +1,7 @@
 // C = A B or C += A B in fp32, for ops that are made of whole matrix products; A and B in fp32, or
 // in bf16, whose products are exact in fp32. By the register-blocked kernels of products.h where
-// they are wider than the library's (MKL on AMD) or it has none; where too little is multiplied for
-// packing to pay, by the library.
+// they are wider than the library's (MKL on AMD) or it has none; where it has AMX, or too little is
+// multiplied for packing to pay, by the library.
 //
 // A task owns a tile of C. It packs B by strips of 32 columns and A by panels of rows that stay in
 // the second-level cache, kDepth deep. An element of C is summed in an order that only k decides, so
@@ -18,17 +18,19 @@
 namespace fastssl {
 namespace {
 
-// A matrix whose elements lie together by rows or by columns.
+// A matrix whose elements lie together by rows or by columns: as given, or a copy.
 struct Matrix {
   Tensor t;
   int64_t rows, cols, ld;
   bool by_columns;
 
-  Matrix(const char* name, const Tensor& t) : t(t), rows(t.size(0)), cols(t.size(1)) {
+  explicit Matrix(const Tensor& x)
+      : t(std::min(x.size(0), x.size(1)) < 2 || x.stride(0) == 1 || x.stride(1) == 1
+              ? x
+              : torch::stable::contiguous(x)),
+        rows(t.size(0)), cols(t.size(1)) {
     by_columns = t.stride(1) != 1 && cols > 1;
     ld = t.stride(by_columns ? 1 : 0);
-    STD_TORCH_CHECK(!by_columns || t.stride(0) == 1 || rows == 1, "product: ", name,
-                    " must be contiguous by rows or by columns");
   }
   Matrix transposed() const {
     Matrix x = *this;
@@ -181,9 +183,11 @@ std::vector<float> widened(const Matrix& x) {
 }
 
 void product(Tensor out, Tensor a, Tensor b, bool add) {
-  const Matrix x("a", a), y("b", b), z("out", out);
+  const Matrix x(a), y(b);
+  const int64_t ldc = out.stride(0);
   const bool half = a.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(x.cols == y.rows && z.rows == x.rows && z.cols == y.cols && !z.by_columns &&
+  STD_TORCH_CHECK(x.cols == y.rows && out.size(0) == x.rows && out.size(1) == y.cols &&
+                      (out.stride(1) == 1 || y.cols < 2) &&
                       (half || a.scalar_type() == ScalarType::Float) &&
                       a.scalar_type() == b.scalar_type() && out.scalar_type() == ScalarType::Float,
                   "product: out (m, n) float32 of contiguous rows, a (m, k), b (k, n) both float32 "
@@ -206,10 +210,17 @@ void product(Tensor out, Tensor a, Tensor b, bool add) {
     }
   }
   if (!half && cpu().avx512 && cpu().amd && large) return own_product<float>(x, y, c, z.ld, add);
+  const bool along = half && x.cols && !x.by_columns && y.by_columns;  // pairs lie together
+  if (along && x.rows < 2 * kGroup) return few_rows(x, y, c, ldc, add);
+  if (along && cpu().amx_bf16 && cpu().mkl_bf16 && x.ld >= x.cols && y.ld >= x.cols)
+    return cblas_gemm_bf16bf16f32(101, 111, 112, x.rows, y.cols, x.cols, 1.f, x.at<uint16_t>(0, 0),
+                                  x.ld, y.at<uint16_t>(0, 0), y.ld, add, c, ldc);
+  if (along && cpu().avx512_bf16) return own_product<uint16_t>(x, y, c, ldc, add);
+  if (!half && cpu().avx512 && cpu().amd && large) return own_product<float>(x, y, c, ldc, add);
 #endif
   const auto library = [&](const float* left, int64_t lda, const float* right, int64_t ldb) {
     float_product(x.by_columns, y.by_columns, x.rows, y.cols, x.cols, left, lda, right, ldb,
-                  add ? 1.f : 0.f, c, z.ld);
+                  add ? 1.f : 0.f, c, ldc);
   };
   if (half)
     library(widened(x).data(), x.by_columns ? x.rows : x.cols, widened(y).data(),

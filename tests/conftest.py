@@ -40,7 +40,7 @@ def ranks():
 
 
 # Which products the CPU kernels run on: as found, all of the library's, everything in fp32.
-CPU_PATHS = {"found": -1, "library": 8, "fp32": 0}
+CPU_PATHS = {"found": -1, "library": 8 | 32, "fp32": 0}
 
 
 @pytest.fixture(params=CPU_PATHS)

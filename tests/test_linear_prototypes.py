@@ -145,6 +145,7 @@ def test_layouts(dtype):
     for change in (
         lambda x: x.mT.contiguous().mT,
         lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+        lambda x: torch.stack([x, x], -1)[..., 0],
         lambda x: x if x.dim() == 2 else torch.stack([*x], 1).transpose(0, 1),
     ):
         got = with_gradients(linear_prototype_cross_entropy, *map(change, inputs), bias=bias)
@@ -208,6 +209,12 @@ def test_small_scores_are_made_whole_and_are_the_same(monkeypatch):
         whole = with_gradients(linear_prototype_cross_entropy, *inputs, bias=bias)
     for x, y in zip(blocked, whole, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_losses_by_row_make_no_product_twice(monkeypatch):
+    monkeypatch.setattr(linear_prototypes, "BLOCK_BYTES", 8 * (S + T) * B * K)
+    monkeypatch.setattr(linear_prototypes, "_pass", None)  # not called, whosever products
+    with_gradients(linear_prototype_cross_entropy, *problem(torch.float32)[:4], reduction="none")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -54,7 +54,10 @@ def test_gradcheck():
 def test_layouts():
     x = torch.randn(9, 12)
     for y in (torch.stack([x, x], 2)[..., 0], x.T.contiguous().T):
-        torch.testing.assert_close(with_gradients(koleo, y), with_gradients(koleo, x))
+        for loss in (koleo, partial(koleo, normalize=False), partial(koleo, topk=2)):
+            torch.testing.assert_close(with_gradients(loss, y), with_gradients(loss, x))
+        for found, true in zip(topk_cosine(y, y, 3), topk_cosine(x, x, 3), strict=True):
+            torch.testing.assert_close(found, true)
 
 
 def test_parity_with_lightly():
@@ -159,19 +162,23 @@ def test_error_messages(call, text):
         call(torch.randn(3, 4))
 
 
-def on_rank(group, sizes, D):
-    x = torch.randn(sum(sizes), D, dtype=torch.float64, requires_grad=True)
+def on_rank(group, sizes, D, dtype):
+    x = torch.randn(sum(sizes), D).double().requires_grad_()
+    close = 1e-10 if dtype == torch.float64 else 1e-4
     own = slice(sum(sizes[: group.rank()]), sum(sizes[: group.rank() + 1]))
     for topk in (1, 2):
         truth = koleo_naive(x, topk=topk)
         true = len(sizes) * torch.autograd.grad(truth, x)[0][own]
-        value, dx = with_gradients(partial(koleo, topk=topk, group=group), x[own])
-        torch.testing.assert_close([value, dx], [truth.detach(), true], rtol=1e-10, atol=1e-10)
-    return value
+        loss = partial(koleo, topk=topk, group=group)
+        found = with_gradients(loss, x[own].to(dtype))
+        for got, expected in zip(found, (truth.detach(), true), strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=close, atol=close)
+    return found[0]
 
 
 @pytest.mark.parametrize("sizes", [(5,), (6, 6), (7, 3), (4, 0, 6), (2, 2, 3, 5)])
 @pytest.mark.parametrize("D", [9, 20])
-def test_over_ranks_as_in_one_process(D, sizes, ranks):
-    values = ranks.run(on_rank, len(sizes), sizes, D)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_over_ranks_as_in_one_process(D, sizes, dtype, ranks):
+    values = ranks.run(on_rank, len(sizes), sizes, D, dtype)
     assert all(torch.equal(value, values[0]) for value in values)

@@ -20,17 +20,9 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["own", "library"])
-def path(request):
-    if request.param == "library":
-        ops.override_cpu_features(0)
-    yield request.param
-    ops.override_cpu_features(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m,k,n", SIZES)
-def test_products(m, k, n, dtype, path):
+def test_products(m, k, n, dtype, cpu_path):
     x, y = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
     for a in (x, x.T.contiguous().T):
         for b in (y, y.T.contiguous().T):
@@ -41,6 +33,56 @@ def test_products(m, k, n, dtype, path):
             assert_no_worse(whole[:, :n], true, before[:, :n] + plain)
             assert torch.equal(whole[:, n:], before[:, n:])
             assert_no_worse(product(a, b), a.double() @ b.double(), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_any_layout(dtype, cpu_path):
+    for m, k, n in ((30, 20, 40), (70, 90, 80)):
+        x, y = (
+            torch.randn(m, 2 * k).to(dtype)[:, ::2],
+            torch.randn(2 * n, k, 3).to(dtype)[::2, :, 1],
+        )
+        for a in (x, x[:1].expand(m, k), x[:, :1].expand(m, k)):
+            for c in (y, y[:1].expand(n, k), y[:, :1].expand(n, k)):
+                b = c.T
+                true, plain = a.double() @ b.double(), a.float() @ b.float()
+                assert_no_worse(product(a, b), true, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_nothing_and_of_nan(dtype, cpu_path):
+    for m, k, n in ((0, 5, 40), (40, 5, 0), (40, 0, 40), (3, 0, 2)):
+        out, a, b = torch.ones(m, n), torch.ones(m, 9).to(dtype)[:, :k], torch.ones(n, 9).to(dtype)
+        assert torch.equal(product_(out, a, b[:, :k].T, add=True), torch.ones(m, n).add(k))
+        assert torch.equal(product_(out, a, b[:, :k].T), torch.full((m, n), float(k)))
+    a, b = torch.ones(40, 65).to(dtype), torch.ones(70, 65).to(dtype)
+    a[7, 64], b[69, 0] = torch.nan, torch.inf
+    expected = (a.float() @ b.float().T).isnan()
+    assert expected.sum() == 70 and torch.equal(product(a, b.T).isnan(), expected)
+    assert (product(a, b.T)[:, 69].isposinf()).sum() == 39
+
+
+def test_long_sums_err_no_more_than_the_library():
+    x = torch.rand(64, 1 << 16)
+    assert_no_worse(product(x, x.T), x.double() @ x.double().T, x @ x.T)
+
+
+OPS = [
+    (ops.product_, (torch.randn(3, 4), torch.randn(3, 5), torch.randn(5, 4), True)),
+    (ops.column_moments, (torch.randn(7, 5), torch.randn(5))),
+    (ops.column_moments, (torch.randn(7, 5).half(), None)),
+    (ops.column_dots, (torch.randn(7, 5), torch.randn(7, 5))),
+    (ops.standardise, (torch.randn(7, 5).bfloat16(), *torch.randn(3, 5).unbind())),
+    (ops.standardise, (torch.randn(7, 5), torch.randn(5), None, None)),
+    (ops.inverse_lengths, (torch.randn(7, 5).bfloat16(),)),
+    (ops.topk_, (torch.full((3, 2), neighbours.NOT_YET), torch.randn(3, 9), torch.rand(9), 4)),
+    (ops.topk_result, (torch.arange(6).view(3, 2),)),
+]
+
+
+@pytest.mark.parametrize("op, args", OPS)
+def test_opcheck(op, args):
+    torch.library.opcheck(op.default, args)
 
 
 def at_threads(count, call):
@@ -101,6 +143,14 @@ def test_topk_keeps_what_sorting_keeps(k):
         y = x if factors is None else x * factors
         order = y.sort(dim=1, descending=True, stable=True).indices[:, :k]
         assert torch.equal(found[1], order)
+
+
+@pytest.mark.parametrize("mean", [0, 1e2, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_about_large_means(mean, dtype):
+    z = (torch.randn(700, 40) + mean).to(dtype)
+    sums = ops.column_moments(z, None)[0]
+    assert_no_worse(sums / 700, z.double().mean(0), z.float().mean(0))
 
 
 def test_lengths():

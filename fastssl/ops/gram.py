@@ -77,11 +77,14 @@ def _column_dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of n rows in all the mean (D,) in dtype, and in fp64, around it, sum and sum of squares."""
+    """Of n rows in all by column the mean in dtype, and in fp64 what its rounding left over and the
+    sum of squares around both: (D,) each."""
     by_reference = dtype == torch.float64
     moments = column_moments_ref if by_reference else torch.ops.fastssl.column_moments
     mean = (all_sum(moments(z, None)[0], levels) / n).to(dtype)
-    return mean, *all_sum(moments(z, mean), levels).unbind()
+    rest, squares = all_sum(moments(z, mean), levels).unbind()
+    left = rest / n
+    return mean, left, (squares - left * rest).clamp_(min=0)
 
 
 # ------------------------------------------------------------------------------- Gram matrices
@@ -92,8 +95,8 @@ class Rows(NamedTuple):
 
     z: Tensor  # (N, D)
     mean: Tensor  # (D,) in the dtype of the products
-    inverse: Tensor | None  # (D,), what rows less the mean are multiplied by
-    shift: Tensor | None  # (D,), what is then added: what rounding the mean left over
+    inverse: Tensor  # (D,), what rows less the mean are multiplied by
+    shift: Tensor  # (D,), what is then added: what rounding the mean left over
     n: int  # rows of all ranks
     shards: Shards | None
     whole: Tensor | None = None  # (N, D)
@@ -115,8 +118,7 @@ class Rows(NamedTuple):
             return self.whole
         by_reference = self.mean.dtype == torch.float64
         run = standardise_ref if by_reference else torch.ops.fastssl.standardise
-        inverse, shift = (None if x is None else x[at[1]] for x in (self.inverse, self.shift))
-        return run(self.z[at], self.mean[at[1]], inverse, shift)
+        return run(self.z[at], *(x[at[1]] for x in (self.mean, self.inverse, self.shift)))
 
     def kept(self) -> "Rows":
         blocks = self.blocks()
@@ -176,8 +178,8 @@ def _views(name: str, z_a: Tensor, z_b: Tensor, group, **options) -> tuple[int, 
 
 @without_autocast
 def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
-    """The loss, and of each view: mean (D,), X if kept, and in the gradient the factors of X: the
-    Gram matrix (N, n) or (D, D), and (D,)."""
+    """The loss, and of each view: what X is made of, X if kept, and in the gradient the factors of
+    X: the Gram matrix (N, n) or (D, D), and (D,)."""
     levels, D, dtype = () if shards is None else shards.levels, z_a.shape[1], wide(z_a, z_b)
     loss = torch.zeros((), dtype=torch.float64, device=z_a.device)
     for s in steps(*z_a.shape, dtype):
@@ -187,8 +189,8 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
     share = cov / (D * (n - 1) ** 2)
     kept = []
     for z in (z_a, z_b):
-        mean, _, squares = _moments(z, n, levels, dtype)
-        x = Rows(z, mean, None, None, n, shards).kept()
+        mean, left, squares = _moments(z, n, levels, dtype)
+        x = Rows(z, mean, torch.ones_like(mean), -left.to(dtype), n, shards).kept()
         gram = _gram(x)
         root = (squares / (n - 1) + eps).sqrt()
         loss = loss + std / 2 * (1 - root).relu().mean()
@@ -200,14 +202,15 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
             gram.diagonal().zero_()
             off_diagonal = _column_dots(gram, gram).sum()
         loss = loss + share * off_diagonal
-        kept += [mean, x.whole, gram.mul_(4 * share), factor.to(dtype)]
+        kept += [*x[1:4], x.whole, gram.mul_(4 * share), factor.to(dtype)]
     return loss.to(dtype), kept
 
 
 @without_autocast
-def _vicreg_bwd(z, other, mean, whole, gram, factor, slope, sim, n, shards):
+def _vicreg_bwd(z, other, kept, slope, sim, n, shards):
     """dz: slope times the gradient of the loss in z."""
-    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, mean, None, None, n, shards, whole)
+    *made, whole, gram, factor = kept
+    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, *made, n, shards, whole)
     for at in x.blocks():
         block = x.block(at)
         d = block * factor[at[1]]
@@ -235,9 +238,9 @@ class VICReg(torch.autograd.Function):
         slope = dloss * world(ctx.options[-1])
         dz_a = dz_b = None
         if ctx.needs_input_grad[0]:
-            dz_a = _vicreg_bwd(z_a, z_b, *kept[:4], slope, *ctx.options)
+            dz_a = _vicreg_bwd(z_a, z_b, kept[:6], slope, *ctx.options)
         if ctx.needs_input_grad[1]:
-            dz_b = _vicreg_bwd(z_b, z_a, *kept[4:], slope, *ctx.options)
+            dz_b = _vicreg_bwd(z_b, z_a, kept[6:], slope, *ctx.options)
         return dz_a, dz_b, *[None] * 6
 
 
@@ -305,7 +308,7 @@ def _standardised(z, n, shards, normalization, dtype):
     levels, rows = (() if shards is None else shards.levels), n
     if normalization != "batch_norm":
         levels, rows = (), max(len(z), 1)
-    mean, rest, squares = _moments(z, rows, levels, dtype)
+    mean, left, squares = _moments(z, rows, levels, dtype)
     if normalization == "local_std":
         deviation = (squares / max(rows - 1, 1)).sqrt()
         scale = deviation + BATCH_NORM_EPS
@@ -313,8 +316,7 @@ def _standardised(z, n, shards, normalization, dtype):
     else:
         scale = (squares / rows + BATCH_NORM_EPS).sqrt()
         turn = 1 / (scale * rows)
-    shift = rest / (scale * -rows)
-    inverse, shift, turn = (x.to(dtype) for x in (1 / scale, shift, turn))
+    inverse, shift, turn = (x.to(dtype) for x in (1 / scale, -left / scale, turn))
     return Rows(z, mean, inverse, shift, n, shards).kept(), turn
 
 

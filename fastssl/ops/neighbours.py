@@ -60,7 +60,7 @@ torch.library.register_fake(
     lib=lib,
 )
 torch.library.register_fake(
-    "fastssl::inverse_lengths", lambda x: x.new_empty(len(x), dtype=torch.float32), lib=lib
+    "fastssl::inverse_lengths", lambda x: x.new_empty(x.shape[0], dtype=torch.float32), lib=lib
 )
 
 
@@ -114,15 +114,13 @@ def _nearest_by_bf16(y: Tensor, every: Tensor, first: int) -> Tensor:
         length[s] = torch.linalg.vector_norm(every[s], dim=1)
     longest, most_lost = (length + lost).amax(), lost.amax()
     index = torch.empty(len(y), dtype=torch.int64, device=y.device)
-    for s in steps(len(y), len(every), coarse.dtype):
+    for s in steps(len(y), len(every), y.dtype):
         own = slice(first + s.start, first + s.stop)
         products = _products(coarse[own], coarse, own.start)
         nearest = products.max(1).indices
         least = (y[s] * every[nearest]).sum(1)
         error = lost[own] * longest + (length[own] + lost[own]) * (most_lost + 1e-5 * longest)
-        # The product and this number are rounded to bf16 as well.
-        floor = least - error - 2**-7 * (least.abs() + error)
-        i, j = (products >= floor.bfloat16().unsqueeze(1)).nonzero().unbind(1)
+        i, j = (products >= (least - error).unsqueeze(1)).nonzero().unbind(1)
         if len(i) > 8 * len(nearest):
             for t in steps(len(nearest), 2 * len(every), y.dtype):
                 at = s.start + t.start

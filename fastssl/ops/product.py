@@ -8,7 +8,7 @@ from fastssl.ops.contrastive import lib
 
 
 def product_ref_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
+    out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=int(add))
 
 
 lib.define("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
@@ -23,8 +23,9 @@ def is_wider(x: Tensor) -> bool:
 def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """out (m, n), of contiguous rows, becomes a b, or out + a b. Without a gradient.
 
-    a (m, k) and b (k, n), each contiguous by rows or by columns, are both float32 or bfloat16 and
-    out is float32; or all are float64. Deterministic; the number of threads changes no bit.
+    a (m, k) and b (k, n), copied unless contiguous by rows or by columns, are both float32 or
+    bfloat16 and out is float32; or all are float64. Deterministic; our own products are the same
+    to the bit on any number of threads.
     """
     cpu = out.device.type == "cpu" and out.dtype == torch.float32
     if cpu and not torch.compiler.is_compiling():
