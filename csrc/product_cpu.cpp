@@ -196,22 +196,17 @@ void product(Tensor out, Tensor a, Tensor b, bool add) {
 #if FASTSSL_X86
   const bool large = x.rows >= 2 * kGroup && y.cols >= kStrip && x.cols >= 16 &&
                      x.rows * y.cols * x.cols >= 1 << 18;
-  if (half && !x.by_columns && y.by_columns) {
-    if (x.rows < 4) return few_rows(x, y, c, z.ld, add);
-    if (cpu().avx512_bf16 && x.rows >= 2 * kGroup)
-      return own_product<uint16_t>(x, y, c, z.ld, add);
-    if (cpu().avx512_bf16) {  // as B^T A^T, so that B, the larger, need not be transposed
-      std::vector<float> turned(x.rows * y.cols);
-      own_product<uint16_t>(y.transposed(), x.transposed(), turned.data(), x.rows, false);
-      for (int64_t i = 0; i < x.rows; ++i)
-        for (int64_t j = 0; j < y.cols; ++j)
-          c[i * z.ld + j] = turned[j * x.rows + i] + (add ? c[i * z.ld + j] : 0.f);
-      return;
-    }
-  }
-  if (!half && cpu().avx512 && cpu().amd && large) return own_product<float>(x, y, c, z.ld, add);
   const bool along = half && x.cols && !x.by_columns && y.by_columns;  // pairs lie together
-  if (along && x.rows < 2 * kGroup) return few_rows(x, y, c, ldc, add);
+  const bool flat = x.rows < 2 * kGroup;
+  if (along && (x.rows < 4 || (flat && !cpu().avx512_bf16))) return few_rows(x, y, c, ldc, add);
+  if (along && flat) {  // as B^T A^T, so that B, the larger, need not be transposed
+    std::vector<float> turned(x.rows * y.cols);
+    own_product<uint16_t>(y.transposed(), x.transposed(), turned.data(), x.rows, false);
+    for (int64_t i = 0; i < x.rows; ++i)
+      for (int64_t j = 0; j < y.cols; ++j)
+        c[i * ldc + j] = turned[j * x.rows + i] + (add ? c[i * ldc + j] : 0.f);
+    return;
+  }
   if (along && cpu().amx_bf16 && cpu().mkl_bf16 && x.ld >= x.cols && y.ld >= x.cols)
     return cblas_gemm_bf16bf16f32(101, 111, 112, x.rows, y.cols, x.cols, 1.f, x.at<uint16_t>(0, 0),
                                   x.ld, y.at<uint16_t>(0, 0), y.ld, add, c, ldc);

@@ -286,8 +286,10 @@ def test_finetune_with_few_labels_takes_the_recipe_of_one_percent():
     assert found["protocol"]["recipe"]["finetune-10%"]["optimizer"] == "lars"
     run = found["protocol"]["runs"]["finetune-10%"][0]
     assert run["batch_size"] == 27 and run["lr"] == pytest.approx(0.005 * 27**0.5)
-    shots = finetune(task(Net()), shots=(2,), epochs=1, seeds=1)
-    assert list(shots["top1_percent"]) == ["finetune-2-shot"]
+    shots = finetune(task(Net()), shots=(9, 10), epochs=1, seeds=1)
+    assert list(shots["top1_percent"]) == ["finetune-9-shot", "finetune-10-shot"]
+    held = {name: run["held_out"] for name, (run,) in shots["protocol"]["runs"].items()}
+    assert held == {"finetune-9-shot": 0, "finetune-10-shot": 3}  # a tenth of fewer is none
 
 
 def test_half_of_the_time_twice_an_image_is_changed():

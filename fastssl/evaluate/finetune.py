@@ -107,9 +107,9 @@ def finetune(
 
     A tenth of the labelled images is held out class by class. The network is scored on it after
     every epoch; the weights of the best epoch (the first among equals) are scored on the test split
-    once. Where no class has two images it is the last epoch. Images with several labels are learned
-    by binary cross-entropy and scored by the mean area under the ROC curve; the tenth is a random
-    one.
+    once. Classes with fewer than ten labels give none of them away; where no class has ten it is
+    the last epoch. Images with several labels are learned by binary cross-entropy and scored by the
+    mean area under the ROC curve; the tenth is a random one.
 
     | recipe | optimizer | rate | batch, epochs | else |
     |---|---|---|---|---|
@@ -337,7 +337,8 @@ def _once(
         torch.manual_seed(step_seed(seed, 0, 0))
         model = Classifier(task.network.backbone, task, labelled, neck, r.pool).to(task.device)
         classes = torch.zeros(len(labelled), dtype=torch.int64) if several else labelled.labels
-        held = held_out(classes, seed)
+        # Of fewer it would be no tenth, and too few to tell epochs apart.
+        held = held_out(classes, seed) & (classes.bincount()[classes] >= 10)
         fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
         batch_size = min(r.batch_size, len(fitted))
         scale = (batch_size / 256) ** r.batch_power
