@@ -76,6 +76,12 @@ def _column_dots(x: Tensor, y: Tensor) -> Tensor:
     return (column_dots_ref if by_reference else torch.ops.fastssl.column_dots)(x, y).squeeze(0)
 
 
+def _standardise(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    by_reference = mean.dtype == torch.float64
+    run = standardise_ref if by_reference else torch.ops.fastssl.standardise
+    return run(z, mean, scale, shift)
+
+
 def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of n rows in all by column the mean in dtype, and in fp64 what is still to be added to rows
     less that, and the sum of squares then: (D,) each."""
@@ -84,7 +90,7 @@ def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Ten
     mean = (all_sum(moments(z, None)[0], levels) / n).to(dtype)
     rest, squares = all_sum(moments(z, mean), levels).unbind()
     shift = rest / -n
-    return mean, shift, squares.addcmul(shift, rest).clamp_(min=0)
+    return mean, shift, squares.addcmul(shift, rest)
 
 
 # ------------------------------------------------------------------------------- Gram matrices
@@ -116,13 +122,10 @@ class Rows(NamedTuple):
     def block(self, at: tuple[slice, slice]) -> Tensor:
         if self.whole is not None:
             return self.whole
-        by_reference = self.mean.dtype == torch.float64
-        run = standardise_ref if by_reference else torch.ops.fastssl.standardise
-        return run(self.z[at], *(x[at[1]] for x in (self.mean, self.inverse, self.shift)))
+        return _standardise(self.z[at], *(x[at[1]] for x in self[1:4]))
 
     def kept(self) -> "Rows":
-        blocks = self.blocks()
-        return self._replace(whole=self.block(blocks[0])) if len(blocks) == 1 else self
+        return self._replace(whole=_standardise(*self[:4])) if len(self.blocks()) == 1 else self
 
     def of_all(self, x: Tensor) -> Tensor:
         return x if self.shards is None else gather_rows(x, self.shards)
@@ -310,7 +313,7 @@ def _standardised(z, n, shards, normalization, dtype):
         levels, rows = (), max(len(z), 1)
     mean, shift, squares = _moments(z, rows, levels, dtype)
     if normalization == "local_std":
-        deviation = (squares / max(rows - 1, 1)).sqrt()
+        deviation = (squares.clamp(min=0) / max(rows - 1, 1)).sqrt()
         scale = deviation + BATCH_NORM_EPS
         turn = torch.where(deviation > 0, 1 / (deviation * max(rows - 1, 1)), 0)
     else:
