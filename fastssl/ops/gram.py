@@ -76,15 +76,21 @@ def _column_dots(x: Tensor, y: Tensor) -> Tensor:
     return (column_dots_ref if by_reference else torch.ops.fastssl.column_dots)(x, y).squeeze(0)
 
 
+def _standardise(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    by_reference = mean.dtype == torch.float64
+    run = standardise_ref if by_reference else torch.ops.fastssl.standardise
+    return run(z, mean, scale, shift)
+
+
 def _moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of n rows in all by column the mean in dtype, and in fp64 what its rounding left over and the
-    sum of squares around both: (D,) each."""
+    """Of n rows in all by column the mean in dtype, and in fp64 what is still to be added to rows
+    less that, and the sum of squares then: (D,) each."""
     by_reference = dtype == torch.float64
     moments = column_moments_ref if by_reference else torch.ops.fastssl.column_moments
     mean = (all_sum(moments(z, None)[0], levels) / n).to(dtype)
     rest, squares = all_sum(moments(z, mean), levels).unbind()
-    left = rest / n
-    return mean, left, (squares - left * rest).clamp_(min=0)
+    shift = rest / -n
+    return mean, shift, squares.addcmul(shift, rest)
 
 
 # ------------------------------------------------------------------------------- Gram matrices
@@ -116,13 +122,10 @@ class Rows(NamedTuple):
     def block(self, at: tuple[slice, slice]) -> Tensor:
         if self.whole is not None:
             return self.whole
-        by_reference = self.mean.dtype == torch.float64
-        run = standardise_ref if by_reference else torch.ops.fastssl.standardise
-        return run(self.z[at], *(x[at[1]] for x in (self.mean, self.inverse, self.shift)))
+        return _standardise(self.z[at], *(x[at[1]] for x in self[1:4]))
 
     def kept(self) -> "Rows":
-        blocks = self.blocks()
-        return self._replace(whole=self.block(blocks[0])) if len(blocks) == 1 else self
+        return self._replace(whole=_standardise(*self[:4])) if len(self.blocks()) == 1 else self
 
     def of_all(self, x: Tensor) -> Tensor:
         return x if self.shards is None else gather_rows(x, self.shards)
@@ -187,10 +190,10 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
         loss += _column_dots(difference, difference).sum()
     loss = all_sum(loss, levels) * (sim / (n * D))
     share = cov / (D * (n - 1) ** 2)
-    kept = []
+    kept, ones = [], z_a.new_ones(D, dtype=dtype)
     for z in (z_a, z_b):
-        mean, left, squares = _moments(z, n, levels, dtype)
-        x = Rows(z, mean, torch.ones_like(mean), -left.to(dtype), n, shards).kept()
+        mean, shift, squares = _moments(z, n, levels, dtype)
+        x = Rows(z, mean, ones, shift.to(dtype), n, shards).kept()
         gram = _gram(x)
         root = (squares / (n - 1) + eps).sqrt()
         loss = loss + std / 2 * (1 - root).relu().mean()
@@ -308,15 +311,15 @@ def _standardised(z, n, shards, normalization, dtype):
     levels, rows = (() if shards is None else shards.levels), n
     if normalization != "batch_norm":
         levels, rows = (), max(len(z), 1)
-    mean, left, squares = _moments(z, rows, levels, dtype)
+    mean, shift, squares = _moments(z, rows, levels, dtype)
     if normalization == "local_std":
-        deviation = (squares / max(rows - 1, 1)).sqrt()
+        deviation = (squares.clamp(min=0) / max(rows - 1, 1)).sqrt()
         scale = deviation + BATCH_NORM_EPS
         turn = torch.where(deviation > 0, 1 / (deviation * max(rows - 1, 1)), 0)
     else:
         scale = (squares / rows + BATCH_NORM_EPS).sqrt()
         turn = 1 / (scale * rows)
-    inverse, shift, turn = (x.to(dtype) for x in (1 / scale, -left / scale, turn))
+    inverse, shift, turn = (x.to(dtype) for x in (1 / scale, shift / scale, turn))
     return Rows(z, mean, inverse, shift, n, shards).kept(), turn
 
 

@@ -28,11 +28,12 @@ from fastssl.ops.prototype_loss import (
 
 # What the scores of a block may take, if that is enough rows for the products' full speed. With
 # K = 65536 on AMD cores 64 rows cost up to 24 % more, and 512 gain at most 6 %. Scores that fit a
-# block are made whole, unless our products are faster than the library's and none is made twice;
-# and for 16-bit prototypes those of less than twice their gradient in float32, which only blocks
-# need: with S + T = 12, D = 256 it costs 14 % at B = 64.
+# block are made whole, unless products of ours, faster than the library's, gain more than blocks
+# cost; and for 16-bit prototypes those of less than twice their gradient in float32, which only
+# blocks need: with S + T = 12, D = 256 it costs 14 % at B = 64.
 BLOCK_BYTES = 32 << 20
 LEAST_ROWS = 256
+OWN_PRODUCTS_FROM = 1 << 23  # S B D K
 # Prototypes whose gradient is added at a time: their part of it, in 16 bit, stays in cache.
 PROTOTYPES = 4096
 
@@ -255,7 +256,11 @@ def linear_prototype_cross_entropy(
     teacher = teacher.detach()
     scores_bytes = B * K * (S * dtypes[0].itemsize + len(teacher) * dtypes[1].itemsize)
     sums_bytes = 4 * student_prototypes.numel() if student_prototypes.itemsize == 2 else 0
-    own_products = reduction != "none" and dtypes == [torch.float32] * 2 and is_wider(student)
+    own_products = (
+        dtypes == [torch.float32] * 2
+        and student.numel() * K >= OWN_PRODUCTS_FROM
+        and is_wider(student)
+    )
     if scores_bytes <= max(BLOCK_BYTES, 2 * sums_bytes) and not own_products:
         scores = linear(student.to(dtypes[0]), student_prototypes.to(dtypes[0]))
         if teacher_prototypes is not None:
