@@ -94,10 +94,7 @@ FASTSSL_CLONES void dots_of(const float* x, int64_t ldx, const float* y, int64_t
 template <class T>
 FASTSSL_INLINE inline void standardise_body(const T* z, int64_t n, const float* mean,
                                             const float* scale, const float* shift, float* out) {
-  if (scale)
-    for (int64_t c = 0; c < n; ++c) out[c] = (value(z[c]) - mean[c]) * scale[c] + shift[c];
-  else
-    for (int64_t c = 0; c < n; ++c) out[c] = value(z[c]) - mean[c];
+  for (int64_t c = 0; c < n; ++c) out[c] = (value(z[c]) - mean[c]) * scale[c] + shift[c];
 }
 FASTSSL_CLONES void standardise_of(const float* z, int64_t n, const float* mean, const float* scale,
                                    const float* shift, float* out) {
@@ -157,10 +154,9 @@ Tensor column_dots(Tensor a, Tensor b) {
   });
 }
 
-Tensor standardise(Tensor z, Tensor mean, OptTensor scale, OptTensor shift) {
+Tensor standardise(Tensor z, Tensor mean, Tensor scale, Tensor shift) {
   const Rows x(z);
-  for (const OptTensor& v : {OptTensor(mean), scale, shift}) x.check(v);
-  STD_TORCH_CHECK(bool(scale) == bool(shift), "gram: scale and shift go together");
+  for (const Tensor& v : {mean, scale, shift}) x.check(v);
   Tensor out = torch::stable::new_empty(z, {x.N, x.D}, ScalarType::Float);
   float* data = static_cast<float*>(out.mutable_data_ptr());
   const auto run = [&](int64_t i) {

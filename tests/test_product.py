@@ -73,7 +73,6 @@ OPS = [
     (ops.column_moments, (torch.randn(7, 5).half(), None)),
     (ops.column_dots, (torch.randn(7, 5), torch.randn(7, 5))),
     (ops.standardise, (torch.randn(7, 5).bfloat16(), *torch.randn(3, 5).unbind())),
-    (ops.standardise, (torch.randn(7, 5), torch.randn(5), None, None)),
     (ops.inverse_lengths, (torch.randn(7, 5).bfloat16(),)),
     (ops.topk_, (torch.full((3, 2), neighbours.NOT_YET), torch.randn(3, 9), torch.rand(9), 4)),
     (ops.topk_result, (torch.arange(6).view(3, 2),)),
@@ -118,7 +117,6 @@ def test_passes_over_features(N, D, dtype):
             torch.testing.assert_close(ops.column_moments(x, given), true, rtol=1e-6, atol=1e-3)
         y = gram.standardise_ref(z, mean, scale, shift)
         torch.testing.assert_close(ops.standardise(x, mean, scale, shift), y)
-        assert torch.equal(ops.standardise(x, mean, None, None), z.float() - mean)
         if dtype == torch.float32:
             true = gram.column_dots_ref(z.double(), y.double())
             torch.testing.assert_close(ops.column_dots(x, y), true, rtol=1e-6, atol=1e-3)

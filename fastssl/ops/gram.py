@@ -45,15 +45,14 @@ def column_dots_ref(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def standardise_ref(z: Tensor, mean: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def standardise_ref(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(z - mean) scale + shift by column, in the dtype of mean (D,)."""
-    x = z.to(mean.dtype) - mean
-    return x if scale is None else torch.addcmul(shift, x, scale)
+    return torch.addcmul(shift, z.to(mean.dtype) - mean, scale)
 
 
 lib.define("column_moments(Tensor z, Tensor? mean) -> Tensor")
 lib.define("column_dots(Tensor x, Tensor y) -> Tensor")
-lib.define("standardise(Tensor z, Tensor mean, Tensor? scale, Tensor? shift) -> Tensor")
+lib.define("standardise(Tensor z, Tensor mean, Tensor scale, Tensor shift) -> Tensor")
 lib.impl("column_moments", column_moments_ref, "CompositeExplicitAutograd")
 lib.impl("column_dots", column_dots_ref, "CompositeExplicitAutograd")
 lib.impl("standardise", standardise_ref, "CompositeExplicitAutograd")
