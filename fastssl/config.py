@@ -126,6 +126,8 @@ class PretrainConfig:
         vars(self).update(_checked(vars(self), get_type_hints(type(self)), "config"))
         if isinstance(self.data, list):
             self.data = f"mix:{json.dumps(self.data)}"
+        if self.optimizer_args:  # a tuple as the list that the run's file will have
+            self.optimizer_args = json.loads(json.dumps(self.optimizer_args))
         path, _, own = self.method.rpartition(":")
         if path.endswith(".py"):  # the same file from whatever folder a run is resumed
             self.method = f"{Path(path).expanduser().resolve()}:{own}"

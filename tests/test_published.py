@@ -83,6 +83,8 @@ def test_arguments_that_schedules_would_overrule_are_refused():
 
 
 def test_text_is_read_as_arguments():
+    config = PretrainConfig(optimizer_args={"betas": (0.9, 0.95)})
+    assert config.optimizer_args == {"betas": [0.9, 0.95]}  # as a resumed run reads it
     config = from_dict({"optimizer_args": "eta=0.02, clip=true,nesterov=False,name=x"})
     wanted = {"eta": 0.02, "clip": True, "nesterov": False, "name": "x"}
     assert config.optimizer_args == wanted
