@@ -36,7 +36,7 @@ def front_page() -> str:
 
 def whole_page() -> str:
     parts = []
-    for folder in ("bench", "bench_step", "bench_scaling"):
+    for folder in ("bench", "bench_optim", "bench_step", "bench_scaling"):
         for machine, result in results(f"{folder}/results.json").items():
             parts.append(f"## {machine}: `{result['command']}`\n\n{markdown(result)}".rstrip())
     for machine, result in results("sharded.json").items():

@@ -1,9 +1,11 @@
 """AdamW's step with 8-bit states against torch's fused one in float32 and other 8-bit ones; moving
-averages of weights against torch's foreach."""
+averages of weights against torch.optim.swa_utils."""
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..optim import AdamW8bit
+from ..optim import EMA, AdamW8bit
 from .baselines import add, library
 from .measure import Work
 
@@ -54,7 +56,7 @@ def make(case: str, dtype: str, device: str, N: int) -> tuple[dict, list[str]]:
     slopes = [torch.randn(s, **random).mul_(0.01) for s in all_shapes]
 
     def provider(optimizer, dtype, **options):
-        parameters = [torch.nn.Parameter(p.to(device, dtype, copy=True)) for p in start]
+        parameters = [nn.Parameter(p.to(device, dtype, copy=True)) for p in start]
         for p, g in zip(parameters, slopes, strict=True):
             p.grad = g.to(device, dtype)
         optimizer = optimizer(parameters, lr=1e-3, weight_decay=0.05, **options)
@@ -80,21 +82,20 @@ def make(case: str, dtype: str, device: str, N: int) -> tuple[dict, list[str]]:
 
 
 def _averages(start: list[torch.Tensor], dtype: torch.dtype, device: str) -> dict:
-    values = [p.to(device, dtype) for p in start]
+    model = nn.ParameterList(nn.Parameter(p.to(device, dtype)) for p in start)
+    ours, theirs = EMA(model, 0.99), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    theirs.update_parameters(model)  # the first copies
 
-    def provider(update):
-        averages = [torch.zeros_like(v) for v in values]
+    def provider(average, update):
+        weights = [p.detach().zero_() for p in average.parameters()]
 
         def step():
-            update(averages, values)
-            return (averages[-1][:1000].clone(),)
+            update()
+            return (weights[-1].flatten()[:1000].clone(),)
 
         return step
 
-    def one_call(averages, values):
-        torch.ops.fastssl.ema_(averages, values, torch.tensor(0.01, device="cpu"))
-
-    def foreach(averages, values):
-        torch._foreach_lerp_(averages, values, 0.01)
-
-    return {"ours": provider(one_call), "torch foreach": provider(foreach)}
+    return {
+        "ours": provider(ours.module, ours.update),
+        "torch swa_utils": provider(theirs.module, lambda: theirs.update_parameters(model)),
+    }

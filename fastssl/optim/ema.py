@@ -13,6 +13,7 @@ import fastssl.ops.ema  # noqa: F401  (defines the op)
 from .states import expanded, local
 
 AVERAGED = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = 1 << 14  # elements: less than what an op costs a tensor
 
 
 def _check_momentum(name: str, label: str, m: float | Tensor) -> None:
@@ -175,14 +176,17 @@ class EMA(nn.Module):
             momentum = torch.tensor(momentum, dtype=torch.float64, device="cpu")
         momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32)).reshape(())
         averaged, copied = self._pairs()
-        for averages, values in averaged.values():
-            torch.ops.fastssl.ema_(averages, values, 1 - momentum)
+        for (_, small), (averages, values) in averaged.items():
+            if small:
+                torch._foreach_lerp_(averages, values, float(1 - momentum))
+            else:
+                torch.ops.fastssl.ema_(averages, values, 1 - momentum)
         if copied:
             torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
 
-    def _pairs(self) -> tuple[dict[torch.device, tuple[list, list]], list[tuple[Tensor, Tensor]]]:
-        """Averages and values by device, and pairs of what is copied. Looked up at each update: a
-        module's tensors may be replaced."""
+    def _pairs(self) -> tuple[dict[tuple, tuple[list, list]], list[tuple[Tensor, Tensor]]]:
+        """Averages and values by device and by whether torch's loop over tensors is faster, and pairs
+        of what is copied. Looked up at each update: a module's tensors may be replaced."""
         of_copy, of_model = self.module, self.model
         pairs = [(a, v, True) for a, v in _both(of_copy.parameters(), of_model.parameters())]
         if self.buffers_are != "keep":
@@ -204,7 +208,9 @@ class EMA(nn.Module):
                     "EMA: what is averaged must be float32, bfloat16 or float16, got "
                     f"{v.dtype} of shape {tuple(v.shape)}. Convert the model with .float()."
                 )
-            averages, values = averaged.setdefault(a.device, ([], []))
+            small = a.device.type == "cpu" and a.dtype == v.dtype == torch.float32
+            small = small and a.numel() < SMALL
+            averages, values = averaged.setdefault((a.device, small), ([], []))
             averages.append(a)
             values.append(v)
         return averaged, copied
