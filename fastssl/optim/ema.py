@@ -185,7 +185,7 @@ class EMA(nn.Module):
             torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
 
     def _pairs(self) -> tuple[dict[tuple, tuple[list, list]], list[tuple[Tensor, Tensor]]]:
-        """Averages and values by device and by whether torch's loop over tensors is faster, and pairs
+        """Averages and values by device and by whether torch's loop over tensors is faster; pairs
         of what is copied. Looked up at each update: a module's tensors may be replaced."""
         of_copy, of_model = self.module, self.model
         pairs = [(a, v, True) for a, v in _both(of_copy.parameters(), of_model.parameters())]
