@@ -176,6 +176,18 @@ def test_comparison(after, word, told):
     assert table.splitlines()[-1].endswith(f"| {word} |") and bool(regressed) == told
 
 
+def test_a_case_is_judged_by_the_mean_of_its_rows():
+    def four(speedup):
+        result = changed(speedup, noise=0.04)
+        (row,) = result["rows"]
+        sizes = [{"N": 2**k, "D": 4} for k in range(4)]
+        return result | {"rows": [copy.deepcopy(row) | {"sizes": s} for s in sizes]}
+
+    table, regressed = compare(four(2.0), four(2.0 / 1.2))
+    assert table.count("too noisy to tell") == 4 and regressed == ["clip, mean of 4 rows of losses"]
+    assert compare(four(2.0), four(2.0))[1] == []
+
+
 def test_tables_show_what_is_slower_and_what_is_absent():
     text = results.markdown(changed(2.0))
     assert "| 2.00 |" in text and "absent: apex" in text and "1 MiB | 9 MiB" in text

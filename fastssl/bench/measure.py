@@ -45,6 +45,14 @@ class Work:
         return 2 * self.products * self.rows * self.keys * self.width
 
 
+def keep_memory() -> None:
+    """From here on this process keeps what it frees. What the system asks for fresh memory differs
+    many times over between processes of one machine; so no provider is measured by it."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap as well
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is never given back
+
+
 def timed(call: Provider, device: str) -> float:
     """Seconds of one call; on a GPU from its launch there on to its end there."""
     if device == "cpu":

@@ -292,11 +292,12 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
     that both have, the one with the least noise, over ours, in the same rounds of the same run.
 
     Returns:
-        A table, and the cases that regressed: whose ratio fell by more than 10 % and by more than
-        four standard errors, or that failed.
+        A table, and what regressed: rows, and cases by the mean of their rows, whose ratio fell by
+        more than 10 % and by more than four standard errors; and rows that failed.
     """
     known = {_key(row): row for row in before["rows"]}
     lines, regressed = [], []
+    of_cases: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in after["rows"]:
         old = known.pop(_key(row), None)
         if old is None:
@@ -315,23 +316,38 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
             continue
         noises = {n: math.hypot(old["ratios"][n]["noise"], row["ratios"][n]["noise"]) for n in both}
         steadiest = min(both, key=noises.get)
-        was, now = old["ratios"][steadiest], row["ratios"][steadiest]
-        change = now["ratio"] / was["ratio"]
-        noise = SIGMAS * noises[steadiest]
-        least = min(1 - LEAST_CHANGE, math.exp(-noise))
-        word = "same" if noise <= LARGEST_NOISE else "too noisy to tell"
-        if change < least:
-            word = "**slower**"
+        was, now = old["ratios"][steadiest]["ratio"], row["ratios"][steadiest]["ratio"]
+        change = math.log(now / was)
+        of_cases.setdefault((row["group"], row["case"]), []).append((change, noises[steadiest]))
+        word = _moved(change, noises[steadiest])
+        if "slower" in word:
             regressed.append(name)
-        elif change * least > 1:
-            word = "faster"
-        figures = f"{was['ratio']:.2f}", f"{now['ratio']:.2f}", f"{100 * (change - 1):+.0f} %"
+        figures = f"{was:.2f}", f"{now:.2f}", f"{100 * math.expm1(change):+.0f} %"
         lines.append([f"{name}, {steadiest}", *figures, word])
+    for (group, case), each in of_cases.items():
+        if len(each) > 1:  # a row may be too noisy where all of them are not
+            changes, noise = zip(*each, strict=True)
+            change = statistics.fmean(changes)
+            word = _moved(change, math.hypot(*noise) / len(noise))
+            name = f"{case}, mean of {len(each)} rows of {group}"
+            if "slower" in word:
+                regressed.append(name)
+            lines.append([name, "", "", f"{100 * math.expm1(change):+.0f} %", word])
     for row in known.values():
         lines.append([f"{row['case']} {row['sizes']}", "", "", "", "not measured again"])
     head = ["case, baseline", "before", "after", "change", "verdict"]
     table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * 5, *lines])
     return table, regressed
+
+
+def _moved(change: float, noise: float) -> str:
+    """A word for the change of a ratio's logarithm, given its standard error."""
+    least = max(-math.log(1 - LEAST_CHANGE), SIGMAS * noise)
+    if change < -least:
+        return "**slower**"
+    if change > least:
+        return "faster"
+    return "same" if SIGMAS * noise <= LARGEST_NOISE else "too noisy to tell"
 
 
 def _key(row: dict[str, Any]) -> tuple:

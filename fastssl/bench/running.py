@@ -254,6 +254,8 @@ def _context(device: str):
 
 
 def _answer(connection, function, job) -> None:
+    if function is _time:
+        measure.keep_memory()
     try:
         found = function(**job, at=lambda name: connection.send(("at", name)))
         connection.send(("found", found))
