@@ -176,6 +176,13 @@ def test_comparison(after, word, told):
     assert table.splitlines()[-1].endswith(f"| {word} |") and bool(regressed) == told
 
 
+def test_a_baseline_of_few_turns_is_no_measure():
+    before, after = changed(2.0, noise=0.05), changed(2.0, noise=0.05)
+    for result, ratio in ((before, 90.0), (after, 30.0)):
+        result["rows"][0]["ratios"]["bitsandbytes"] = {"ratio": ratio, "noise": 0.01}
+    assert compare(before, after)[1] == []
+
+
 def test_a_case_is_judged_by_the_mean_of_its_rows():
     def four(speedup):
         result = changed(speedup, noise=0.04)

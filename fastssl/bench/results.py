@@ -18,6 +18,7 @@ import torch
 from .. import __version__, extension
 from ..train.checkpoint import replacing
 from .baselines import versions
+from .measure import SLOW
 
 LEAST_CHANGE, SIGMAS = 0.10, 4.0
 """A ratio to the baseline must fall by more than this share, and by more than so many of its
@@ -289,7 +290,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
     """What changed beyond the noise of both.
 
     Machines drift, by a factor of two on shared ones, so what is compared is the time of a baseline
-    that both have, the one with the least noise, over ours, in the same rounds of the same run.
+    that both have, of those not far slower than others the one with the least noise, over ours, in
+    the same rounds of the same run.
 
     Returns:
         A table, and what regressed: rows, and cases by the mean of their rows, whose ratio fell by
@@ -314,6 +316,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
         if not both:
             lines.append([name, "", "", "", "no baseline in both"])
             continue
+        times = {n: row["ratios"][n]["ratio"] for n in both}  # what takes far longer has few turns
+        both = [n for n in both if times[n] <= SLOW * min(times.values())]
         noises = {n: math.hypot(old["ratios"][n]["noise"], row["ratios"][n]["noise"]) for n in both}
         steadiest = min(both, key=noises.get)
         was, now = old["ratios"][steadiest]["ratio"], row["ratios"][steadiest]["ratio"]
