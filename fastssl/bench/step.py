@@ -2,12 +2,11 @@
 method's losses, averages, views and optimizer as plain torch has them."""
 
 import copy
-import ctypes
 import functools
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -155,15 +154,12 @@ class Step:
             torch.cuda.empty_cache()
 
     def __call__(self) -> tuple:
-        first = self.method is None
         self.backward()
         with self._part("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.method.after_step(self.count + 1, 10**6)
         self.count += 1
-        if first:
-            _give_back()
         return ()
 
     def backward(self) -> torch.Tensor:
@@ -261,9 +257,3 @@ class Step:
                 return function(*args, **kwargs)
 
         return forward
-
-
-def _give_back() -> None:
-    """What is freed goes back to the system: kept for reuse, it would hide what a step takes."""
-    with suppress(AttributeError):  # glibc's
-        ctypes.CDLL(None).malloc_trim(0)
