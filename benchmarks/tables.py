@@ -26,12 +26,14 @@ def results(name: str) -> dict[str, dict]:
 
 
 def front_page() -> str:
-    """A case and dtype a row, at its largest size, and whatever is slower than a baseline."""
-    parts = [compact(result) for result in results("bench/results.json").values()]
-    if not any("cuda" in result["rows"][0]["device"] for result in
-               results("bench/results.json").values()):  # fmt: skip
-        parts.append(NO_GPU)
-    return "\n\n".join(parts)
+    """A case and dtype a row, at its largest size, and whatever is slower than a baseline: of every
+    GPU, and of the CPU with the widest instructions."""
+    found = list(results("bench/results.json").values())
+    gpus = [result for result in found if "cuda" in result["rows"][0]["device"]]
+    cpus = [result for result in found if result not in gpus]
+    widest = max(cpus, key=lambda result: len(result["environment"]["cpu_features"]))
+    parts = [compact(result) for result in [*gpus, widest]]
+    return "\n\n".join(parts if gpus else [*parts, NO_GPU])
 
 
 def whole_page() -> str:

@@ -32,8 +32,8 @@ PRIOR = 4
 
 
 def machine(device: str | None = None) -> str:
-    """This machine in a word: the GPU's name (h200), or the CPU and its cores; None: the GPU's if
-    there is one."""
+    """This machine in a word: the GPU's name (h200), or the CPU, the widest instructions that torch
+    uses of it and its cores; None: the GPU's if there is one."""
     if device != "cpu" and torch.cuda.is_available():
         words = torch.cuda.get_device_name().lower().split()
         return "-".join(word for word in words if word not in ("nvidia", "amd", "gpu"))
@@ -44,7 +44,9 @@ def machine(device: str | None = None) -> str:
             model = line.partition(":")[2]
             break
     words = [w for w in model.replace("(R)", "").split() if w[0].isalnum() and w != "CPU"]
-    return "-".join([*words[:3], f"{os.cpu_count()}cores"]).lower()
+    # Virtual machines tell one name for generations of which some lack half of the instructions.
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return "-".join([*words[:3], instructions, f"{os.cpu_count()}cores"]).lower()
 
 
 def environment(threads: int | None = None, device: str | None = None) -> dict[str, Any]:
