@@ -8,7 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastssl
-from fastssl.ops import linear_prototype_cross_entropy, linear_prototypes, prototype_cross_entropy
+from fastssl.ops import (
+    linear_prototype_cross_entropy,
+    linear_prototypes,
+    product,
+    prototype_cross_entropy,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,7 +171,8 @@ def test_weight_norm():
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_autocast_as_of_a_linear_layer():
+def test_autocast_as_of_a_linear_layer(monkeypatch):
+    monkeypatch.setitem(product.NARROW_PRODUCTS, torch.bfloat16, True)
     *inputs, bias = problem(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = with_gradients(linear_prototype_cross_entropy, *inputs, bias=bias)
@@ -189,6 +195,23 @@ class Largest(TorchDispatchMode):
         sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         self.numel = max(self.numel, *sizes, 0)
         return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("whole", [False, True])
+def test_float32_products_where_the_cpu_has_none_of_16_bits(whole, dtype, monkeypatch):
+    student, W, teacher, V, _ = problem(dtype)
+    if whole:
+        monkeypatch.setattr(linear_prototypes, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setitem(product.NARROW_PRODUCTS, dtype, False)
+    loss, *grads = with_gradients(linear_prototype_cross_entropy, student, W, teacher, V)
+    wide = [x.float() for x in (student, W, teacher, V)]
+    same, *like = with_gradients(linear_prototype_cross_entropy, *wide)
+    assert torch.equal(loss, same)
+    assert all(x.dtype == dtype for x in grads)
+    assert all(torch.equal(x, y.to(dtype)) for x, y in zip(grads, like, strict=True))
+    monkeypatch.setitem(product.NARROW_PRODUCTS, dtype, True)
+    assert not torch.equal(linear_prototype_cross_entropy(student, W, teacher, V), loss)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..ops.product import multiplied
+
 Provider = Callable[[], Iterable[Tensor]]
 """One call of a case; the tensors it returns are compared between providers."""
 
@@ -144,10 +146,9 @@ def median_and_noise(values: list[float], independent: int) -> tuple[float, floa
 
 def bare_product(work: Work, dtype: str, device: str, rounds: int = 3) -> float:
     """Seconds of the library's product (rows, width) by (width, keys), in the fastest of a few
-    blockings."""
-    x, y = (
-        torch.randn(n, work.width).to(device, getattr(torch, dtype)) for n in (work.rows, work.keys)
-    )
+    blockings; in float32 where it has none of dtype."""
+    x, y = (torch.randn(n, work.width, device=device) for n in (work.rows, work.keys))
+    x, y = (z.to(multiplied(z, getattr(torch, dtype))) for z in (x, y))
     best = float("inf")
     for height, width in BLOCKS[device]:
         width = width or work.keys

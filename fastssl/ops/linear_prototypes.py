@@ -17,7 +17,7 @@ from fastssl.ops.checks import (
     slope_of_row,
 )
 from fastssl.ops.contrastive import without_autocast
-from fastssl.ops.product import is_wider, product, product_
+from fastssl.ops.product import is_wider, multiplied, product, product_
 from fastssl.ops.prototype_loss import (
     PrototypeLoss,
     crops_of,
@@ -228,14 +228,14 @@ def linear_prototype_cross_entropy(
     one_crop = isinstance(student, Tensor) and student.dim() == 2
     student = _features(name, "student", student, student_prototypes)
     (S, B, _), K = student.shape, len(student_prototypes)
-    dtypes = [common_dtype(student, student_prototypes)]
+    dtypes = [multiplied(student, common_dtype(student, student_prototypes))]
     if teacher_prototypes is None:
         teacher = crops_of(name, "teacher", teacher)
         dtypes.append(teacher.dtype)
     else:
         teacher = _features(name, "teacher", teacher, teacher_prototypes)
         teacher_prototypes = teacher_prototypes.detach()
-        dtypes.append(common_dtype(teacher, teacher_prototypes))
+        dtypes.append(multiplied(teacher, common_dtype(teacher, teacher_prototypes)))
     teacher_K = teacher.shape[-1] if teacher_prototypes is None else len(teacher_prototypes)
     if (teacher.shape[1], teacher_K) != (B, K):
         raise ValueError(

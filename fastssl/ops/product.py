@@ -7,6 +7,25 @@ from fastssl.extension import wider_than_mkl
 from fastssl.ops.contrastive import lib
 
 
+def _narrow() -> dict[torch.dtype, bool]:
+    """Of 16-bit dtypes, whether torch's library multiplies them on this CPU; what it does instead
+    takes up to 50 times as long as float32."""
+    found = dict.fromkeys((torch.bfloat16, torch.float16), False)
+    if torch.backends.mkldnn.is_available():
+        found[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        found[torch.float16] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return found
+
+
+NARROW_PRODUCTS = _narrow()
+
+
+def multiplied(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype for products that are asked for in dtype: float32 where x's CPU has none of it."""
+    slow = x.device.type == "cpu" and not NARROW_PRODUCTS.get(dtype, True)
+    return torch.float32 if slow else dtype
+
+
 def product_ref_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=int(add))
 
