@@ -15,6 +15,7 @@ from ..data import decode
 from ..data.images import EXTENSIONS, PASSING
 from ..data.listing import listing
 from ..extras import require
+from ..train.checkpoint import replacing
 from .features import frozen
 from .networks import open_network
 
@@ -147,15 +148,11 @@ def _rows(h: Tensor, B: int) -> Tensor:
 
 def _write(embedding: Embedding, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")  # numpy adds other endings
-    try:
+    with replacing(out) as file:
         if out.suffix == ".npz":
             paths = np.array(embedding.paths)  # of text, which loads without pickle
-            np.savez(partial, features=embedding.features.numpy(), paths=paths)
+            np.savez(file, features=embedding.features.numpy(), paths=paths)
         else:
             metadata = {"format": "pt", "paths": json.dumps(embedding.paths)}
             safetensors = require("safetensors.torch", "train")
-            safetensors.save_file({"features": embedding.features}, partial, metadata=metadata)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+            file.write(safetensors.save({"features": embedding.features}, metadata))
