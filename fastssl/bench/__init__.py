@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..outputs import check_folder
 from . import results, running, sharded
 from .cases import GROUPS, Case, cases, scaling_cases
 from .charts import draw
@@ -57,7 +58,8 @@ def bench(
         The folder. An unfinished run's has the rows so far.
 
     Raises:
-        ValueError: an unknown name or size, or no GPU.
+        ValueError: an unknown name or size, or no GPU. NotADirectoryError, PermissionError: out
+            cannot be written.
 
     Notes: warns where there are no pictures because matplotlib is missing; `draw` makes them later.
     """
@@ -69,6 +71,7 @@ def bench(
     if not scaling:
         chosen = cases(groups, device, names=names, sizes=sizes, dtypes=dtypes, short=short)
     folder = Path(out or Path("bench") / results.machine(device))
+    check_folder("bench", folder)
     options = {"threads": threads, "seconds": seconds, "baselines": baselines, "apart": apart}
     result: dict[str, Any] = {
         "command": results.command(), "environment": results.environment(threads, device),

@@ -15,6 +15,7 @@ from ..data import decode
 from ..data.images import EXTENSIONS, PASSING
 from ..data.listing import listing
 from ..extras import require
+from ..outputs import check_file
 from ..train.checkpoint import replacing
 from .features import frozen
 from .networks import open_network
@@ -65,6 +66,7 @@ def embed(
         FileNotFoundError: no such folder or run, or no image that can be read.
         ValueError: a module without image_size or whose output is not (B, D), a run of images that
             are not RGB, weights that do not fit, or a wrong ending of out.
+        IsADirectoryError, NotADirectoryError, PermissionError: out cannot be written.
         RuntimeError: the backbone changed its weights or BatchNorm statistics meanwhile.
 
     Example:
@@ -75,6 +77,8 @@ def embed(
     """
     if out is not None and Path(out).suffix not in (".npz", ".safetensors"):
         raise ValueError(f"embed: out must end in .npz or .safetensors, got {str(out)!r}.")
+    if out is not None:
+        check_file("embed", out)
     network = open_network(what, image_size=image_size, backbone=backbone)
     inputs = network.inputs
     if inputs is None:

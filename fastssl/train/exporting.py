@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..extras import nearest, require
 from ..models import build_backbone
 from ..models.keys import family, names_in
+from ..outputs import check_file
 from .backbones import load_backbone
 from .checkpoint import replacing, replacing_folder
 
@@ -43,6 +44,7 @@ def export(
 
     Raises:
         FileNotFoundError: not a run, or not finished. FileExistsError: out exists.
+        NotADirectoryError, PermissionError: out cannot be written.
         ValueError: an unknown format, a backbone that it cannot hold, or a wrong ending of out.
             What was read back computes something else.
         ImportError: an exporter is missing.
@@ -62,6 +64,7 @@ def export(
         raise ValueError(f"export: out must {wanted} for {format}, got {str(out)!r}.")
     if out.exists():
         raise FileExistsError(f"export: {out} exists. Choose another out, or remove it first.")
+    check_file("export", out)
     backbone, info = load_backbone(run, weights)
     state = _renamed(backbone, info["backbone"], format)
     x = torch.randn(3, info["channels"], info["image_size"], info["image_size"])
