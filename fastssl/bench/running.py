@@ -257,6 +257,7 @@ def _context(device: str):
 
 
 def _answer(connection, function, job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     try:
         found = function(**job, at=lambda name: connection.send(("at", name)))
         connection.send(("found", found))
@@ -285,6 +286,9 @@ def _alone(function, job: dict):
         if process.exitcode == -signal.SIGKILL:  # what Linux does where memory is at an end
             raise Died(at, "out of memory") from None
         raise Died(at, f"ended with exit code {process.exitcode}") from None
+    except KeyboardInterrupt:
+        process.kill()  # a call may take long
+        raise
     finally:
         here.close()
         process.join()
