@@ -111,7 +111,12 @@ def compare(
 def _refuse_other_settings(path: Path, found: dict[str, Any]) -> None:
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text())
+    try:
+        earlier = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"compare: {path} must be of an earlier comparison, got {error}. Choose another out."
+        ) from error
     for name in ("data", "epochs", "backbone"):
         if earlier.get(name) != found[name]:
             raise ValueError(
