@@ -37,10 +37,10 @@ def names(pattern: str, word: str = "") -> list[str]:
 
 # Without compiled baselines, which take longer than all the rest: `fastssl bench --baselines
 # compiled` measures these. Whole steps apart, since they would leave the kernels no time.
-BENCH = ["-m", "fastssl.cli", "bench", "--device", "cuda", "--short", "--same-process"]
+BENCH = ["-m", "fastssl.cli", "bench", "--device", "cuda", "--same-process"]
 BENCH += ["--seconds", "0.3", "--baselines", "eager,published,torch,open_clip,lightly"]
 BENCH[-1] += ",pytorch-metric-learning,inf_cl,memeff,bitsandbytes,torchao,apex,kornia,torchvision"
-KERNELS = [*BENCH, *"losses sinkhorn sigreg optim augment".split()]
+KERNELS = [*BENCH, *"losses sinkhorn sigreg optim augment --short".split()]
 STEPS = [*BENCH, *"step --case simclr,dino --repeats 1".split()]
 
 # Run from tests/ and benchmarks/, never the root, where the checkout would shadow the installation.
