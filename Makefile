@@ -51,6 +51,7 @@ docs: .venv/installed-dev
 	$(BIN)/python docs/methods.py
 	$(BIN)/python docs/compare.py
 
-# With the active Python and no network: for a machine that has a GPU, torch and a compiler.
+# With the active Python and no network: for a machine that has a GPU, torch and a compiler. A call
+# takes under nine minutes; PARTS="kernel-tests op-tests", "benchmarks" or "steps" gives it to these.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(PARTS)

@@ -100,6 +100,20 @@ inline uint16_t half_bits(float x) {  // round to nearest even, overflow to infi
   return sign | static_cast<uint16_t>((a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13);
 }
 
+// Elements of 16 bits by their type, for loops that are templates of it.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+FASTSSL_INLINE inline float load(float x) { return x; }
+FASTSSL_INLINE inline float load(Bf16 x) { return bf16_float(x.bits); }
+FASTSSL_INLINE inline float load(Fp16 x) { return half_float(x.bits); }
+FASTSSL_INLINE inline void store(float x, float* to) { *to = x; }
+FASTSSL_INLINE inline void store(float x, Bf16* to) { to->bits = uint16_t(bf16_bits(x)); }
+FASTSSL_INLINE inline void store(float x, Fp16* to) { to->bits = half_bits(x); }
+
 // Ten rounds of Philox4x32 in place. Paper: Salmon et al., SC 2011.
 FASTSSL_INLINE inline void philox(uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3,
                                   uint32_t k0, uint32_t k1) {

@@ -15,19 +15,6 @@ namespace {
 
 constexpr int64_t kShare = 1 << 15;  // elements that are worth a thread
 
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-FASTSSL_INLINE inline float load(float x) { return x; }
-FASTSSL_INLINE inline float load(Bf16 x) { return bf16_float(x.bits); }
-FASTSSL_INLINE inline float load(Half x) { return half_float(x.bits); }
-FASTSSL_INLINE inline void store(float x, float* to) { *to = x; }
-FASTSSL_INLINE inline void store(float x, Bf16* to) { to->bits = uint16_t(bf16_bits(x)); }
-FASTSSL_INLINE inline void store(float x, Half* to) { to->bits = half_bits(x); }
-
 // a = base + by (v - a), where base is a or v.
 template <bool kFromValue, class A, class V>
 FASTSSL_INLINE inline void mix_one(A* a, const V* v, float by) {
@@ -69,13 +56,13 @@ struct Loops {
   constexpr Loops NAME##_loops = {NAME, mix_strided<A, V>};
 PAIR(fp32_fp32, float, float)
 PAIR(fp32_bf16, float, Bf16)
-PAIR(fp32_fp16, float, Half)
+PAIR(fp32_fp16, float, Fp16)
 PAIR(bf16_fp32, Bf16, float)
 PAIR(bf16_bf16, Bf16, Bf16)
-PAIR(bf16_fp16, Bf16, Half)
-PAIR(fp16_fp32, Half, float)
-PAIR(fp16_bf16, Half, Bf16)
-PAIR(fp16_fp16, Half, Half)
+PAIR(bf16_fp16, Bf16, Fp16)
+PAIR(fp16_fp32, Fp16, float)
+PAIR(fp16_bf16, Fp16, Bf16)
+PAIR(fp16_fp16, Fp16, Fp16)
 #undef PAIR
 constexpr const Loops* kLoops[3][3] = {
     {&fp32_fp32_loops, &fp32_bf16_loops, &fp32_fp16_loops},

@@ -42,21 +42,12 @@ struct Rows {
     else if (t.scalar_type() == ScalarType::Half) f(static_cast<const Fp16*>(data) + at);
     else f(static_cast<const Bf16*>(data) + at);
   }
-  struct Fp16 {
-    uint16_t bits;
-  };
-  struct Bf16 {
-    uint16_t bits;
-  };
   void check(const OptTensor& x) const {
     STD_TORCH_CHECK(!x || (x->numel() == D && x->scalar_type() == ScalarType::Float &&
                            x->is_contiguous()),
                     "gram: a vector must be contiguous float32 of ", D, " elements");
   }
 };
-inline float value(float x) { return x; }
-inline float value(Rows::Fp16 x) { return half_float(x.bits); }
-inline float value(Rows::Bf16 x) { return bf16_float(x.bits); }
 
 // Of at most kFlush rows and kColumns columns.
 template <class T>
@@ -65,7 +56,7 @@ FASTSSL_INLINE inline void moments_body(const T* z, int64_t ld, int64_t rows, in
   float s[kColumns] = {}, q[kColumns] = {};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < n; ++c) {
-      const float x = value(z[i * ld + c]) - (mean ? mean[c] : 0.f);
+      const float x = load(z[i * ld + c]) - (mean ? mean[c] : 0.f);
       s[c] += x;
       q[c] += x * x;
     }
@@ -75,11 +66,11 @@ FASTSSL_CLONES void moments_of(const float* z, int64_t ld, int64_t rows, int64_t
                                const float* mean, double* sum, double* square) {
   moments_body(z, ld, rows, n, mean, sum, square);
 }
-FASTSSL_CLONES void moments_of(const Rows::Fp16* z, int64_t ld, int64_t rows, int64_t n,
+FASTSSL_CLONES void moments_of(const Fp16* z, int64_t ld, int64_t rows, int64_t n,
                                const float* mean, double* sum, double* square) {
   moments_body(z, ld, rows, n, mean, sum, square);
 }
-FASTSSL_CLONES void moments_of(const Rows::Bf16* z, int64_t ld, int64_t rows, int64_t n,
+FASTSSL_CLONES void moments_of(const Bf16* z, int64_t ld, int64_t rows, int64_t n,
                                const float* mean, double* sum, double* square) {
   moments_body(z, ld, rows, n, mean, sum, square);
 }
@@ -94,17 +85,17 @@ FASTSSL_CLONES void dots_of(const float* x, int64_t ldx, const float* y, int64_t
 template <class T>
 FASTSSL_INLINE inline void standardise_body(const T* z, int64_t n, const float* mean,
                                             const float* scale, const float* shift, float* out) {
-  for (int64_t c = 0; c < n; ++c) out[c] = (value(z[c]) - mean[c]) * scale[c] + shift[c];
+  for (int64_t c = 0; c < n; ++c) out[c] = (load(z[c]) - mean[c]) * scale[c] + shift[c];
 }
 FASTSSL_CLONES void standardise_of(const float* z, int64_t n, const float* mean, const float* scale,
                                    const float* shift, float* out) {
   standardise_body(z, n, mean, scale, shift, out);
 }
-FASTSSL_CLONES void standardise_of(const Rows::Fp16* z, int64_t n, const float* mean,
+FASTSSL_CLONES void standardise_of(const Fp16* z, int64_t n, const float* mean,
                                    const float* scale, const float* shift, float* out) {
   standardise_body(z, n, mean, scale, shift, out);
 }
-FASTSSL_CLONES void standardise_of(const Rows::Bf16* z, int64_t n, const float* mean,
+FASTSSL_CLONES void standardise_of(const Bf16* z, int64_t n, const float* mean,
                                    const float* scale, const float* shift, float* out) {
   standardise_body(z, n, mean, scale, shift, out);
 }

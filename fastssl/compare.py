@@ -15,6 +15,7 @@ from . import __version__
 from .config import PretrainConfig
 from .data import load
 from .evaluate import evaluate, read_results
+from .outputs import check_folder
 from .report.style import STYLE
 from .train import pretrain
 from .train.checkpoint import replacing
@@ -57,10 +58,12 @@ def compare(
     Raises:
         ValueError: no method, no seed, one twice, an unknown one or a wrong setting; or `out` holds
             a comparison on other data, of other epochs or another backbone. FileNotFoundError: no
-            such data, or no test split. All before anything is trained or written.
+            such data, or no test split. NotADirectoryError, PermissionError: out cannot be
+            written. All before anything is trained or written.
     """
     if not methods or not seeds:
         raise ValueError(f"compare: methods and seeds must not be empty, got {methods}, {seeds}.")
+    check_folder("compare", out)
     out, rows = Path(out), []
     jobs = []
     for method in methods:
@@ -108,7 +111,12 @@ def compare(
 def _refuse_other_settings(path: Path, found: dict[str, Any]) -> None:
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text())
+    try:
+        earlier = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"compare: {path} must be of an earlier comparison, got {error}. Choose another out."
+        ) from error
     for name in ("data", "epochs", "backbone"):
         if earlier.get(name) != found[name]:
             raise ValueError(

@@ -88,13 +88,14 @@ class PretrainConfig:
     freeze: list[str] | None = None
     """Names of parameters that do not train, commas between, as `backbone.stages.0.*`; none: no."""
     chunk: int | None = None
-    """Images the backbone encodes at a time on each rank, for large batches in little memory; the
-    gradients are the whole batch's; a step costs about a third more time; none or 0: all."""
+    """Images the backbone, and captions a text tower, encodes at a time on each rank, for large
+    batches in little memory; the gradients are the whole batch's; a step costs about a third more
+    time; none or 0: all."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """bf16 and fp16 are autocast, with fp32 weights; fp16, for GPUs without bf16, scales the loss;
     auto: bf16 on GPUs that have it, fp32 on CPUs."""
     compile: bool = False
-    """Compile the backbone (torch.compile); the first steps take minutes."""
+    """Compile the backbone (torch.compile), a text tower not; the first steps take minutes."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: the weights whole on each process, or (FSDP2) in shards over them."""
     device: str = "auto"

@@ -6,6 +6,7 @@ from pathlib import Path
 from .config import PretrainConfig
 from .evaluate import evaluate
 from .evaluate.table import align
+from .outputs import check_folder
 from .report import report
 from .train import pretrain
 
@@ -26,9 +27,11 @@ def demo(out: str | Path = "runs/demo") -> bool:
         Whether every gap reaches its bound.
 
     Raises:
-        FileExistsError: `out` holds a demo. ImportError: a package of the `demo` extra is missing.
+        FileExistsError: `out` holds a demo. NotADirectoryError, PermissionError: it cannot be
+            written. ImportError: a package of the `demo` extra is missing.
     """
     out = Path(out)
+    check_folder("demo", out)
     if any((out / f"{data}-{seed}").exists() for data, seed in RUNS):
         raise FileExistsError(
             f"demo: out must be a new folder, got {str(out)!r}, which holds a demo. "

@@ -31,6 +31,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def umask_027():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Four processes under gloo, started once: see `ranks.py`."""

@@ -4,6 +4,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -241,6 +244,37 @@ def test_no_run_is_begun_after_the_time(tmp_path, monkeypatch):
     assert ran == ["koleo", "koleo", "topk"]  # each once before any twice
 
 
+def test_a_time_too_short_for_anything_gives_the_first_run(tmp_path, quick):
+    with pytest.warns(UserWarning, match="3 of 4 runs are left out"):
+        folder = bench(
+            ["losses"], names=["clip"], sizes={"N": [8, 16], "M": [32], "D": [8]},
+            dtypes=["float32"], out=tmp_path, seconds=0.001, apart=False, threads=1, minutes=1e-9,
+        )  # fmt: skip
+    assert [row["sizes"]["N"] for row in read(folder)["rows"]] == [8]
+
+
+def test_ctrl_c_leaves_the_rows_so_far(tmp_path):
+    argv = ["losses", "--case", "clip", "--sizes", "N=8", "--sizes", "D=8", "--dtype", "float32"]
+    argv += ["--repeats", "1000", "--seconds", "0.2", "--threads", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastssl.cli", "bench", *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in process.stderr:
+            if line.startswith("3/1000"):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and out == ""
+    assert err.splitlines()[-2:] == [f"the rows so far are in {tmp_path}", "interrupted"]
+    assert "Traceback" not in err
+    (row,) = read(tmp_path)["rows"]
+    assert row["case"] == "clip" and row["failed"] == {}
+
+
 OURS_FAILED = {"blocks": [], "memory": {}, "absent": [], "failed": {"ours": "no"}}
 
 
@@ -313,6 +347,10 @@ def test_apex_of_pypi_is_not_nvidias(monkeypatch):
         ),
         (["losses", "--dtype", "float16"], "nothing fits"),
         (["--seconds", "0"], "seconds must be above 0"),
+        (["--minutes", "0"], "minutes must be above 0, got 0"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--baselines", "lightley"], "got 'lightley'. Did you mean 'lightly'"),
         (["--device", "tpu"], "device must be cpu, cuda or auto, got 'tpu'"),
         (["augment", "--case", "clip", "--scaling"], "no curve fits groups ['augment']"),
         (["--compare", "nothing", "here"], "no results in nothing"),

@@ -56,8 +56,10 @@ def test_what_steps_hold_and_how_large_they_can_be(monkeypatch):
 
     monkeypatch.setattr(step.Step, "backward", of_at_most_16)
     providers["ours"].forget()
-    assert providers["ours"].largest_batch() == 16 and providers["ours"].B == 4
+    assert providers["ours"].largest_batch() == (16, True) and providers["ours"].B == 4
     assert providers["ours"].method is None
+    monkeypatch.setattr(step, "SEARCH_S", 1e-9)
+    assert providers["ours"].largest_batch() == (8, False)
 
 
 @pytest.mark.parametrize(

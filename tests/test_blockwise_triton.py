@@ -222,7 +222,7 @@ def test_found_inf(rule):
 
 
 @pytest.mark.parametrize("finite", [True, False], ids=["kept", "propagated"])
-@pytest.mark.parametrize("rule", ["adamw", "ademamix"])
+@pytest.mark.parametrize("rule", ["adamw", "ademamix", "lion"])
 def test_gradients_that_are_not_finite(rule, finite):
     args = problem(rule, sizes=[1300, 257, 300], codes=(True, True, False))
     for g in args[1]:

@@ -106,6 +106,48 @@ def test_missing_folder_and_existing_run(capsys, tmp_path, run):
     assert "already holds a run" in message and "--resume" in message
 
 
+WRITING = {
+    "pretrain simclr digits": "folder",
+    "compare simclr --data digits": "folder",
+    "bench losses": "folder",
+    "demo": "folder",
+    "evaluate RUN --protocol knn": "file",
+    "export RUN --format safetensors": "file",
+    "embed RUN .": "file",
+    "report RUN": "file",
+}
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_an_out_that_cannot_be_written_is_refused_at_once(
+    capsys, tmp_path, monkeypatch, run, command
+):
+    file = tmp_path / "a.npz"
+    file.write_text("of the user's")
+    argv = [str(run) if word == "RUN" else word for word in command.split()]
+    name, ending = argv[0], ".pth" if argv[0] == "export" else ".npz"
+    below = file / f"results{ending}"
+    message = failure(capsys, *argv, "--out", below)
+    assert f"{name}: out must be below folders, got {below}: {file} is a file" in message
+    if WRITING[command] == "folder":
+        message = failure(capsys, *argv, "--out", file)
+        assert f"{name}: out must be a folder, got {file}: {file} is a file" in message
+    elif name != "export":  # which refuses what is there
+        (tmp_path / "b.npz").mkdir()
+        message = failure(capsys, *argv, "--out", tmp_path / "b.npz")
+        assert f"{name}: out must be a file, got the folder {tmp_path / 'b.npz'}" in message
+    monkeypatch.setattr("fastssl.outputs.os.access", lambda path, mode: path != tmp_path)
+    message = failure(capsys, *argv, "--out", tmp_path / f"new{ending}")
+    assert f"{name}: out must be where you may write" in message and str(tmp_path) in message
+    assert file.read_text() == "of the user's" and not (tmp_path / f"new{ending}").exists()
+
+
+def test_results_of_evaluate_are_not_merged_into_another_file(capsys, tmp_path, run):
+    (tmp_path / "notes.txt").write_text("mine")
+    message = failure(capsys, "evaluate", run, "--protocol", "knn", "--out", tmp_path / "notes.txt")
+    assert "notes.txt must be JSON" in message
+
+
 def test_help_of_every_command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["--help"]) == 0

@@ -87,6 +87,9 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_lost(tmp_path):
     assert [path.name for path in out.iterdir()] == ["compare.json"]
     assert (out / "compare.json").read_text() == earlier
     assert not (tmp_path / "other").exists()
+    (out / "compare.json").write_text("mine")
+    with pytest.raises(ValueError, match="must be of an earlier comparison, got Expecting value"):
+        compare(["simclr"], "digits", epochs=5, out=out)
 
 
 def test_table_and_plot_have_every_method_with_mean_and_deviation():

@@ -48,13 +48,15 @@ def test_a_link_to_a_folder_above_is_not_followed(folder):
     assert embed(Mean(), folder, image_size=8).paths == ["a.jpg", "b/10.png", "b/2.png"]
 
 
-def test_files(folder, tmp_path):
+def test_files(folder, tmp_path, umask_027):
     safetensors = pytest.importorskip("safetensors")
     embedding = embed(Mean(), folder, tmp_path / "new" / "h.npz", image_size=8)
     written = numpy.load(tmp_path / "new" / "h.npz")  # without pickle
     assert written["paths"].tolist() == embedding.paths
     assert (written["features"] == embedding.features.numpy()).all()
     embed(Mean(), folder, tmp_path / "new" / "h.safetensors", image_size=8)
+    for path in (tmp_path / "new").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path
     with safetensors.safe_open(tmp_path / "new" / "h.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("features"), embedding.features)
         assert json.loads(file.metadata()["paths"]) == embedding.paths

@@ -25,15 +25,8 @@ from fastssl.evaluate import (
     subset,
 )
 from fastssl.evaluate.features import fingerprint
-from fastssl.evaluate.finetune import (
-    RECIPES,
-    Classifier,
-    _drop_path,
-    _loss,
-    _rate_factor,
-    _views,
-    finetune,
-)
+from fastssl.evaluate.finetune import Classifier, _loss, finetune
+from fastssl.evaluate.finetune_recipes import RECIPES, dropping_paths, training_views
 from fastssl.evaluate.kshot import draw_share
 from fastssl.evaluate.layers import FeatureMap, LastBlocks, transformer_blocks
 from fastssl.evaluate.linear_sgd import PRESETS, Heads, Preset, linear_sgd, rate_factor
@@ -298,7 +291,7 @@ def test_half_of_the_time_twice_an_image_is_changed():
 
     def seen(recipe, epoch=0):
         x = images
-        for view in _views(a, RECIPES[recipe]):
+        for view in training_views(a, RECIPES[recipe]):
             (x,) = augment(x, torch.arange(300), [view], seed=3, epoch=epoch)
         return x
 
@@ -367,8 +360,8 @@ def test_the_thorax_recipe_is_that_of_transformers_with_several_labels():
     assert found["protocol"]["recipe_name"] == "thorax"
     recipe = found["protocol"]["recipe"]["finetune"]
     assert (recipe["layer_decay"], recipe["drop_path"], recipe["pool"]) == (0.55, 0.2, "patches")
-    last = _rate_factor(RECIPES["thorax"], 75)
-    assert last == pytest.approx(0.01) and _rate_factor(RECIPES["thorax"], 5) == 1
+    last = RECIPES["thorax"].rate_factor(75)
+    assert last == pytest.approx(0.01) and RECIPES["thorax"].rate_factor(5) == 1
 
 
 def test_the_mean_of_patches_may_be_what_the_head_sees():
@@ -400,7 +393,7 @@ def test_drop_path_skips_whole_blocks_and_keeps_the_mean():
     blocks = transformer_blocks(net)
     x = torch.randn(400, 17, 96)
     whole = blocks[3](x) - x
-    with _drop_path(net, 0.5):
+    with dropping_paths(net, 0.5):
         part = blocks[3](x) - x
         torch.testing.assert_close(blocks[0](x[:4]) - x[:4], blocks[0].forward(x[:4]) - x[:4])
     kept = part.flatten(1).abs().sum(1) > 0

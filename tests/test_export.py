@@ -131,6 +131,51 @@ def test_what_a_format_cannot_hold(given, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+FILES = [("safetensors", "a.safetensors"), ("timm", "a.pth"), ("hf", "a"), ("onnx", "a.onnx")]
+
+
+@pytest.fixture
+def written_as(given):
+    """A network that all formats of FILES can hold, where their libraries are installed."""
+
+    def ready(format):
+        for package in {"hf": ["transformers"], "onnx": ["onnxscript", "onnxruntime"]}.get(
+            format, []
+        ):
+            pytest.importorskip(package)
+        given(build_backbone("timm:test_vit", 3, 32), "timm:test_vit")
+
+    return ready
+
+
+@pytest.mark.parametrize(("format", "name"), FILES)
+def test_files_have_the_mode_of_the_umask(written_as, tmp_path, umask_027, format, name):
+    written_as(format)
+    export("run", format, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("format", "name"), FILES)
+def test_what_is_there_stays_if_an_export_fails(
+    written_as, tmp_path, monkeypatch, format, name, error
+):
+    written_as(format)
+
+    def fails(backbone, read_back, x, out):
+        assert not out.exists(), "it has its name before it is compared"
+        out.write_text("of another process, meanwhile")
+        raise error
+
+    monkeypatch.setattr(exporting, "_difference", fails)
+    with pytest.raises(type(error)):
+        export("run", format, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "of another process, meanwhile"
+
+
 @pytest.mark.parametrize(
     ("format", "out", "message"),
     [

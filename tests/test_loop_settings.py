@@ -1,6 +1,7 @@
 """What a run's settings do to a step: each against the step written out."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.config import PretrainConfig
 from fastssl.data import Batch
 from fastssl.dist import SyncBatchNorm
-from fastssl.methods import SimCLR
+from fastssl.methods import CLIP, SimCLR
 from fastssl.methods.recipes import resolve
 from fastssl.models import ResNetSmall, ViTSmall, patch_tokens
 from fastssl.optim import SAM
@@ -140,6 +141,28 @@ def test_chunks_of_the_batch_have_its_gradients():
     with torch.no_grad():
         seen.clear(), one.features(x)
     assert seen == [16]
+
+
+def test_a_text_tower_encodes_in_chunks_too():
+    captions = [" ".join(f"word{i * j}" for j in range(1 + i % 5)) for i in range(16)]
+    pair, seen = [], []
+    for chunk in (5, 0):
+        torch.manual_seed(0)
+        method = CLIP(ViTSmall(1, 8), out_dim=8)
+        method.text.network.norm.register_forward_hook(
+            lambda m, x, y, chunk=chunk: seen.append((chunk, len(y)))
+        )
+        update = made(method, chunk=chunk)
+        for step in range(2):
+            update(Objective(method), dataclasses.replace(batch(step), captions=captions))
+        pair.append(method)
+    assert {n for chunk, n in seen if chunk} == {5, 1} and {n for c, n in seen if not c} == {16}
+    assert_same(*pair, atol=1e-5, rtol=1e-4)
+    seen.clear()
+    with torch.no_grad():
+        expected = pair[1].encode_text(captions)
+        torch.testing.assert_close(pair[0].encode_text(captions), expected, atol=1e-4, rtol=1e-4)
+    assert seen == [(0, 16), (5, 16)]  # evaluation meets the tower as it is
 
 
 class Masked(nn.Module):

@@ -395,6 +395,24 @@ def test_gradients_that_are_not_finite(bad):
         assert not torch.equal(p, start[0])
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_reference_propagates_what_the_kernels_do(name, monkeypatch):
+    ends = []
+    for kernel in (torch.ops.fastssl.blockwise_step_, op.blockwise_step_ref):
+        monkeypatch.setattr(torch.ops.fastssl, "blockwise_step_", kernel)
+        p, q = tensors((100, 50), (10,))
+        # LARS and LAMB share a tensor's norm: adapted, all of p would be NaN.
+        optimizer = build(name, [{"params": [p, q], "adapt": False}], optim_bits=32)
+        for step in range(3):
+            p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+            if step == 1:
+                p.grad[3, 4] = torch.nan
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten(), q.detach()]))
+    assert ends[0].isnan().nonzero().tolist() == [[3 * 50 + 4]]
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 # --------------------------------------------------------------------- parameters of various kinds
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from ..outputs import check_folder
 from . import results, running, sharded
+from .baselines import refuse_unknown
 from .cases import GROUPS, Case, cases, scaling_cases
 from .charts import draw
 from .results import compare, read
@@ -47,7 +49,8 @@ def bench(
             CPU, where the compiler takes longer than the case.
         seconds: on the rounds of one run of a case, about.
         repeats: runs of each case, each in another process, every case once before any again.
-        minutes: no run is begun after so many; each case's first come before any second.
+        minutes: no run but the first is begun after so many; each case's first come before any
+            second.
         scaling: curves of the cost against one growing size in the place of the cases; of `sizes`,
             `dtypes` and `short` they know nothing.
         apart: each run in a process of its own; False: in this one, which starts faster, and what
@@ -57,11 +60,20 @@ def bench(
         The folder. An unfinished run's has the rows so far.
 
     Raises:
-        ValueError: an unknown name or size, or no GPU.
+        ValueError: an unknown name or size, a number out of range, or no GPU.
+            NotADirectoryError, PermissionError: out cannot be written. KeyboardInterrupt: stopped;
+            the folder has the rows so far.
 
     Notes: warns where there are no pictures because matplotlib is missing; `draw` makes them later.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    for name, value in (("threads", threads), ("repeats", repeats)):
+        if value is not None and value < 1:
+            raise ValueError(f"bench: {name} must be at least 1, got {value}.")
+    for name, value in (("seconds", seconds), ("minutes", minutes)):
+        if value is not None and not value > 0:
+            raise ValueError(f"bench: {name} must be above 0, got {value:g}.")
+    refuse_unknown(baselines)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: device must be cpu here, got 'cuda': torch finds no GPU.")
     threads = threads or torch.get_num_threads()
@@ -69,6 +81,7 @@ def bench(
     if not scaling:
         chosen = cases(groups, device, names=names, sizes=sizes, dtypes=dtypes, short=short)
     folder = Path(out or Path("bench") / results.machine(device))
+    check_folder("bench", folder)
     options = {"threads": threads, "seconds": seconds, "baselines": baselines, "apart": apart}
     result: dict[str, Any] = {
         "command": results.command(), "environment": results.environment(threads, device),
@@ -78,18 +91,25 @@ def bench(
     # The second run of a case comes minutes after its first, so that both tell of the noise between
     # two measurements.
     measured: dict[Case, list[dict]] = {case: [] for case in chosen}
-    for number, case in enumerate(chosen * repeats, 1):
-        if minutes is not None and time.perf_counter() - started > 60 * minutes:
-            left = len(chosen) * repeats - number + 1
-            warnings.warn(f"{left} of {len(chosen) * repeats} runs are left out", stacklevel=2)
-            break
-        measured[case].append(running.run(case, measured[case], **options))
-        rows = [running.merged(each, runs, threads) for each, runs in measured.items() if runs]
-        results.pool_noise(rows)
-        result |= {"rows": rows, "seconds": time.perf_counter() - started}
-        results.write(folder, result)
-        said = _said(rows[(number - 1) % len(chosen)])
-        print(f"{number}/{len(chosen) * repeats} {case}: {said}", file=sys.stderr, flush=True)
+    try:
+        for number, case in enumerate(chosen * repeats, 1):
+            late = minutes is not None and time.perf_counter() - started > 60 * minutes
+            if late and number > 1:
+                left = len(chosen) * repeats - number + 1
+                warnings.warn(f"{left} of {len(chosen) * repeats} runs are left out", stacklevel=2)
+                break
+            measured[case].append(running.run(case, measured[case], **options))
+            rows = [running.merged(each, runs, threads) for each, runs in measured.items() if runs]
+            results.pool_noise(rows)
+            result |= {"rows": rows, "seconds": time.perf_counter() - started}
+            results.write(folder, result)
+            said = _said(rows[(number - 1) % len(chosen)])
+            print(f"{number}/{len(chosen) * repeats} {case}: {said}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if result["rows"]:
+            results.write(folder, result)  # which may be what was interrupted
+            print(f"the rows so far are in {folder}", file=sys.stderr)
+        raise
     if scaling:
         result["scaling"] = _curves(groups, names, device, options)
         result["seconds"] = time.perf_counter() - started

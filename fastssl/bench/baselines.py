@@ -4,8 +4,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
+
+from ..extras import nearest
 
 # Provider names begin with one of these; the distribution that holds it.
 DISTRIBUTIONS = {
@@ -62,6 +64,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def refuse_unknown(wanted: Sequence[str] | None) -> None:
+    """Raises: ValueError: one of them begins with no library's name, nor with one of `PLAIN`."""
+    words = (*PLAIN, *DISTRIBUTIONS)
+    for name in wanted or ():
+        if not any(chosen(name, [word]) for word in words):
+            raise ValueError(
+                f"bench: baselines must begin with a known name, got {name!r}. "
+                f"{nearest(name, words)}".rstrip()
+            )
 
 
 def chosen(name: str, wanted: list[str] | None) -> bool:

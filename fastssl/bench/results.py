@@ -235,7 +235,8 @@ def _step_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['held_mib'][name]:.0f} MiB", _mib(figures),
             ]  # fmt: skip
             if on_gpu:
-                cells.append(str(row["largest_batch"][name]))
+                more = " or more" * (name in row.get("larger_not_tried", ()))
+                cells.append(f"{row['largest_batch'][name]}{more}")
             lines.append(f"{head} {' | '.join(cells)} |")
         for name, why in row["failed"].items():
             lines.append(f"{head} {name} | {why} | | | | |{' |' * on_gpu}")

@@ -56,7 +56,7 @@ def run(
         baselines = [name for name in (*PLAIN, *DISTRIBUTIONS) if name != "compiled"]
     failed = {name: why for one in earlier for name, why in one["failed"].items()}
     job = {"case": case, "threads": threads, "seconds": seconds, "baselines": baselines}
-    job["limited"] = not earlier
+    job |= {"limited": not earlier, "apart": apart}
     while "ours" not in failed:
         job["left_out"] = list(failed)
         try:
@@ -138,9 +138,12 @@ def _ratio(runs: Sequence[dict], name: str) -> dict[str, Any]:
 
 def _time(
     case: Case, threads: int, seconds: float, baselines, left_out: list[str], limited: bool,
-    at: Callable[[str], None],
+    apart: bool, at: Callable[[str], None],
 ) -> dict:  # fmt: skip
-    """Seconds in blocks; if `limited` the machine's limits and what else is said of the case."""
+    """Seconds in blocks; if `limited` the machine's limits and what else is said of the case. If
+    `apart` the process is its own, and keeps what memory it frees."""
+    if apart:
+        measure.keep_memory()
     torch.set_num_threads(threads)
     providers, absent, failed = _providers(case, baselines, left_out)
     baseline = next((name for name in providers if name != "ours"), None)
@@ -254,8 +257,7 @@ def _context(device: str):
 
 
 def _answer(connection, function, job) -> None:
-    if function is _time:
-        measure.keep_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     try:
         found = function(**job, at=lambda name: connection.send(("at", name)))
         connection.send(("found", found))
@@ -284,6 +286,9 @@ def _alone(function, job: dict):
         if process.exitcode == -signal.SIGKILL:  # what Linux does where memory is at an end
             raise Died(at, "out of memory") from None
         raise Died(at, f"ended with exit code {process.exitcode}") from None
+    except KeyboardInterrupt:
+        process.kill()  # a call may take long
+        raise
     finally:
         here.close()
         process.join()

@@ -53,6 +53,8 @@ if torch.cuda.is_available():
     DTYPES = {name: ["bfloat16"] for name in METHODS}  # autocast
 SCALING: list = []
 PARTS = ("data", "augmentation", "encoder", "heads and loss", "backward", "optimizer")
+SEARCH_S = 10
+"""Seconds for a provider's largest batch, after its first step."""
 STEPS_BEFORE, STEPS_PER_EPOCH = 10_000, 100
 """In the midst of a run: queues take part, nothing is held still any more."""
 
@@ -79,7 +81,9 @@ def details(case: str, providers: dict, medians_ms: dict, device: str, B: int, *
     if device == "cuda":
         for step in providers.values():
             step.forget()  # each has the memory to itself
-        found["largest_batch"] = {name: providers[name].largest_batch() for name in medians_ms}
+        searched = {name: providers[name].largest_batch() for name in medians_ms}
+        found["largest_batch"] = {name: B for name, (B, _) in searched.items()}
+        found["larger_not_tried"] = [name for name, (_, at_end) in searched.items() if not at_end]
     return found
 
 
@@ -212,19 +216,27 @@ class Step:
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
         return sum(storage.nbytes() for storage in storages.values()) / 2**20
 
-    def largest_batch(self) -> int:
-        """The largest, of that of the case and its doubles, of which a step fits into memory."""
+    def largest_batch(self) -> tuple[int, bool]:
+        """The largest, of that of the case and its doubles, of which a step fits into memory; and
+        whether the next was found not to, or the time for more was over."""
         step, largest = copy.copy(self), 0
         step.eager_views = False  # of the same size, and made faster
+        at_end, begun, now = False, None, 0.0
         try:
-            while True:
+            # The next takes about as long as all before it, but for the first, which builds.
+            while begun is None or now - begun <= SEARCH_S / 2:
                 step()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                now = time.perf_counter()
+                begun = begun or now
                 largest, step.B = step.B, 2 * step.B
         except RuntimeError:  # out of memory, or of what a library's indices of 32 bits count
             if not largest:
                 raise
+            at_end = True
         step.forget()  # only now: the error holds tensors
-        return largest
+        return largest, at_end
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from .parser import Parser, list_of, main_rank, names
 
 
 def run(argv: list[str]) -> int:
-    from ..evaluate import PROTOCOLS, FeatureCache, evaluate, merge_results, table
+    from ..evaluate import PROTOCOLS, FeatureCache, evaluate, merge_results, read_results, table
 
     parser = Parser(
         "evaluate",
@@ -59,8 +59,12 @@ def run(argv: list[str]) -> int:
     known = (*_SETTINGS, "augmentation")
     settings = {name: options.pop(name) for name in known if name in options}
 
+    from ..outputs import check_file
     from ..train.ranks import Ranks
 
+    if options["out"]:
+        check_file("evaluate", options["out"])
+        read_results(options["out"])  # which the results are merged into
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     ranks = Ranks.start(options["device"]) if several else None
     cache = None if options["no_cache"] else FeatureCache(options["cache"])

@@ -331,12 +331,13 @@ def _common(name: str, task: Task, split: str) -> dict[str, Any]:
 
 
 def read_results(run: str | os.PathLike) -> dict[str, dict[str, dict[str, Any]]]:
-    """All results of a run: data, then weights, then protocol. Empty before the first evaluation.
+    """All results of a run, or in a file: data, then weights, then protocol. Empty before the first
+    evaluation.
 
     Raises:
-        ValueError: `results.json` is not what `evaluate` writes.
+        ValueError: `results.json`, or the file, is not what `evaluate` writes.
     """
-    return _read(Path(run) / "results.json")
+    return _read(Path(run) if Path(run).is_file() else Path(run) / "results.json")
 
 
 def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -15,6 +15,8 @@ from ..data import decode
 from ..data.images import EXTENSIONS, PASSING
 from ..data.listing import listing
 from ..extras import require
+from ..outputs import check_file
+from ..train.checkpoint import replacing
 from .features import frozen
 from .networks import open_network
 
@@ -64,6 +66,7 @@ def embed(
         FileNotFoundError: no such folder or run, or no image that can be read.
         ValueError: a module without image_size or whose output is not (B, D), a run of images that
             are not RGB, weights that do not fit, or a wrong ending of out.
+        IsADirectoryError, NotADirectoryError, PermissionError: out cannot be written.
         RuntimeError: the backbone changed its weights or BatchNorm statistics meanwhile.
 
     Example:
@@ -74,6 +77,8 @@ def embed(
     """
     if out is not None and Path(out).suffix not in (".npz", ".safetensors"):
         raise ValueError(f"embed: out must end in .npz or .safetensors, got {str(out)!r}.")
+    if out is not None:
+        check_file("embed", out)
     network = open_network(what, image_size=image_size, backbone=backbone)
     inputs = network.inputs
     if inputs is None:
@@ -147,15 +152,11 @@ def _rows(h: Tensor, B: int) -> Tensor:
 
 def _write(embedding: Embedding, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")  # numpy adds other endings
-    try:
+    with replacing(out) as file:
         if out.suffix == ".npz":
             paths = np.array(embedding.paths)  # of text, which loads without pickle
-            np.savez(partial, features=embedding.features.numpy(), paths=paths)
+            np.savez(file, features=embedding.features.numpy(), paths=paths)
         else:
             metadata = {"format": "pt", "paths": json.dumps(embedding.paths)}
             safetensors = require("safetensors.torch", "train")
-            safetensors.save_file({"features": embedding.features}, partial, metadata=metadata)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+            file.write(safetensors.save({"features": embedding.features}, metadata))

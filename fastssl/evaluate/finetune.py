@@ -3,10 +3,7 @@
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +12,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..augment import Custom, Resize, View, augment
+from ..augment import augment
 from ..data import epoch_order
-from ..extras import nearest, require
+from ..extras import nearest
 from ..models import classifier
-from ..optim import LARS, param_groups, param_groups_layer_decay
 from ..random import step_seed
 from ..train.backbones import load_method
 from ..train.checkpoint import replacing
 from .features import Split, loaded, process, top1_percent
+from .finetune_recipes import RECIPES, Recipe, dropping_paths, mixing, optimizer_of, training_views
 from .kshot import draw, draw_share, percent_name
 from .layers import FeatureMap, transformer_blocks
 from .linear import held_out
 from .multilabel import average_precision, check_targets, roc_auc
 from .task import Task, check_one_label, spread
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune. `lr` is of the last layers of the backbone for a batch of 256; of B it is
-    lr (B / 256)^batch_power."""
-
-    optimizer: str
-    lr: float
-    batch_power: float
-    batch_size: int
-    epochs: int
-    head_times: float = 1.0
-    """Rate of the head over `lr`."""
-    milestones: tuple[float, ...] = ()
-    """Shares of the epochs after which the rate falls to `gamma` of itself; else it is a cosine."""
-    gamma: float = 0.2
-    warmup_epochs: int = 0
-    last_share: float = 0.0
-    """Of the rate, that the cosine ends at."""
-    weight_decay: float = 0.0
-    layer_decay: float = 1.0
-    drop_path: float = 0.0
-    """Largest probability of skipping a block, that of the last; it grows from 0 over depth."""
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    """Beta distributions' parameter; 0 is none. With both, one of them in each batch."""
-    rand_augment: int = 0
-    """Of 10, magnitude of RandAugment; 0 is none."""
-    label_smoothing: float = 0.0
-    pool: str = "own"
-    """Features under the head: the network's own, or "patches", the mean of its last map."""
-
-
-# Of few-label recipes that differ, the one for 1 % has that in its name.
-RECIPES = {
-    "vit": Recipe(
-        "adamw", 5e-4, 1.0, 1024, 100, warmup_epochs=5, weight_decay=0.05, layer_decay=0.65,
-        drop_path=0.1, mixup=0.8, cutmix=1.0, rand_augment=9, label_smoothing=0.1,
-    ),
-    "thorax": Recipe(
-        "adamw", 2.5e-4, 1.0, 1024, 75, warmup_epochs=5, last_share=0.01, weight_decay=0.05,
-        layer_decay=0.55, drop_path=0.2, rand_augment=6, pool="patches",
-    ),
-    "cnn": Recipe("nesterov", 0.01, 1.0, 256, 50, head_times=10, weight_decay=1e-4),
-    "simclr": Recipe("nesterov", 0.05, 1.0, 1024, 30),
-    "simclr-1%": Recipe("nesterov", 0.05, 1.0, 1024, 60),
-    "simclr_v2": Recipe("lars", 0.08, 0.5, 1024, 30),
-    "simclr_v2-1%": Recipe("lars", 0.08, 0.5, 1024, 60),
-    "swav": Recipe("nesterov", 0.01, 0.0, 256, 20, head_times=20, milestones=(0.6, 0.8)),
-    "swav-1%": Recipe("nesterov", 0.02, 0.0, 256, 20, head_times=250, milestones=(0.6, 0.8)),
-}  # fmt: skip
 
 
 def finetune(
@@ -342,15 +287,15 @@ def _once(
         fitted, scored = labelled[(~held).nonzero()[:, 0]], labelled[held.nonzero()[:, 0]]
         batch_size = min(r.batch_size, len(fitted))
         scale = (batch_size / 256) ** r.batch_power
-        optimizer = _optimizer(model, r, scale)
+        optimizer = optimizer_of(model, r, scale)
         base = [group["lr"] for group in optimizer.param_groups]
-        mix = _mixing(r, task.num_classes)
-        views = _views(task, r)
+        mix = mixing(r, task.num_classes)
+        views = training_views(task, r)
         curve, best, weights, step = [], -1.0, None, 0
         for epoch in range(r.epochs):
             order = epoch_order(len(fitted), batch_size, seed=seed, epoch=epoch)
             model.train()
-            with _drop_path(model.backbone, r.drop_path):
+            with dropping_paths(model.backbone, r.drop_path):
                 numbers = (fitted.index[batch] for batch in order)
                 parts = loaded(fitted.source, numbers, task.device)
                 for number, (images, y, index) in enumerate(parts):
@@ -358,7 +303,7 @@ def _once(
                     torch.manual_seed(step_seed(seed, step, 0))
                     at = epoch if r.milestones else epoch + number / len(order)
                     for group, lr in zip(optimizer.param_groups, base, strict=True):
-                        group["lr"] = lr * _rate_factor(r, at)
+                        group["lr"] = lr * r.rate_factor(at)
                     x = task.inputs.colour(images)
                     for view in views:
                         (x,) = augment(x, index, [view], seed=seed, epoch=epoch)
@@ -437,79 +382,3 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor, r: Recipe, precision: str) -> 
     if y.ndim == 2 and not (r.mixup or r.cutmix):  # several labels, not shares of one
         return F.binary_cross_entropy_with_logits(logits.float(), y.float())
     return F.cross_entropy(logits.float(), y, label_smoothing=r.label_smoothing)
-
-
-def _optimizer(model: Classifier, r: Recipe, scale: float) -> torch.optim.Optimizer:
-    lr = r.lr * scale
-    if r.layer_decay < 1:
-        groups = param_groups_layer_decay(model.backbone, lr, r.weight_decay, r.layer_decay)
-    else:
-        groups = [g | {"lr": lr} for g in param_groups(model.backbone, r.weight_decay)]
-    if len(model.neck):
-        groups += [g | {"lr": lr} for g in param_groups(model.neck, r.weight_decay)]
-    groups += [g | {"lr": lr * r.head_times} for g in param_groups(model.head, r.weight_decay)]
-    if r.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    if r.optimizer == "lars":
-        return LARS(groups, lr=lr, momentum=0.9)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-
-
-def _rate_factor(r: Recipe, epoch: float) -> float:
-    if r.milestones:
-        return r.gamma ** sum(epoch >= share * r.epochs for share in r.milestones)
-    warmup = min(r.warmup_epochs, r.epochs // 2)
-    if epoch < warmup:
-        return epoch / warmup
-    cosine = (1 + math.cos(math.pi * (epoch - warmup) / (r.epochs - warmup))) / 2
-    return r.last_share + (1 - r.last_share) * cosine
-
-
-def _mixing(r: Recipe, num_classes: int):
-    """A function of images and labels (B,) that mixes pairs of them; labels become (B, classes)."""
-    if not (r.mixup or r.cutmix):
-        return lambda x, y: (x, y)
-    v2 = require("torchvision.transforms.v2", "vision")
-    kinds = [
-        kind(alpha=alpha, num_classes=num_classes)
-        for kind, alpha in ((v2.MixUp, r.mixup), (v2.CutMix, r.cutmix))
-        if alpha
-    ]
-    return v2.RandomChoice(kinds)
-
-
-def _views(task: Task, r: Recipe) -> list[View | Custom]:
-    """One after the other, each of what the one before has made."""
-    inputs = task.inputs
-    view = inputs.training_view(task.train.source.mirror)
-    if not r.rand_augment:
-        return [view]
-    v2 = require("torchvision.transforms.v2", "vision")
-    bilinear = v2.InterpolationMode.BILINEAR
-    # From 0 to 10, not torchvision's 30; empty corners grey.
-    change = v2.RandAugment(1, r.rand_augment, 11, interpolation=bilinear, fill=0.5)
-    half = v2.RandomApply([change], p=0.5)
-    whole = View(Resize(inputs.size), inputs.normalize)
-    return [View(*view.specs[:-1]), Custom(v2.Compose([half, half]), inputs.size), whole]
-
-
-@contextmanager
-def _drop_path(backbone: nn.Module, rate: float):
-    """Inside the block each sample skips block i of L with probability rate i / (L - 1); what the
-    block adds otherwise is divided by the probability of being kept."""
-    blocks = transformer_blocks(backbone)
-
-    def hook(p: float):
-        def skip(module, args, output):
-            keep = torch.rand(len(output), *[1] * (output.ndim - 1), device=output.device) >= p
-            return args[0] + (output - args[0]) * keep / (1 - p)
-
-        return skip
-
-    rates = [rate * i / max(1, len(blocks) - 1) for i in range(len(blocks))]
-    hooks = [b.register_forward_hook(hook(p)) for b, p in zip(blocks, rates, strict=True) if p]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()

@@ -132,6 +132,10 @@ class TextTower(nn.Module):
     def forward(self, captions: Sequence[str]) -> Tensor:
         device = next(self.network.parameters()).device
         ids, lengths = (x.to(device, non_blocking=True) for x in self.tokenize(captions))
+        return self.encode(ids, lengths)
+
+    def encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """What `tokenize` makes of B captions, to (B, feature_dim)."""
         return pooled(self.network(ids, lengths), lengths, self.pool)
 
 

@@ -114,4 +114,4 @@ class ViTSmall(nn.Module):
         positions, side = self.positions, math.isqrt(patches.shape[1])
         if side != self.side:
             positions = sincos_positions(side, self.feature_dim, self.side).to(positions.device)
-        return torch.cat((self.cls.expand(len(patches), 1, -1), patches + positions), dim=1)
+        return torch.cat((self.cls.expand(patches.shape[0], 1, -1), patches + positions), dim=1)

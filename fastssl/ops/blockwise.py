@@ -146,7 +146,8 @@ def _direction(rule: str, p, g, m, v, h, finite):
         u = mixed / ((v / h[CORRECTION2]).sqrt() + h[EPS])
         return u + h[DECAY] * p, torch.stack([fast, slow]), v
     if rule == "lion":
-        u = (m + h[COMPLEMENT1] * (g - m)).sign()
+        u = m + h[COMPLEMENT1] * (g - m)
+        u = torch.where(u.isnan(), u, u.sign())  # of NaN sign() makes 0
         return u, m + h[COMPLEMENT2] * (g - m), v
     g = g + h[DECAY] * p
     if rule == "rmsprop":

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ..outputs import check_file
 from .page import compare, describe, read
 
 __all__ = ["report"]
@@ -34,18 +35,17 @@ def report(
 
     Raises:
         FileNotFoundError: a folder that holds no run. ValueError: no run, or `results.json` that is
-            not what `evaluate` writes.
+            not what `evaluate` writes. IsADirectoryError, NotADirectoryError, PermissionError: out
+            cannot be written.
     """
     if not runs:
         raise ValueError("report: runs must name at least one run's folder, got none.")
     read_runs = [read(Path(run)) for run in runs]
     first = read_runs[0].folder
-    if len(runs) == 1:
-        html = describe(read_runs[0], data, images, tsne)
-        path = Path(out or first / "report.html")
-    else:
-        html = compare(read_runs)
-        path = Path(out or first.parent / "comparison.html")
+    default = first / "report.html" if len(runs) == 1 else first.parent / "comparison.html"
+    path = Path(out or default)
+    check_file("report", path)
+    html = describe(read_runs[0], data, images, tsne) if len(runs) == 1 else compare(read_runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files that are not UTF-8 come as lone surrogates.
     path.write_text(html, "utf-8", "backslashreplace")

@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from ..extras import nearest, require
 from ..models import build_backbone
 from ..models.keys import family, names_in
+from ..outputs import check_file
 from .backbones import load_backbone
+from .checkpoint import replacing, replacing_folder
 
 FORMATS = ("safetensors", "timm", "torchvision", "hf", "onnx")
 _ENDINGS = {"hf": ("",), "onnx": (".onnx",)}
@@ -43,9 +44,13 @@ def export(
 
     Raises:
         FileNotFoundError: not a run, or not finished. FileExistsError: out exists.
+        NotADirectoryError, PermissionError: out cannot be written.
         ValueError: an unknown format, a backbone that it cannot hold, or a wrong ending of out.
-            What was read back computes something else; out is removed.
+            What was read back computes something else.
         ImportError: an exporter is missing.
+
+    Notes: out is there when it is whole and what was read back agrees, or not at all; its mode is
+        the umask's.
     """
     out, run = Path(out), Path(run)
     if format not in FORMATS:
@@ -59,21 +64,22 @@ def export(
         raise ValueError(f"export: out must {wanted} for {format}, got {str(out)!r}.")
     if out.exists():
         raise FileExistsError(f"export: {out} exists. Choose another out, or remove it first.")
+    check_file("export", out)
     backbone, info = load_backbone(run, weights)
     state = _renamed(backbone, info["backbone"], format)
     x = torch.randn(3, info["channels"], info["image_size"], info["image_size"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if format == "onnx":
-            read_back = _write_onnx(backbone, x, out)
-        elif format == "hf":
-            read_back = _write_hf(backbone, info, state, out)
-        else:
-            read_back = _write_file(backbone, info, state, format, out)
-        difference = read_back and _difference(backbone, read_back, x, out)
-    except BaseException:  # what is not whole, or not the same, must not stay
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-        raise
+    if format == "hf":
+        with replacing_folder(out) as folder:
+            read_back = _write_hf(backbone, info, state, folder)
+            difference = read_back and _difference(backbone, read_back, x, out)
+    else:
+        with replacing(out) as file:
+            if format == "onnx":
+                read_back = _write_onnx(backbone, x, file)
+            else:
+                read_back = _write_file(backbone, info, state, format, out.suffix, file)
+            difference = read_back and _difference(backbone, read_back, x, out)
     return {
         "path": str(out),
         "format": format,
@@ -127,21 +133,22 @@ def _difference(backbone: nn.Module, read_back: Callable, x: Tensor, out: Path) 
     return difference
 
 
-def _write_file(backbone, info, state: dict[str, Tensor], format: str, out: Path):
+def _write_file(backbone, info, state: dict[str, Tensor], format: str, ending: str, file: BinaryIO):
     safetensors = require("safetensors.torch", "train")
-    if out.suffix == ".pth":
-        torch.save(state, out)
+    if ending == ".pth":
+        torch.save(state, file)
     else:
         kept = ("backbone", "channels", "image_size", "method")
         metadata = {"format": "pt"} | {key: str(info[key]) for key in kept}
-        safetensors.save_file(state, out, metadata=metadata)
+        file.write(safetensors.save(state, metadata))
     if not _installed(format):
         return None
+    file.flush()
     network = _empty(backbone, info, format)
-    if out.suffix == ".pth":
-        network.load_state_dict(torch.load(out, weights_only=True))
+    if ending == ".pth":
+        network.load_state_dict(torch.load(file.name, weights_only=True))
     else:
-        network.load_state_dict(safetensors.load_file(out))
+        network.load_state_dict(safetensors.load_file(file.name))
     return network.eval()
 
 
@@ -212,8 +219,8 @@ def _sizes(backbone: nn.Module) -> dict[str, Any]:
     }
 
 
-def _write_hf(backbone: nn.Module, info: dict[str, Any], state: dict[str, Tensor], out: Path):
-    """A folder of weights, config.json and preprocessor_config.json."""
+def _write_hf(backbone: nn.Module, info: dict[str, Any], state: dict[str, Tensor], folder: Path):
+    """Weights, config.json and preprocessor_config.json."""
     size, side, channels = _sizes(backbone), info["image_size"], info["channels"]
     vit = family(backbone.state_dict()) == "vit"
     if vit:
@@ -247,18 +254,17 @@ def _write_hf(backbone: nn.Module, info: dict[str, Any], state: dict[str, Tensor
     std = [0.229, 0.224, 0.225] if channels == 3 else [0.5] * channels
     images = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
     images |= {"size": {"height": side, "width": side}}
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
-    weights = out / "model.safetensors"
-    require("safetensors.torch", "train").save_file(state, weights, metadata={"format": "pt"})
+    weights = require("safetensors.torch", "train").save(state, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n")
+    (folder / "model.safetensors").write_bytes(weights)
     if not _installed("hf"):
         return None
     transformers = require("transformers", "export")
     bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     network = transformers.AutoModel.from_pretrained(
-        out, **({"add_pooling_layer": False} if vit else {})
+        folder, **({"add_pooling_layer": False} if vit else {})
     )
     if bar:
         transformers.logging.enable_progress_bar()
@@ -268,17 +274,19 @@ def _write_hf(backbone: nn.Module, info: dict[str, Any], state: dict[str, Tensor
     return lambda x: network(x).pooler_output.flatten(1)
 
 
-def _write_onnx(backbone: nn.Module, x: Tensor, out: Path):
+def _write_onnx(backbone: nn.Module, x: Tensor, file: BinaryIO):
     require("onnxscript", "export")
     onnx = require("onnx", "export")
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
-        torch.onnx.export(
-            backbone, (x,), out, input_names=["images"], output_names=["features"],
-            dynamic_shapes=({0: batch},), dynamo=True, external_data=False, verbose=False,
+        program = torch.onnx.export(
+            backbone, (x,), input_names=["images"], output_names=["features"],
+            dynamic_shapes=({0: batch},), dynamo=True, verbose=False,
         )  # fmt: skip
-    if not onnx.load(out).graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+    file.write(program.model_proto.SerializeToString())
+    file.flush()
+    if not onnx.load(file.name).graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise ValueError(
             "export: the number of images is built into the backbone's graph, as by len(x) in its "
             "forward. Write x.shape[0] there, or export it as safetensors."
@@ -286,7 +294,7 @@ def _write_onnx(backbone: nn.Module, x: Tensor, out: Path):
     if not _installed("onnx"):
         return None
     runtime = require("onnxruntime", "export")
-    session = runtime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(file.name, providers=["CPUExecutionProvider"])
 
     def run(x):
         # Two numbers of images, since one of them is that of the tracing.

@@ -11,6 +11,7 @@ import torch
 from .. import __version__
 from ..config import PretrainConfig
 from ..extras import require
+from ..outputs import check_folder
 from .checkpoint import replacing
 from .ranks import Ranks
 
@@ -31,8 +32,10 @@ def saved_config(config: PretrainConfig) -> dict[str, Any] | None:
 
     Raises:
         FileExistsError: a fresh run would overwrite one. FileNotFoundError: nothing to resume.
+        NotADirectoryError, PermissionError: out cannot be written.
     """
     folder = Path(config.out)
+    check_folder("pretrain", folder)
     saved = read_config(folder)
     if config.resume and saved is None:
         raise FileNotFoundError(

@@ -79,8 +79,8 @@ def pretrain(config: PretrainConfig, source=None) -> Run:
             nothing to resume.
         FloatingPointError: a loss or gradient is not finite; bad_batch.json in the run's folder
             names the step, its images and seeds.
-        OSError: the disk is full. KeyboardInterrupt, SystemExit: stopped from outside, after
-            saving.
+        OSError: out cannot be written, or the disk is full. KeyboardInterrupt, SystemExit: stopped
+            from outside, after saving.
     """
     ranks = Ranks.start(config.device)
     try:

@@ -17,6 +17,7 @@ from ..data import epoch_order, epoch_size, load
 from ..extras import nearest
 from ..gradcache import GradCache
 from ..methods.recipes import completed, resolve
+from ..models.text import TextTower
 from ..models.tokens import encode_tokens
 from ..optim import (
     LAMB,
@@ -249,7 +250,7 @@ class _Encoder(GradCache):
 
 def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
     """How the backbone and a teacher's run, by `forward` and by `patch_tokens`: so many images at a
-    time, compiled. The names of their parameters stay."""
+    time, compiled; and a text tower, so many captions at a time. The names of parameters stay."""
     backbone, teacher = method.backbone, getattr(method, "teacher", None)
     if chunk and any(isinstance(m, _BatchNorm) and m.training for m in backbone.modules()):
         warnings.warn(
@@ -268,3 +269,5 @@ def encode(method: nn.Module, chunk: int, *, compiled: bool) -> None:
             if compiled:  # kernels for each size of the views
                 encoder.encoder.compile(dynamic=False)
             setattr(network, name, encoder.forward)
+    for tower in (m for m in method.modules() if chunk and isinstance(m, TextTower)):
+        tower.encode = _Encoder(tower.encode, chunk).forward
