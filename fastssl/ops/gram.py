@@ -45,12 +45,16 @@ def standardise_ref(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Te
     return torch.addcmul(shift, z.to(mean.dtype) - mean, scale)
 
 
+PASSES = {
+    "column_moments": column_moments_ref,
+    "column_dots": column_dots_ref,
+    "standardise": standardise_ref,
+}
 lib.define("column_moments(Tensor z, Tensor? mean) -> Tensor")
 lib.define("column_dots(Tensor x, Tensor y) -> Tensor")
 lib.define("standardise(Tensor z, Tensor mean, Tensor scale, Tensor shift) -> Tensor")
-lib.impl("column_moments", column_moments_ref, "CompositeExplicitAutograd")
-lib.impl("column_dots", column_dots_ref, "CompositeExplicitAutograd")
-lib.impl("standardise", standardise_ref, "CompositeExplicitAutograd")
+for name, reference in PASSES.items():
+    lib.impl(name, reference, "CompositeExplicitAutograd")
 
 
 def _sums_fake(rows):
@@ -64,25 +68,23 @@ torch.library.register_fake(
 )
 
 
+def _pass(name: str, dtype: torch.dtype, *args: Tensor | None) -> Tensor:
+    """By the op, or in fp64, which no kernel takes, by its reference."""
+    run = PASSES[name] if dtype == torch.float64 else getattr(torch.ops.fastssl, name)
+    return run(*args)
+
+
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """(D,)"""
-    by_reference = x.dtype == torch.float64
-    return (column_dots_ref if by_reference else torch.ops.fastssl.column_dots)(x, y).squeeze(0)
-
-
-def _standardise(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    by_reference = mean.dtype == torch.float64
-    run = standardise_ref if by_reference else torch.ops.fastssl.standardise
-    return run(z, mean, scale, shift)
+    return _pass("column_dots", x.dtype, x, y).squeeze(0)
 
 
 def moments(z: Tensor, n: int, levels, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of n rows in all by column the mean in dtype, and in fp64 what is still to be added to rows
     less that, and the sum of squares then: (D,) each."""
-    by_reference = dtype == torch.float64
-    moments = column_moments_ref if by_reference else torch.ops.fastssl.column_moments
-    mean = (all_sum(moments(z, None)[0], levels) / n).to(dtype)
-    rest, squares = all_sum(moments(z, mean), levels).unbind()
+    sums = _pass("column_moments", dtype, z, None)[0]
+    mean = (all_sum(sums, levels) / n).to(dtype)
+    rest, squares = all_sum(_pass("column_moments", dtype, z, mean), levels).unbind()
     shift = rest / -n
     return mean, shift, squares.addcmul(shift, rest)
 
@@ -116,10 +118,12 @@ class Rows(NamedTuple):
     def block(self, at: tuple[slice, slice]) -> Tensor:
         if self.whole is not None:
             return self.whole
-        return _standardise(self.z[at], *(x[at[1]] for x in self[1:4]))
+        return _pass("standardise", self.mean.dtype, self.z[at], *(x[at[1]] for x in self[1:4]))
 
     def kept(self) -> "Rows":
-        return self._replace(whole=_standardise(*self[:4])) if len(self.blocks()) == 1 else self
+        if len(self.blocks()) > 1:
+            return self
+        return self._replace(whole=_pass("standardise", self.mean.dtype, *self[:4]))
 
     def of_all(self, x: Tensor) -> Tensor:
         return x if self.shards is None else gather_rows(x, self.shards)
