@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastssl.autograd import once_differentiable
+from fastssl.autograd import once_differentiable, with_gradient
 from fastssl.dist import all_sum
 from fastssl.ops.blocks import wide, world
 from fastssl.ops.contrastive import without_autocast
-from fastssl.ops.gram import Rows, check_views, column_dots, gram_matrix, moments
+from fastssl.ops.gram import Rows, check_views, column_dots, gram_matrix, is_small, moments
 from fastssl.ops.product import product, product_
 
 NORMALIZATIONS = ("batch_norm", "local_batch_norm", "local_std")
@@ -99,6 +99,30 @@ def _barlow_bwd(z_a, z_b, kept, matrices, slope, needs, normalization, n, shards
     return found
 
 
+@without_autocast
+def _barlow_small(z_a, z_b, off_diagonal, needs):
+    """The loss and dz_a and dz_b, as needed, of views normalised by batch norm: by whole matrices
+    and C (D, D), in few calls."""
+    n, z = len(z_a), torch.cat([z_a, z_b], 1).to(wide(z_a, z_b))
+    z = z - z[0]  # torch's batch norm loses what is large in common
+    x, *stats = torch.native_batch_norm(z, None, None, None, None, True, 0.0, BATCH_NORM_EPS)
+    a, b = x.chunk(2, 1)
+    c = (a.T @ b).div_(n)
+    diagonal = c.diagonal()
+    distance = diagonal - 1
+    diagonal.zero_()
+    loss = torch.add(distance.square().sum(), c.square().sum(), alpha=off_diagonal)
+    if not any(needs):
+        return loss, None, None
+    c.mul_(2 * off_diagonal / n)  # becomes dloss / n dC
+    diagonal.add_(distance, alpha=2 / n)
+    d = [b @ c.T if needs[0] else torch.zeros_like(a), a @ c if needs[1] else torch.zeros_like(b)]
+    d, *_ = torch.ops.aten.native_batch_norm_backward(
+        torch.cat(d, 1), z, None, None, None, *stats, True, BATCH_NORM_EPS, [True, False, False]
+    )
+    return loss, *(g if need else None for g, need in zip(d.chunk(2, 1), needs, strict=True))
+
+
 class BarlowTwins(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, off_diagonal, normalization, n, shards):
@@ -171,4 +195,10 @@ def barlow_twins(
     n, shards = check_views(name, z_a, z_b, group, **options)
     if z_b is z_a:
         z_b = z_a.view_as(z_a)
+    if shards is None and normalization != "local_std" and is_small(z_a):
+
+        def made(z_a, z_b, needs):
+            return _barlow_small(z_a, z_b, off_diagonal, needs)
+
+        return with_gradient(name, made, z_a, z_b)
     return BarlowTwins.apply(z_a, z_b, off_diagonal, normalization, n, shards)

@@ -1,7 +1,7 @@
 """Centred features and their Gram matrices, whichever is smaller: for VICReg and Barlow Twins.
 
 With X (N, D), sum_ij (X^T X)_ij^2 = ||X X^T||_F^2, and its gradient is 4 (X X^T) X = 4 X (X^T X).
-So where N <= D no D x D matrix is needed. For two matrices,
+So where N < D no D x D matrix is needed. For two matrices,
 sum_ij (X^T Y)_ij^2 = <X X^T, Y Y^T>_F, of gradient 2 (Y Y^T) X in X. Of centred X and Y these
 gradients have columns of mean 0 already: nothing comes of the centring.
 """
@@ -17,6 +17,19 @@ from fastssl.ops.checks import check_features
 from fastssl.ops.contrastive import lib
 from fastssl.ops.product import product_
 from fastssl.ops.sharded import shards_of
+
+# On the CPU the forms in few calls, which always make X^T X, are faster up to here, counted by
+# multiplications that X X^T would save, at least 32 for each feature: up to 16 x 512 on AMD with
+# one thread. Where N >= D they are so further up, but hold several copies of the features.
+SMALL = 1 << 22
+
+
+def is_small(z: Tensor) -> bool:
+    """Whether calls cost more than what the form in blocks saves, which is slower than plain torch
+    by up to half."""
+    N, D = z.shape
+    return z.device.type == "cpu" and N * D * max(D - N, 32) <= SMALL
+
 
 # ---------------------------------------------------------------------------- passes over features
 
@@ -102,11 +115,12 @@ class Rows(NamedTuple):
     n: int  # rows of all ranks
     shards: Shards | None
     whole: Tensor | None = None  # (N, D)
+    of_columns: bool = False  # X^T X also where X X^T is smaller
 
     @property
     def of_rows(self) -> bool:
         """Whether the Gram matrix is X X^T."""
-        return self.n <= self.z.shape[1]
+        return self.n < self.z.shape[1] and not self.of_columns
 
     def blocks(self) -> list[tuple[slice, slice]]:
         """Where blocks lie: of columns for X X^T, else of rows."""

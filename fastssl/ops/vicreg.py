@@ -3,12 +3,33 @@
 import torch
 from torch import Tensor
 
-from fastssl.autograd import once_differentiable
-from fastssl.dist import all_sum
+from fastssl.autograd import once_differentiable, with_gradient
+from fastssl.dist import all_sum, host_may_wait
 from fastssl.ops.blocks import steps, wide, world
 from fastssl.ops.contrastive import without_autocast
-from fastssl.ops.gram import Rows, check_views, column_dots, gram_matrix, moments
+from fastssl.ops.gram import Rows, check_views, column_dots, gram_matrix, is_small, moments
 from fastssl.ops.product import product_
+
+# Where a few columns outweigh all others, or columns are nearly uncorrelated, the sum of squares of
+# X X^T less the diagonal's of X^T X leaves few digits: of less than this share X^T X is made.
+LEAST_REST = 1 / 16
+
+
+def _off_diagonal(x: Rows, squares: Tensor, levels) -> tuple[Rows, Tensor, Tensor]:
+    """x as it is to be taken, its Gram matrix, X^T X without the diagonal, and in fp64 the sum of
+    the squares off the diagonal of X^T X, which has `squares` (D,) on it."""
+    if x.of_rows:
+        gram = gram_matrix(x)
+        diagonal = squares.square().sum()
+        rest = all_sum(column_dots(gram, gram).sum(), levels) - diagonal
+        # A GPU is not waited for.
+        may_ask = rest.device.type == "cpu" and host_may_wait(rest)
+        if not (may_ask and rest < LEAST_REST * diagonal):
+            return x, gram, rest
+        x = x._replace(of_columns=True)
+    gram = gram_matrix(x)
+    gram.diagonal().zero_()
+    return x, gram, column_dots(gram, gram).sum()
 
 
 @without_autocast
@@ -26,16 +47,12 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
     for z in (z_a, z_b):
         mean, shift, squares = moments(z, n, levels, dtype)
         x = Rows(z, mean, ones, shift.to(dtype), n, shards).kept()
-        gram = gram_matrix(x)
+        x, gram, off_diagonal = _off_diagonal(x, squares, levels)
         root = (squares / (n - 1) + eps).sqrt()
         loss = loss + std / 2 * (1 - root).relu().mean()
         factor = torch.where(root < 1, -std / (2 * D * (n - 1)) / root, 0)
         if x.of_rows:
-            off_diagonal = all_sum(column_dots(gram, gram).sum(), levels) - squares.square().sum()
             factor = factor - 4 * share * squares
-        else:
-            gram.diagonal().zero_()
-            off_diagonal = column_dots(gram, gram).sum()
         loss = loss + share * off_diagonal
         kept += [*x[1:4], x.whole, gram.mul_(4 * share), factor.to(dtype)]
     return loss.to(dtype), kept
@@ -45,7 +62,8 @@ def _vicreg_fwd(z_a, z_b, sim, std, cov, eps, n, shards):
 def _vicreg_bwd(z, other, kept, slope, sim, n, shards):
     """dz: slope times the gradient of the loss in z."""
     *made, whole, gram, factor = kept
-    D, dz, x = z.shape[1], torch.empty_like(z), Rows(z, *made, n, shards, whole)
+    D, dz = z.shape[1], torch.empty_like(z)
+    x = Rows(z, *made, n, shards, whole, of_columns=gram.shape[1] == D)
     for at in x.blocks():
         block = x.block(at)
         d = block * factor[at[1]]
@@ -56,6 +74,33 @@ def _vicreg_bwd(z, other, kept, slope, sim, n, shards):
         d.add_(z[at].to(d.dtype) - other[at].to(d.dtype), alpha=2 * sim / (n * D))
         dz[at] = d.mul_(slope)
     return dz
+
+
+@without_autocast
+def _vicreg_small(z_a, z_b, sim, std, cov, eps, needs):
+    """The loss and dz_a and dz_b, as needed, by whole matrices and X^T X (2, D, D) of both views,
+    in few calls."""
+    z = torch.stack([z_a, z_b]).to(wide(z_a, z_b))
+    _, n, D = z.shape
+    x = z - z[:, :1]  # twice, for of large numbers the mean is rounded
+    x.sub_(x.sum(1, keepdim=True), alpha=1 / n)
+    gram = torch.bmm(x.mT, x)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    root = (diagonal / (n - 1)).add_(eps).sqrt_()  # (2, D)
+    diagonal.zero_()
+    difference = torch.sub(*z.unbind())
+    share = cov / (D * (n - 1) ** 2)
+    loss = share * gram.square().sum()
+    loss.add_((1 - root).relu_().sum(), alpha=std / (2 * D))
+    loss.add_(difference.square().sum(), alpha=sim / (n * D))
+    if not any(needs):
+        return loss, None, None
+    gram.mul_(4 * share)
+    diagonal.add_((root < 1) / root, alpha=-std / (2 * D * (n - 1)))
+    dz_a, dz_b = torch.bmm(x, gram).unbind()
+    dz_a.add_(difference, alpha=2 * sim / (n * D))
+    dz_b.sub_(difference, alpha=2 * sim / (n * D))
+    return loss, *(dz if need else None for dz, need in zip((dz_a, dz_b), needs, strict=True))
 
 
 class VICReg(torch.autograd.Function):
@@ -131,4 +176,10 @@ def vicreg(
     n, shards = check_views(name, z_a, z_b, group, sim=sim, std=std, cov=cov, eps=eps)
     if z_b is z_a:
         z_b = z_a.view_as(z_a)
+    if shards is None and is_small(z_a):
+
+        def made(z_a, z_b, needs):
+            return _vicreg_small(z_a, z_b, sim, std, cov, eps, needs)
+
+        return with_gradient(name, made, z_a, z_b)
     return VICReg.apply(z_a, z_b, sim, std, cov, eps, n, shards)
