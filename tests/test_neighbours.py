@@ -149,6 +149,7 @@ def test_memory(monkeypatch):
     assert largest.numel <= a.numel()
 
 
+@both_forms
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("N,M,D,k", [(1, 1, 1, 1), (7, 33, 5, 33), (37, 500, 16, 20)])
@@ -165,6 +166,7 @@ def test_topk(N, M, D, k, dtype, device, monkeypatch):
         assert all(len(set(row)) == k for row in rows.tolist())
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_topk_takes_the_lowest_of_equal_rows(dtype):
     x = torch.tensor([[1, -0.0, 0, 1, torch.inf, -2, torch.nan, -torch.inf, -1, 1]]).to(dtype)

@@ -169,15 +169,15 @@ def barlow_twins(
         TypeError, ValueError: integer features, views of different shape, fewer than 2 rows over
             all ranks, another normalization; on all ranks, what differs between them and must not.
 
-    Memory: 2 N^2 numbers where N <= D, else 2 D^2, and blocks of 8 MiB, N the rows of all ranks;
+    Memory: 2 N^2 numbers where N < D, else 2 D^2, and blocks of 8 MiB, N the rows of all ranks;
         over W ranks those of the N x N matrices that belong to a rank's rows. Normalised features
-        are stored only where one block holds a view's.
+        are stored only where one block holds a view's. Of small views on a CPU D^2.
 
-    Notes: where N <= D by X X^T of both views, whose rows are gathered in blocks of columns over
+    Notes: where N < D by X X^T of both views, whose rows are gathered in blocks of columns over
         several ranks, in the backward again; else by C, which is all-reduced. With local statistics
         a column that is constant, or a rank's single row, is 0. Products in float32, the loss in
-        float64; autocast has no effect. Deterministic. Gradients over several ranks as in
-        `info_nce`: the paper's code has 1 / W of them.
+        float64, of small views on a CPU in float32; autocast has no effect. Deterministic.
+        Gradients over several ranks as in `info_nce`: the paper's code has 1 / W of them.
 
     Example:
         >>> z_a, z_b = torch.randn(2, 8, 16).unbind()

@@ -155,12 +155,15 @@ def vicreg(
 
     Memory: min(N, D)^2 numbers for each view and blocks of 8 MiB, N the rows of all ranks; over
         W ranks those of the N x N matrix that belong to a rank's rows. Centred features are stored
-        only where one block holds a view's.
+        only where one block holds a view's. On a CPU D^2 also where N < D, of small views, and
+        where a few columns outweigh all others.
 
-    Notes: where N <= D by X X^T, whose rows are gathered in blocks of columns over several ranks,
-        in the backward again; else by X^T X, which is all-reduced. Every statistic is that of the
-        rows of all ranks, exactly. Products in float32, the loss in float64; autocast has no
-        effect. Deterministic. Gradients over several ranks as in `info_nce`.
+    Notes: where N < D by X X^T, whose rows are gathered in blocks of columns over several ranks,
+        in the backward again; else by X^T X, which is all-reduced. X X^T loses digits of
+        covariances that are small beside the variances: a CPU takes X^T X then, a GPU does not
+        look. Every statistic is that of the rows of all ranks. Products in float32, the loss in
+        float64, of small views on a CPU in float32; autocast has no effect. Deterministic.
+        Gradients over several ranks as in `info_nce`.
 
     Example:
         >>> z_a, z_b = torch.randn(2, 8, 16).unbind()
