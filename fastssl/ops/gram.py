@@ -18,10 +18,10 @@ from fastssl.ops.contrastive import lib
 from fastssl.ops.product import product_
 from fastssl.ops.sharded import shards_of
 
-# On the CPU the forms in few calls, which always make X^T X, are faster up to here, counted by
-# multiplications that X X^T would save, at least 32 for each feature: up to 16 x 512 on AMD with
-# one thread. Where N >= D they are so further up, but hold several copies of the features.
-SMALL = 1 << 22
+# On the CPU the forms in few calls, which always make X^T X, are as fast as or faster than those in
+# blocks up to here, counted by the multiplications that X X^T would save, at least 32 for each
+# feature: up to 32 x 512 and 512 x 512 on AMD with one thread. They hold copies of the features.
+SMALL = 1 << 23
 
 
 def is_small(z: Tensor) -> bool:
