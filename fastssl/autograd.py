@@ -1,6 +1,7 @@
 """What autograd Functions share."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ def once_differentiable(backward):
         alone = isinstance(grads, Tensor)
         grads = [grads] if alone else [*grads]
         places = [i for i, grad in enumerate(grads) if grad is not None]
+        name = getattr(ctx, "function", type(ctx).__name__.removesuffix("Backward"))
         message = (
-            f"fastssl: {type(ctx).__name__.removesuffix('Backward')} is differentiable once. "
+            f"fastssl: {name} is differentiable once. "
             "Leave out create_graph=True, or take plain torch for a second derivative."
         )
         given = [grads[i] for i in places]
@@ -48,3 +50,39 @@ def once_differentiable(backward):
         return grads[0] if alone else tuple(grads)
 
     return run
+
+
+class WithGradient(torch.autograd.Function):
+    """A loss whose gradients are made already: all that is left to autograd is one node, and one
+    multiplication for each. For small inputs, whose calls cost more than their arithmetic.
+
+    tensors: what the gradients are by, and in the same order these, in at least fp32, or None. A
+    loss scale reaches them before they are rounded to the dtype of what they are by.
+    """
+
+    @staticmethod
+    def forward(ctx, name: str, loss: Tensor, *tensors: Tensor | None):
+        ctx.function = name
+        ctx.save_for_backward(*tensors)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        n = len(ctx.saved_tensors) // 2
+        inputs, made = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        scaled = iter(torch._foreach_mul([grad for grad in made if grad is not None], dloss))
+        grads = [None if grad is None else next(scaled) for grad in made]
+        for i, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
+            if grad is not None and grad.dtype != x.dtype:
+                grads[i] = grad.to(x.dtype)
+        return None, None, *grads, *[None] * n
+
+
+def with_gradient(name: str, made: Callable, *inputs: Tensor) -> Tensor:
+    """The loss that made(*inputs, needs) gives along with its gradients by the inputs, None for
+    those whose place in `needs` is False."""
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    with torch.no_grad():
+        loss, *grads = made(*inputs, needs)
+    return WithGradient.apply(name, loss, *inputs, *grads) if any(needs) else loss

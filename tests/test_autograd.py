@@ -1,5 +1,7 @@
 """No loss leaves out a second derivative without a word."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -20,6 +22,14 @@ LOSSES = {
     "sigreg": lambda x: ops.sigreg(x, num_slices=4),
     "optimal_transport": lambda x: ops.optimal_transport(x, 0.5).square().sum(),
 }
+
+
+@pytest.fixture(params=[1 << 62, 0], ids=["few calls", "blocks"], autouse=True)
+def form(request, monkeypatch):
+    """Both forms of those losses that have one for small inputs."""
+    for module in ("gram", "neighbours", "siglip"):
+        found = importlib.import_module(f"fastssl.ops.{module}")
+        monkeypatch.setattr(found, "SMALL", request.param)
 
 
 @pytest.mark.parametrize("name", LOSSES)

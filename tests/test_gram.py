@@ -11,9 +11,20 @@ from torch.utils._pytree import tree_leaves
 from fastssl import LOCAL, losses
 from fastssl.losses import BarlowTwinsLoss, VICRegLoss
 from fastssl.ops import barlow_twins, blocks, gram, vicreg
+from fastssl.ops.barlow import NORMALIZATIONS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["few calls", "blocks"])
+def form(request, monkeypatch):
+    """Both forms at every size."""
+    monkeypatch.setattr(gram, "SMALL", {"few calls": 1 << 62, "blocks": 0}[request.param])
+    return request.param
+
+
+both_forms = pytest.mark.usefixtures("form")
 
 
 def off_diagonal(x):
@@ -72,6 +83,7 @@ def check(ours, naive, *inputs, device="cpu"):
         assert_no_worse(got.cpu(), t, p, factor=3 if i else 2)
 
 
+@both_forms
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", LOSSES)
@@ -81,6 +93,7 @@ def test_covariance_losses(N, D, loss, dtype, device, monkeypatch):
     check(*LOSSES[loss], *views(N, D, dtype), device=device)
 
 
+@both_forms
 @pytest.mark.parametrize("loss", ["vicreg", "barlow"])
 @pytest.mark.parametrize("spread", [1, 1e-2])
 @pytest.mark.parametrize("N,D", [(64, 128), (700, 40)])
@@ -88,6 +101,17 @@ def test_large_means(N, D, spread, loss):
     check(*LOSSES[loss], *((z * spread + 1e4).float() for z in views(N, D)))
 
 
+@both_forms
+@pytest.mark.parametrize("loss", ["vicreg", "barlow"])
+@pytest.mark.parametrize("N,D", [(64, 128), (120, 128), (300, 400)])
+def test_a_column_that_outweighs_all_others(N, D, loss):
+    a, b = views(N, D)
+    a[:, 7] *= 1000
+    b[:, 7] *= 1000
+    check(*LOSSES[loss], a.float(), b.float())
+
+
+@both_forms
 @pytest.mark.parametrize("N,D", [(5, 3), (3, 5)])
 def test_gradcheck(N, D):
     a, b = (x.requires_grad_() for x in views(N, D))
@@ -95,6 +119,7 @@ def test_gradcheck(N, D):
         assert torch.autograd.gradcheck(ours, (a, b))
 
 
+@both_forms
 def test_layouts_and_parts():
     for ours, _ in LOSSES.values():
         a, b = views(9, 12, torch.float32)
@@ -108,6 +133,7 @@ def test_layouts_and_parts():
         torch.testing.assert_close(x.grad, sum(with_gradients(ours, a, a)[1:]))
 
 
+@both_forms
 @pytest.mark.parametrize("N,D", [(24, 40), (40, 24)])
 def test_parity_with_lightly(N, D):
     lightly = pytest.importorskip("lightly.loss")
@@ -123,9 +149,10 @@ def test_parity_with_lightly(N, D):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_defined_results(dtype):
-    for normalization in gram.NORMALIZATIONS:  # constant columns
+    for normalization in NORMALIZATIONS:  # constant columns
         a, b = (z.clone() for z in views(8, 6, dtype))
         a[:, 2] = 3
         found = with_gradients(partial(barlow_twins, normalization=normalization), a, b)
@@ -135,6 +162,22 @@ def test_defined_results(dtype):
     assert all(loss(a, b).isnan() for loss, _ in LOSSES.values())
 
 
+def test_forms(monkeypatch):
+    """Which one a size takes; and that without gradients the value is the same to the bit."""
+    monkeypatch.setattr(gram, "SMALL", 8 * 6 * 32)
+    for ours, large in ((vicreg, "VICReg"), (barlow_twins, "BarlowTwins")):
+        for N, node in ((8, "WithGradient"), (9, large)):
+            a, b = (z.requires_grad_() for z in views(N, 6, torch.float32))
+            value = ours(a, b)
+            assert value.grad_fn.name() == f"{node}Backward"
+            assert torch.equal(ours(a.detach(), b.detach()), value)
+            with torch.no_grad():
+                assert torch.equal(ours(a, b), value)
+    kept = barlow_twins(a[:8], b[:8], normalization="local_std")
+    assert kept.grad_fn.name() == "BarlowTwinsBackward"
+
+
+@both_forms
 def test_autocast_has_no_effect():
     a, b = views(20, 30, torch.float32)
     for ours in (vicreg, barlow_twins):
@@ -143,6 +186,7 @@ def test_autocast_has_no_effect():
         assert all(map(torch.equal, inside, with_gradients(ours, a, b)))
 
 
+@both_forms
 def test_compiles_without_a_graph_break():
     for N, D in ((6, 9), (9, 6), (140, 150)):  # the last in several strips
         a, b = views(N, D, torch.float32)
@@ -165,6 +209,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("N,D", [(50, 1100), (1100, 50)])
 def test_memory(loss, N, D, monkeypatch):
     """Nothing larger than the inputs: of N x N and D x D never the larger."""
+    monkeypatch.setattr(gram, "SMALL", 0)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
     a, b = views(N, D, torch.float32)
     with Largest() as largest:
@@ -192,14 +237,14 @@ def test_error_messages(call, text):
 # --------------------------------------------------------------------------------- several ranks
 
 OVER_RANKS = {"vicreg": (vicreg, vicreg_naive)}
-for kind in gram.NORMALIZATIONS:
+for kind in NORMALIZATIONS:
     OVER_RANKS[kind] = [partial(f, normalization=kind) for f in (barlow_twins, barlow_naive)]
 
 
 def on_rank(group, sizes, D, loss, dtype):
     a, b = (z.to(dtype).double().requires_grad_() for z in views(sum(sizes), D))
     ours, naive = OVER_RANKS[loss]
-    truth = naive(a, b, sizes=sizes) if loss in gram.NORMALIZATIONS else naive(a, b)
+    truth = naive(a, b, sizes=sizes) if loss in NORMALIZATIONS else naive(a, b)
     own = slice(sum(sizes[: group.rank()]), sum(sizes[: group.rank() + 1]))
     true = [len(sizes) * d[own] for d in torch.autograd.grad(truth, (a, b))]
     inputs = [z[own].to(dtype) for z in (a, b)]

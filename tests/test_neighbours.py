@@ -12,6 +12,15 @@ from fastssl import losses
 from fastssl.ops import blocks, koleo, neighbours, topk_cosine
 
 
+@pytest.fixture(params=["few calls", "blocks"])
+def form(request, monkeypatch):
+    """Both forms at every size."""
+    monkeypatch.setattr(neighbours, "SMALL", {"few calls": 1 << 62, "blocks": 0}[request.param])
+
+
+both_forms = pytest.mark.usefixtures("form")
+
+
 def koleo_naive(x, p=2, topk=1, eps=1e-8, normalize=True):
     y = F.normalize(x, eps=eps) if normalize else x
     index = (y @ y.T).detach().fill_diagonal_(-torch.inf).topk(topk, dim=1).indices
@@ -19,6 +28,7 @@ def koleo_naive(x, p=2, topk=1, eps=1e-8, normalize=True):
     return -(distance + eps).log().mean()
 
 
+@both_forms
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"p": 1}, {"p": 3.5}, {"topk": 3}, {"normalize": False}])
@@ -45,12 +55,14 @@ def test_nearest_by_bf16(spread, monkeypatch):
     assert index.tolist() == [*range(8, 16), *range(8), *range(8)]
 
 
+@both_forms
 def test_gradcheck():
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     for options in ({}, {"p": 3}, {"topk": 2}, {"normalize": False}):
         assert torch.autograd.gradcheck(partial(koleo, **options), (x,))
 
 
+@both_forms
 def test_layouts():
     x = torch.randn(9, 12)
     for y in (torch.stack([x, x], 2)[..., 0], x.T.contiguous().T):
@@ -60,6 +72,7 @@ def test_layouts():
             torch.testing.assert_close(found, true)
 
 
+@both_forms
 def test_parity_with_lightly():
     lightly = pytest.importorskip("lightly.loss")
     x = torch.randn(24, 40)
@@ -69,10 +82,12 @@ def test_parity_with_lightly():
         torch.testing.assert_close(with_gradients(ours, x), expected, rtol=1e-5, atol=1e-5)
 
 
+@both_forms
 def test_koleo_in_closed_form():
     assert float(koleo(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))) == pytest.approx(-math.log(2) / 2)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_equal_rows_and_one_row(dtype):
     x = torch.randn(9, 6).to(dtype)
@@ -91,6 +106,21 @@ def test_equal_rows_and_one_row(dtype):
     assert value.isnan() and dx[0].isnan().all()
 
 
+def test_forms(monkeypatch):
+    """Which one a size takes; and that without a gradient the value is the same to the bit."""
+    monkeypatch.setattr(neighbours, "SMALL", 8 * 8 * 6)
+    for N, node in ((8, "WithGradient"), (9, "KoLeo")):
+        x = torch.randn(N, 6, requires_grad=True)
+        value = koleo(x)
+        assert value.grad_fn.name() == f"{node}Backward"
+        assert torch.equal(koleo(x.detach()), value)
+        with torch.no_grad():
+            assert torch.equal(koleo(x), value)
+    for options in ({"p": 3}, {"topk": 2}):
+        assert koleo(x[:8], **options).grad_fn.name() == "KoLeoBackward"
+
+
+@both_forms
 def test_autocast_has_no_effect():
     a, b = torch.randn(2, 20, 30).unbind()
     with torch.autocast("cpu", torch.bfloat16):
@@ -98,6 +128,7 @@ def test_autocast_has_no_effect():
     assert all(map(torch.equal, inside, with_gradients(koleo, a) + topk_cosine(a, b, 3)))
 
 
+@both_forms
 def test_compiles_without_a_graph_break():
     a, b = torch.randn(2, 9, 6).unbind()
     loss, search = (
@@ -109,6 +140,7 @@ def test_compiles_without_a_graph_break():
 
 def test_memory(monkeypatch):
     """No N x N products."""
+    monkeypatch.setattr(neighbours, "SMALL", 0)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
     a, b = torch.randn(2, 1100, 50).unbind()
     with Largest() as largest:
@@ -117,6 +149,7 @@ def test_memory(monkeypatch):
     assert largest.numel <= a.numel()
 
 
+@both_forms
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("N,M,D,k", [(1, 1, 1, 1), (7, 33, 5, 33), (37, 500, 16, 20)])
@@ -133,6 +166,7 @@ def test_topk(N, M, D, k, dtype, device, monkeypatch):
         assert all(len(set(row)) == k for row in rows.tolist())
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_topk_takes_the_lowest_of_equal_rows(dtype):
     x = torch.tensor([[1, -0.0, 0, 1, torch.inf, -2, torch.nan, -torch.inf, -1, 1]]).to(dtype)

@@ -1,6 +1,7 @@
 """The sigmoid op against its fp64 reference, and `siglip` against the formula written out."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,20 @@ from torch.nn.functional import logsigmoid, normalize, softplus
 from fastssl.ops import siglip
 from fastssl.ops.siglip import siglip_fwd_ref
 
+module = sys.modules["fastssl.ops.siglip"]
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 fwd = torch.ops.fastssl.siglip_fwd
+
+
+@pytest.fixture(params=["few calls", "tiles"])
+def form(request, monkeypatch):
+    """Both forms at every size."""
+    monkeypatch.setattr(module, "SMALL", {"few calls": 1 << 62, "tiles": 0}[request.param])
+
+
+both_forms = pytest.mark.usefixtures("form")
 
 
 def arguments(N, M, D, dtype, *, scale=10.0, bias=-10.0, ids=False, device="cpu", **options):
@@ -189,6 +201,7 @@ VECTORS = {
 }
 
 
+@both_forms
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", VECTORS)
 def test_gradcheck(options, reduction):
@@ -206,6 +219,7 @@ def test_gradcheck(options, reduction):
     torch.autograd.gradcheck(loss, (q, k, scale, bias))
 
 
+@both_forms
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,6 +251,7 @@ def test_loss_and_gradients(N, M, D, dtype, device, reduction):
     assert got[1].dtype == got[2].dtype == dtype
 
 
+@both_forms
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", range(4))
 def test_each_input_alone_may_learn(wanted, reduction):
@@ -248,6 +263,7 @@ def test_each_input_alone_may_learn(wanted, reduction):
     torch.testing.assert_close(got, torch.autograd.grad(expected, inputs[wanted])[0])
 
 
+@both_forms
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_loss_scale_reaches_the_gradient_before_it_is_rounded(device):
     N, D = 2000, 64
@@ -261,6 +277,7 @@ def test_a_loss_scale_reaches_the_gradient_before_it_is_rounded(device):
         torch.testing.assert_close(x.grad.double() / 65536, y.grad, rtol=2e-3, atol=1e-9)
 
 
+@both_forms
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_without_a_graph_break(device, reduction):
@@ -293,6 +310,7 @@ def test_one_tensor_in_both_roles():
         torch.testing.assert_close(got, true)
 
 
+@both_forms
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_runs_the_products_in_bf16(device):
     q, k = (torch.randn(20, 32, device=device, requires_grad=True) for _ in range(2))
@@ -305,6 +323,7 @@ def test_autocast_runs_the_products_in_bf16(device):
     assert q.grad.dtype == k.grad.dtype == torch.float32
 
 
+@both_forms
 def test_closed_form():
     # One aligned pair at scale 10 and bias -10: log 2. Two orthogonal ones: log 2 + log(1 + e^-10).
     one = siglip(torch.eye(1), torch.eye(1), logit_scale=10.0, logit_bias=-10.0)
@@ -361,6 +380,27 @@ def test_error_messages(call, error, message):
         call()
 
 
+def test_forms(monkeypatch):
+    """Which one a problem takes; and that without gradients the value is the same to the bit."""
+    monkeypatch.setattr(module, "SMALL", 6 * 8)
+    q, scale = torch.randn(6, 5, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    for M, options, node in (
+        (8, {}, "WithGradient"),
+        (8, {"reduction": "sum"}, "WithGradient"),
+        (9, {}, "SigLIP"),
+        (8, {"reduction": "none"}, "SigLIP"),
+        (8, {"sample_weight": torch.rand(6)}, "SigLIP"),
+        (8, {"target": torch.arange(6)}, "SigLIP"),
+        (8, {"q_ids": torch.arange(6), "k_ids": torch.arange(8)}, "SigLIP"),
+    ):
+        k = torch.randn(M, 5)
+        value = siglip(q, k, logit_scale=scale, **options)
+        assert value.grad_fn.name() == f"{node}Backward"
+        with torch.no_grad():
+            assert torch.equal(siglip(q, k, logit_scale=scale, **options), value)
+
+
+@both_forms
 def test_a_second_backward_gives_the_same():
     q, k = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
     weight = torch.rand(6)

@@ -1,7 +1,7 @@
 """Functions on tensors, each with a CPU and a GPU kernel or on library products."""
 
+from fastssl.ops.barlow import barlow_twins
 from fastssl.ops.contrastive import contrastive_lse
-from fastssl.ops.gram import barlow_twins, vicreg
 from fastssl.ops.info_nce import info_nce
 from fastssl.ops.linear_prototypes import linear_prototype_cross_entropy
 from fastssl.ops.neighbours import koleo, topk_cosine
@@ -18,6 +18,7 @@ from fastssl.ops.sigreg import sigreg, sigreg_directions
 from fastssl.ops.sliced import sliced_moments, visreg
 from fastssl.ops.supcon import sup_con
 from fastssl.ops.transport import optimal_transport
+from fastssl.ops.vicreg import vicreg
 
 __all__ = [
     "barlow_twins",

@@ -33,6 +33,8 @@ from fastssl.ops.labels import label_sums
 def without_autocast(reference):
     @functools.wraps(reference)
     def run(q, *args):
+        if not torch.is_autocast_enabled(q.device.type):
+            return reference(q, *args)
         with torch.autocast(q.device.type, enabled=False):
             return reference(q, *args)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastssl.autograd import once_differentiable
-from fastssl.dist import Shards, gather_rows, resolve_levels
+from fastssl.autograd import once_differentiable, with_gradient
+from fastssl.dist import Shards, check_exchange, gather_rows, resolve_levels
 from fastssl.ops import contrastive
 from fastssl.ops.checks import (
     check_features,
@@ -29,6 +29,10 @@ from fastssl.ops.checks import (
 )
 from fastssl.ops.contrastive import lib, without_autocast
 from fastssl.ops.sharded import each_block, shards_of
+
+# On the CPU all N x M logits up to here are made at once in few calls, without ids, targets
+# and weights: about 0.96 times open_clip's speed from 8 x 8 to 128 x 128, where tiles reach 0.90.
+SMALL = 1 << 14
 
 
 @without_autocast
@@ -140,6 +144,26 @@ class SigLIP(torch.autograd.Function):
         )
 
 
+@without_autocast
+def _siglip_small(q, k, scale, bias, each, needs):
+    """Each of N losses times `each`, summed, and its gradients as needed, with key i row i's
+    positive: by all logits, in few calls."""
+    products = torch.mm(q, k.T)  # (N, M)
+    x = torch.addcmul(bias, products, scale)
+    positive = x.diagonal()
+    positive.neg_()
+    loss = softplus(x, threshold=50.0).sum().mul_(each)  # beyond it x, also in fp64
+    if not any(needs):
+        return loss, *[None] * 4
+    g = x.sigmoid_().mul_(each)  # becomes dloss / dlogits
+    positive.neg_()
+    dscale = (g * products).sum() if needs[2] else None
+    dbias = g.sum() if needs[3] else None
+    g.mul_(scale)
+    dq = torch.mm(g, k) if needs[0] else None
+    return loss, dq, torch.mm(g.T, q) if needs[1] else None, dscale, dbias
+
+
 def _forward(
     key_shards: Shards | None, q, k, scale, bias, q_ids, k_ids, target, weight, need_dq, need_dk
 ) -> tuple[Tensor, ...]:
@@ -235,6 +259,16 @@ def siglip(
     if k is q:
         k = q.view_as(q)
     dtype, (N, M) = common_dtype(q, k), (q.shape[0], k.shape[0])
+    plain = all(x is None for x in (target, q_ids, k_ids, sample_weight)) and reduction != "none"
+    if plain and q.device.type == "cpu" and N * M <= SMALL and not resolve_levels(name, group):
+        check_exchange(name, exchange)
+
+        def made(q, k, scale, bias, needs):
+            wide = torch.promote_types(dtype, torch.float32)
+            each = slope_of_row(reduction, N)
+            return _siglip_small(q.to(wide), k.to(wide), scale, bias, each, needs)
+
+        return with_gradient(name, made, q.to(dtype), k.to(dtype), scale, bias)
     if target is None:
         target = torch.arange(N, device=q.device, dtype=torch.int32)
     else:
