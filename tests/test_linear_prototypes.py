@@ -208,6 +208,8 @@ def test_float32_products_where_the_cpu_has_none_of_16_bits(whole, dtype, monkey
     wide = [x.float() for x in (student, W, teacher, V)]
     same, *like = with_gradients(linear_prototype_cross_entropy, *wide)
     assert torch.equal(loss, same)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(linear_prototype_cross_entropy(*wide), same)
     assert all(x.dtype == dtype for x in grads)
     assert all(torch.equal(x, y.to(dtype)) for x, y in zip(grads, like, strict=True))
     monkeypatch.setitem(product.NARROW_PRODUCTS, dtype, True)

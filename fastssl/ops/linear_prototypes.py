@@ -262,9 +262,10 @@ def linear_prototype_cross_entropy(
         and is_wider(student)
     )
     if scores_bytes <= max(BLOCK_BYTES, 2 * sums_bytes) and not own_products:
-        scores = linear(student.to(dtypes[0]), student_prototypes.to(dtypes[0]))
-        if teacher_prototypes is not None:
-            teacher = linear(teacher.to(dtypes[1]), teacher_prototypes.to(dtypes[1]))
+        with torch.autocast(student.device.type, enabled=False):
+            scores = linear(student.to(dtypes[0]), student_prototypes.to(dtypes[0]))
+            if teacher_prototypes is not None:
+                teacher = linear(teacher.to(dtypes[1]), teacher_prototypes.to(dtypes[1]))
         loss = PrototypeLoss.apply(scores, teacher, *options, False)
     else:
         loss = LinearPrototypeLoss.apply(
