@@ -105,7 +105,8 @@ _TINY_DINOV2 = {
 _CAPTIONS = {"batch_size": 64, "epochs": 5}
 
 ROWS = {
-    "simclr": Row(margin=14.0),
+    # Its three seeds with AVX-512 lay closer (14.0) than rounding alone moves one: 12.7 with AVX2.
+    "simclr": Row(margin=10.3),
     "simclr_v2": Row(margin=9.6, settings={"epochs": 15}),
     "distill": Row(margin=10.4, settings={"epochs": 12, "batch_size": 128}, first=taught),
     "seer": Row(margin=8.6, settings={"epochs": 12}),
