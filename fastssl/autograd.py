@@ -79,10 +79,10 @@ class WithGradient(torch.autograd.Function):
         return None, None, *grads, *[None] * n
 
 
-def with_gradient(name: str, made: Callable, *inputs: Tensor) -> Tensor:
-    """The loss that made(*inputs, needs) gives along with its gradients by the inputs, None for
-    those whose place in `needs` is False."""
+def with_gradient(name: str, made: Callable, inputs: tuple[Tensor, ...], *options) -> Tensor:
+    """The loss that made(*inputs, *options, needs) gives along with its gradients by the inputs,
+    None for those whose place in `needs` is False."""
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     with torch.no_grad():
-        loss, *grads = made(*inputs, needs)
+        loss, *grads = made(*inputs, *options, needs)
     return WithGradient.apply(name, loss, *inputs, *grads) if any(needs) else loss

@@ -196,9 +196,5 @@ def barlow_twins(
     if z_b is z_a:
         z_b = z_a.view_as(z_a)
     if shards is None and normalization != "local_std" and is_small(z_a):
-
-        def made(z_a, z_b, needs):
-            return _barlow_small(z_a, z_b, off_diagonal, needs)
-
-        return with_gradient(name, made, z_a, z_b)
+        return with_gradient(name, _barlow_small, (z_a, z_b), off_diagonal)
     return BarlowTwins.apply(z_a, z_b, off_diagonal, normalization, n, shards)

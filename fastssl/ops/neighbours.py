@@ -305,11 +305,7 @@ def koleo(
     options = {"eps": eps, "p": p, "topk": topk, "normalize": normalize}
     shards, _ = shards_of(name, group, "gather", x, None, **{"the options": options})
     if shards is None and p == 2 and topk == 1 and _is_small(x):
-
-        def made(x, needs):
-            return _koleo_small(x, eps, normalize, needs)
-
-        return with_gradient(name, made, x)
+        return with_gradient(name, _koleo_small, (x,), eps, normalize)
     return KoLeo.apply(x, eps, p, topk, normalize, shards)
 
 

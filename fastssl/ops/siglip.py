@@ -148,6 +148,8 @@ class SigLIP(torch.autograd.Function):
 def _siglip_small(q, k, scale, bias, each, needs):
     """Each of N losses times `each`, summed, and its gradients as needed, with key i row i's
     positive: by all logits, in few calls."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(wide), k.to(wide)
     products = torch.mm(q, k.T)  # (N, M)
     x = torch.addcmul(bias, products, scale)
     positive = x.diagonal()
@@ -262,13 +264,8 @@ def siglip(
     plain = all(x is None for x in (target, q_ids, k_ids, sample_weight)) and reduction != "none"
     if plain and q.device.type == "cpu" and N * M <= SMALL and not resolve_levels(name, group):
         check_exchange(name, exchange)
-
-        def made(q, k, scale, bias, needs):
-            wide = torch.promote_types(dtype, torch.float32)
-            each = slope_of_row(reduction, N)
-            return _siglip_small(q.to(wide), k.to(wide), scale, bias, each, needs)
-
-        return with_gradient(name, made, q.to(dtype), k.to(dtype), scale, bias)
+        inputs = q.to(dtype), k.to(dtype), scale, bias
+        return with_gradient(name, _siglip_small, inputs, slope_of_row(reduction, N))
     if target is None:
         target = torch.arange(N, device=q.device, dtype=torch.int32)
     else:

@@ -180,9 +180,5 @@ def vicreg(
     if z_b is z_a:
         z_b = z_a.view_as(z_a)
     if shards is None and is_small(z_a):
-
-        def made(z_a, z_b, needs):
-            return _vicreg_small(z_a, z_b, sim, std, cov, eps, needs)
-
-        return with_gradient(name, made, z_a, z_b)
+        return with_gradient(name, _vicreg_small, (z_a, z_b), sim, std, cov, eps)
     return VICReg.apply(z_a, z_b, sim, std, cov, eps, n, shards)
