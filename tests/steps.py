@@ -70,7 +70,7 @@ def trained(method, objective, part=slice(None), steps=3, first=0, sizes=(8, 8),
     settings = {"optimizer": "sgd", "lr": 0.02, "weight_decay": 0.0} | settings
     config = resolve(PretrainConfig(**settings))
     setup.train_mode(method, [])
-    update = Update(config, method, setup.build_optimizer(config, method, CPU), CPU, "fp32")
+    update = Update(config, method, setup.build_optimizer(config, method), CPU, "fp32")
     losses = []
     for step in range(first, first + steps):
         losses.append(update(objective, batch(step, part=part, sizes=sizes))["loss"])

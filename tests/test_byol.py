@@ -63,7 +63,7 @@ def test_teacher_follows_more_slowly_and_stands_at_the_end():
 
 def test_teacher_is_saved_and_not_optimized():
     method = byol()
-    optimizer = setup.build_optimizer(resolve(PretrainConfig(method="byol")), method, steps.CPU)
+    optimizer = setup.build_optimizer(resolve(PretrainConfig(method="byol")), method)
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(p) for p in method.teacher.parameters()}
     assert optimized == {id(p) for p in method.parameters() if p.requires_grad}

@@ -41,7 +41,7 @@ def made(method, precision="fp32", **settings):
     setup.freeze(method, config.freeze)
     setup.train_mode(method, config.freeze)
     setup.encode(method, config.chunk, compiled=config.compile)
-    optimizer = setup.build_optimizer(config, method, CPU)
+    optimizer = setup.build_optimizer(config, method)
     return Update(config, method, optimizer, CPU, precision)
 
 

@@ -79,7 +79,7 @@ def test_wrong_recipes_and_arguments_are_named(tmp_path, capsys):
 def test_arguments_that_schedules_would_overrule_are_refused():
     config = resolve(PretrainConfig(optimizer_args={"weight_decay": 0.5}))
     with pytest.raises(ValueError, match="optimizer_args must leave out .* got weight_decay"):
-        build_optimizer(config, torch.nn.Linear(2, 2), torch.device("cpu"))
+        build_optimizer(config, torch.nn.Linear(2, 2))
 
 
 def test_text_is_read_as_arguments():
@@ -107,7 +107,7 @@ def test_published_recipes_are_whole(recipe, settings, capsys):
         # Which checks names, types and ranges, those of the method's arguments too.
         config = resolve(PretrainConfig(method=name, data="/some/folder", recipe=recipe))
         given = config.optimizer_args
-        (group, *_) = build_optimizer(config, network, torch.device("cpu")).param_groups
+        (group, *_) = build_optimizer(config, network).param_groups
         assert group["lr"] == settings[name]["lr"] and given.items() <= group.items()
     assert main(["methods", "--recipe", recipe]) == 0
     out = capsys.readouterr().out

@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import torch
 
 from fastssl import schedules
 from fastssl.config import PretrainConfig
@@ -37,7 +36,7 @@ def made(optimizer="adamw", **settings):
     settings = {"optimizer": optimizer, "lr": 2.0, "weight_decay": 0.1} | settings
     config = resolve(PretrainConfig(**settings))
     method = SimCLR(ResNetSmall(1, 8))
-    optimizer = build_optimizer(config, method, torch.device("cpu"))
+    optimizer = build_optimizer(config, method)
     return Schedule(config, optimizer, 5, 50), method
 
 

@@ -118,7 +118,7 @@ class _Training:
         self.method = setup.train_mode(method, config.freeze)
         setup.encode(method, config.chunk, compiled=config.compile)
         self.feed = resident(source, ranks.device)
-        self.optimizer = setup.build_optimizer(config, method, ranks.device)
+        self.optimizer = setup.build_optimizer(config, method)
         self.schedule = setup.Schedule(
             config, self.optimizer, self.steps_per_epoch, self.total_steps
         )

@@ -128,9 +128,7 @@ def train_mode(method: nn.Module, patterns: list[str]) -> nn.Module:
     return method
 
 
-def build_optimizer(
-    config: PretrainConfig, method: nn.Module, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Optimizer:
     """The optimizer by its name; matrices and kernels decay, early layers and biases may learn
     slower."""
     cls, settings = _OPTIMIZERS[config.optimizer], {}
@@ -144,8 +142,8 @@ def build_optimizer(
         settings["momentum"] = 0.9
     if issubclass(cls, Blockwise):
         settings["max_grad_norm"] = config.max_grad_norm or None
-    elif device.type == "cuda":  # one kernel, which reads GradScaler's verdict on the device
-        settings["fused"] = True
+    elif not {"foreach", "differentiable"} & (config.optimizer_args or {}).keys():
+        settings["fused"] = True  # one call for all tensors; GradScaler's verdict stays on a GPU
     groups = param_groups(method, config.weight_decay)
     if config.layer_decay != 1:
         layers = param_groups_layer_decay(
