@@ -60,7 +60,7 @@ def finetune(
     |---|---|---|---|---|
     | vit (MAE's ViT-B) | AdamW, decay 0.05 | 5e-4 B/256, times 0.65 a block downwards, 5 epochs
       warm-up, cosine | 1024, 100 | drop path 0.1, mixup 0.8, cutmix 1.0, smoothing 0.1,
-      RandAugment 9 |
+      RandAugment 9; MAE's has pool="patches" |
     | thorax (MAE on radiographs) | AdamW, decay 0.05 | 2.5e-4 B/256, times 0.55 a block downwards,
       5 epochs warm-up, cosine to a hundredth | 1024, 75 | drop path 0.2, RandAugment 6, mean of the
       patches |

@@ -94,6 +94,18 @@ IMAGENET: dict[str, dict[str, Any]] = {
     "vicreg": _IMAGENET | {"epochs": 1000, "batch_size": 2048, "lr": 1.6, "method_args": {}},
     "barlow": _IMAGENET
     | {"epochs": 300, "batch_size": 2048, "lr": 1.6, "bias_lr_factor": 0.024, "method_args": {}},
+    "mae": _IMAGENET_VIT
+    | {
+        "backbone": "timm:vit_base_patch16_224",
+        "epochs": 1600,
+        "batch_size": 4096,
+        "optimizer_args": {"betas": [0.9, 0.95]},
+        "lr": 2.4e-3,
+        "min_lr": 0.0,
+        "weight_decay": 5e-2,
+        "warmup_epochs": 40.0,
+        "method_args": {},
+    },
     "lejepa": _IMAGENET_VIT
     | {"lr": 5e-4, "weight_decay": 5e-2, "method_args": {"lam": 0.02, "local_size": 96}},
 }
@@ -166,6 +178,11 @@ FIGURES: dict[str, dict[str, list[Figure]]] = {
         "barlow": [
             Figure("70.8", "linear, ResNet-50, 300 epochs", "VISSL"),
             Figure("71.8", "linear, ResNet-50, 300 epochs", "mmselfsup"),
+        ],
+        "mae": [
+            Figure("68.0", "linear, ViT-B/16, 1600 epochs; fine-tuned 83.66", "the authors"),
+            Figure("67.1", "linear, ViT-B/16, 1600 epochs; fine-tuned 83.5", "mmselfsup"),
+            Figure("46.0", "linear, ViT-B/16, 100 epochs; kNN 11.2", "lightly"),
         ],
         "lejepa": [
             Figure(

@@ -78,9 +78,10 @@ _LEJEPA_SMALL = {
 
 _MAE_SMALL = {
     "backbone": "vit_small",
-    "batch_size": 64,
+    "batch_size": 32,
     "optimizer": "adamw",
-    "lr": 1.5e-3,
+    "optimizer_args": {"betas": [0.9, 0.95]},
+    "lr": 3e-4,
     "weight_decay": 5e-2,
     "warmup_epochs": 1.0,
     "method_args": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
@@ -92,6 +93,7 @@ _MAE_THORAX = {
     "image_size": 224,
     "batch_size": 2048,
     "optimizer": "adamw",
+    "optimizer_args": {"betas": [0.9, 0.95]},
     "lr": 1.2e-3,
     "weight_decay": 5e-2,
     "warmup_epochs": 40.0,
@@ -177,7 +179,7 @@ def _by_data(small: dict[str, Any], **digits: Any) -> dict[str, dict[str, Any]]:
         "digits": {**small, "epochs": 20, "method_args": {**small["method_args"], **digits}},
         "patches": {**small, "epochs": 20},
         "shapes": {**small, "epochs": 10},
-        "folder": {**small, "epochs": 100, "lr": 1e-3, "warmup_epochs": 5.0},
+        "folder": {**small, "epochs": 100, "lr": min(small["lr"], 1e-3), "warmup_epochs": 5.0},
     }
 
 
