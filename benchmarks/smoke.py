@@ -110,6 +110,7 @@ class Row:
 _TINY_DINOV2 = {
     "backbone": "timm:test_vit",
     "image_size": 64,
+    "lr": 2e-3,
     "warmup_epochs": 0.5,
     "method_args": {"momentum": 0.95, "freeze_epochs": 0.25},
 }

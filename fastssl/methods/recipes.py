@@ -44,6 +44,7 @@ _DINOV2_SMALL = {
     **_DINO_SMALL,
     "backbone": "vit_small",
     "batch_size": 64,
+    "lr": 5e-4,
     "method_args": {
         "momentum": 0.99,
         "teacher_temperature": 0.04,
