@@ -83,6 +83,21 @@ def test_arguments_that_schedules_would_overrule_are_refused():
         build_optimizer(config, torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("given", "fused"), [({}, True), ({"foreach": True}, None), ({"fused": False}, False)]
+)
+def test_torchs_steps_are_fused_unless_told_otherwise(given, fused):
+    for name in ("adamw", "adam", "sgd"):
+        config = resolve(PretrainConfig(optimizer=name, optimizer_args=given))
+        network = torch.nn.Linear(2, 2)
+        optimizer = build_optimizer(config, network)
+        assert all(group["fused"] is fused for group in optimizer.param_groups)
+        network(torch.ones(1, 2)).sum().backward()
+        before = network.weight.clone()
+        optimizer.step()
+        assert not torch.equal(network.weight, before)
+
+
 def test_text_is_read_as_arguments():
     config = PretrainConfig(optimizer_args={"betas": (0.9, 0.95)})
     assert config.optimizer_args == {"betas": [0.9, 0.95]}  # as a resumed run reads it
