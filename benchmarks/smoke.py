@@ -118,7 +118,7 @@ _CAPTIONS = {"batch_size": 64, "epochs": 5}
 
 ROWS = {
     # Three seeds of simclr and of moco_v3 lay closer together than rounding alone moves one: their
-    # margins count runs with AVX2 and AVX-512, before and after a change of rounding.
+    # margins are of runs with AVX2, moco_v3's of four, one of them before a change of rounding.
     "simclr": Row(margin=10.3),
     "simclr_v2": Row(margin=9.6, settings={"epochs": 15}),
     "distill": Row(margin=10.4, settings={"epochs": 12, "batch_size": 128}, first=taught),
