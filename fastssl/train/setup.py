@@ -143,7 +143,9 @@ def build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Op
     if issubclass(cls, Blockwise):
         settings["max_grad_norm"] = config.max_grad_norm or None
     elif not {"foreach", "differentiable"} & (config.optimizer_args or {}).keys():
-        settings["fused"] = True  # one call for all tensors; GradScaler's verdict stays on a GPU
+        sharded = any(hasattr(p, "placements") for p in method.parameters())
+        if not (sharded and cls is torch.optim.SGD):  # torch 2.15 has no fused SGD of shards
+            settings["fused"] = True  # one call for all; GradScaler's verdict stays on a GPU
     groups = param_groups(method, config.weight_decay)
     if config.layer_decay != 1:
         layers = param_groups_layer_decay(
