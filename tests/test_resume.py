@@ -135,6 +135,7 @@ FORMS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
         ("ddp", "one", "adamw"),
         ("one", "fsdp", "adamw8bit"),
         ("ddp", "fsdp", "adamw"),
+        ("ddp", "fsdp", "sgd"),  # whose step of shards is another
         ("fsdp", "ddp", "adamw"),
         ("fsdp", "one", "adamw8bit"),
     ],
