@@ -88,10 +88,10 @@ def optimizer_of(model: Classifier, r: Recipe, scale: float) -> torch.optim.Opti
         groups += [g | {"lr": lr} for g in param_groups(model.neck, r.weight_decay)]
     groups += [g | {"lr": lr * r.head_times} for g in param_groups(model.head, r.weight_decay)]
     if r.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     if r.optimizer == "lars":
         return LARS(groups, lr=lr, momentum=0.9)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
 
 
 def mixing(r: Recipe, num_classes: int):
