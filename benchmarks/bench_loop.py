@@ -65,7 +65,7 @@ def of_bare_loop(source) -> list[float]:
         backbone = network(source).to(memory_format=torch.channels_last)
         D = backbone.feature_dim
         model = torch.nn.Sequential(backbone, mlp([D, D, 128])).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=1e-4, fused=True)
         ntxent, views = NTXentLoss(TEMPERATURE), [small(source.image_size, 3)] * 2
         for epoch in range(STEPS):
             order = epoch_order(len(source), BATCH, seed=0, epoch=epoch)
@@ -99,7 +99,7 @@ def of_lightly(source) -> list[float]:
         backbone = network(source)
         D = backbone.feature_dim
         model = torch.nn.Sequential(backbone, SimCLRProjectionHead(D, D, 128)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=1e-4, fused=True)
         criterion = LightlyNTXent(temperature=TEMPERATURE)
         transform = SimCLRTransform(
             input_size=source.image_size, min_scale=0.2, random_gray_scale=0.2, gaussian_blur=0.0,

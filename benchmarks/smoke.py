@@ -48,8 +48,8 @@ def zero_shot(run: Path) -> tuple[float, float]:
 
 def finetuned_5_shot(run: Path) -> tuple[float, float]:
     """Top-1 of random and of trained weights, fine-tuned on five labels a class: by `vit` with
-    MAE's mean of the patches, but in batches that give so few images steps enough, nothing mixed.
-    """
+    MAE's mean of the patches, but in batches that give so few images steps enough, without images
+    mixed or changed by RandAugment."""
     few = {"shots": (5,), "epochs": 15, "train_batch_size": 32, "lr": 8e-3, "seeds": 2}
     plain = {"mixup": 0.0, "cutmix": 0.0, "rand_augment": 0}
     return _before_and_after(
@@ -93,7 +93,7 @@ class Row:
     """How a method is tried, and what it must reach."""
 
     margin: float
-    """Least gain in points: the mean of three seeds less three deviations, 8 at least."""
+    """Least gain in points: the mean of three seeds or more less three deviations, 8 at least."""
     data: str = "patches"
     settings: dict[str, Any] = field(default_factory=lambda: {"epochs": 10})
     """Fields of `PretrainConfig` that differ from the recipe's."""

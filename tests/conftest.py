@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ if not torch.backends.cuda.is_built():
     _vision = torch.library.Library("torchvision", "FRAGMENT")
     _vision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _vision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# The jobs that a shell puts in the background ignore Ctrl-C, and so does all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Uninitialised memory is filled with NaN: a kernel that leaves an element out cannot pass.
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from runs import context
 
 WORLD = 4
 
@@ -47,7 +47,6 @@ class Ranks:
         self.processes = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(), "store")
         pipes = [context.Pipe() for _ in range(WORLD)]
         self.pipes = [ours for ours, _ in pipes]

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which may be killed: forked from one that has imported it all."""
+"""Processes forked from one that has imported it all, and runs in them, which may be killed."""
 
 import multiprocessing
 import os
@@ -14,8 +14,8 @@ from fastssl.methods import METHODS
 IMAGES_ONLY = [name for name, cls in METHODS.items() if not hasattr(cls, "reads_captions")]
 """Methods that train on images without captions."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(  # torch._dynamo: by optimizers
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(  # torch._dynamo: by optimizers
     "pytest fastssl.train fastssl.methods PIL.Image yaml safetensors.torch torch._dynamo "
     "torch.distributed.fsdp torch.distributed.checkpoint torch.distributed.tensor".split()
 )
@@ -58,7 +58,7 @@ def start(function, *args, world=1):
     """Processes that call function(*args) as the ranks of a torchrun would."""
     port = free_port() if world > 1 else 0
     processes = [
-        _context.Process(target=_begin, args=(rank, world, port, function, args), daemon=True)
+        context.Process(target=_begin, args=(rank, world, port, function, args), daemon=True)
         for rank in range(world)
     ]
     for process in processes:

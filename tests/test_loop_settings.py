@@ -302,6 +302,14 @@ def test_a_gradient_beyond_fp16_skips_the_step_and_halves_the_scale(optimizer):
     restored = scaled(optimizer, 1.0)[1]
     restored.load_state_dict(update.state_dict())
     assert restored.skipped == 2 and restored.scaler.get_scale() == 2.0**58
+    # The first step that is taken is that of one that has skipped none.
+    update.scaler.update(2.0**10)
+    update(Objective(method), batch())
+    other, fresh = scaled(optimizer, 2.0**10)
+    fresh(Objective(other), batch())
+    for p, want in zip(method.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, want, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(method.backbone.conv.weight, simclr().backbone.conv.weight)
 
 
 def test_gradients_that_no_scale_makes_finite_are_a_mishap():

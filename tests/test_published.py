@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 
@@ -86,16 +87,25 @@ def test_arguments_that_schedules_would_overrule_are_refused():
 @pytest.mark.parametrize(
     ("given", "fused"), [({}, True), ({"foreach": True}, None), ({"fused": False}, False)]
 )
-def test_torchs_steps_are_fused_unless_told_otherwise(given, fused):
+def test_torchs_adam_is_fused_unless_told_otherwise(given, fused):
+    torch.manual_seed(0)
+    start = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 5, 5)
     for name in ("adamw", "adam", "sgd"):
-        config = resolve(PretrainConfig(optimizer=name, optimizer_args=given))
-        network = torch.nn.Linear(2, 2)
-        optimizer = build_optimizer(config, network)
-        assert all(group["fused"] is fused for group in optimizer.param_groups)
-        network(torch.ones(1, 2)).sum().backward()
-        before = network.weight.clone()
-        optimizer.step()
-        assert not torch.equal(network.weight, before)
+        weights = []
+        for args in (given, {"fused": False}):
+            config = resolve(PretrainConfig(optimizer=name, optimizer_args=args))
+            network = copy.deepcopy(start)
+            optimizer = build_optimizer(config, network)
+            if args is given and name != "sgd":
+                assert all(group["fused"] is fused for group in optimizer.param_groups)
+            for _ in range(3):
+                optimizer.zero_grad()
+                network(x).square().sum().backward()
+                optimizer.step()
+            weights.append(network.weight)
+        torch.testing.assert_close(*weights)
+        assert not torch.equal(weights[0], start.weight)
 
 
 def test_text_is_read_as_arguments():

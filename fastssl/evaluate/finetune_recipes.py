@@ -91,7 +91,7 @@ def optimizer_of(model: Classifier, r: Recipe, scale: float) -> torch.optim.Opti
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     if r.optimizer == "lars":
         return LARS(groups, lr=lr, momentum=0.9)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
 
 
 def mixing(r: Recipe, num_classes: int):

@@ -251,18 +251,23 @@ def _read_shards(path: Path, state: dict[str, Any], like) -> None:
 
 
 def _placed(tree: Any, keys: tuple, like) -> Any:
-    """`tree` with each whole tensor in shards where the one it is like is."""
+    """`tree` with each whole tensor in shards, or in the order of memory, of the one it is like:
+    torch's fused steps read a weight and its states in that order, whatever their strides."""
     if isinstance(tree, dict):
         return {k: _placed(v, (*keys, k), like) for k, v in tree.items()}
     if not isinstance(tree, Tensor) or hasattr(tree, "to_local"):
         return tree
     place = like(keys)
-    if not hasattr(place, "to_local") or place.shape != tree.shape:
+    if place is None or place.shape != tree.shape:
         return tree
+    if not hasattr(place, "to_local"):
+        if tree.stride() == place.stride():
+            return tree
+        return torch.empty_like(place, dtype=tree.dtype, device=tree.device).copy_(tree)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(
-        tree.to(place.device), place.device_mesh, place.placements, src_data_rank=None
+        tree.to(place.device).contiguous(), place.device_mesh, place.placements, src_data_rank=None
     )
 
 

@@ -313,11 +313,6 @@ class _Training:
         like = parallel.placement(self.method, self.optimizer)
         state = load_checkpoint(path, method=self.config.method, like=like)
         self.method.load_state_dict(state["model"])
-        for saved, group in zip(
-            state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False
-        ):
-            if "fused" in group:  # shards may have another form of the step than whole tensors
-                saved["fused"] = group["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.update.load_state_dict(state.get("update", {}))
         self.monitor.load_state_dict(state.get("monitor", {}))

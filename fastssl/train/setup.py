@@ -142,10 +142,12 @@ def build_optimizer(config: PretrainConfig, method: nn.Module) -> torch.optim.Op
         settings["momentum"] = 0.9
     if issubclass(cls, Blockwise):
         settings["max_grad_norm"] = config.max_grad_norm or None
-    elif not {"foreach", "differentiable"} & (config.optimizer_args or {}).keys():
-        sharded = any(hasattr(p, "placements") for p in method.parameters())
-        if not (sharded and cls is torch.optim.SGD):  # torch 2.15 has no fused SGD of shards
-            settings["fused"] = True  # one call for all; GradScaler's verdict stays on a GPU
+    elif cls is not torch.optim.SGD and not (
+        {"foreach", "differentiable"} & (config.optimizer_args or {}).keys()
+    ):
+        # One call for all tensors. torch's fused SGD takes no shards, fails where a gradient comes
+        # late, and reads a momentum that nobody wrote where GradScaler skipped the first step.
+        settings["fused"] = True
     groups = param_groups(method, config.weight_decay)
     if config.layer_decay != 1:
         layers = param_groups_layer_decay(

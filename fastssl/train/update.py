@@ -17,7 +17,8 @@ the scale that makes gradients overflow."""
 
 
 class Update:
-    """Takes the optimizer's step for a batch. No step waits for the device.
+    """Takes the optimizer's step for a batch. No step waits for the device, but that of torch's SGD
+    in fp16 for the verdict on its gradients.
 
     Args:
         method: whose parameters are optimized.
