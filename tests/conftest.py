@@ -1,5 +1,6 @@
 import os
 import signal
+import types
 
 import pytest
 import torch
@@ -16,6 +17,21 @@ if not torch.backends.cuda.is_built():
 
 # The jobs that a shell puts in the background ignore Ctrl-C, and so does all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def _patch_once(fn, patch=interpreter._patch_lang):
+        """At every call of a device function Triton patches its whole language again."""
+        used = [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+        if used and not any(tl.core.is_builtin(module.load) for module in used):
+            return types.SimpleNamespace(restore=lambda: None)
+        return patch(fn)
+
+    interpreter._patch_lang = _patch_once
+    # Computed for every sum and product of int32, and looked at by nobody.
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 # Uninitialised memory is filled with NaN: a kernel that leaves an element out cannot pass.
 torch.use_deterministic_algorithms(True, warn_only=True)
