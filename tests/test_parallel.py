@@ -93,7 +93,7 @@ def folder(tmp_path_factory):
         Image.fromarray(picture).save(path)
     runs.needed("distill", folder)  # before two ranks do
     for parallel in ("one", "ddp", "fsdp"):
-        runs.run(train, str(folder), parallel, world=1 if parallel == "one" else 2)
+        runs.run(train, str(folder), parallel, world=1 if parallel == "one" else 2, seconds=300)
     return folder
 
 
