@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return patch(fn)
 
     interpreter._patch_lang = _patch_once
-    # Computed for every sum and product of int32, and looked at by nobody.
+    # Computed for every sum and product of int32, and looked at by nobody without debug.
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 # Uninitialised memory is filled with NaN: a kernel that leaves an element out cannot pass.

@@ -137,7 +137,7 @@ def load_checkpoint(
     Args:
         path: file written by `save_checkpoint`, or folder by `save_sharded`.
         method: the method it must be of; None: any.
-        like: of the keys that lead to a tensor, the tensor whose placement it is to have. Where
+        like: of the keys that lead to a tensor, the tensor that it is to lie in memory as. Where
             that is sharded, only this rank's part is read of a folder, or kept of a file. None:
             all tensors are whole.
 
